@@ -1,0 +1,1 @@
+//! Which chunks changed since when.

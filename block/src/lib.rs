@@ -1,0 +1,1 @@
+//! Things that can be read and written by offset.

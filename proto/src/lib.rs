@@ -1,0 +1,1 @@
+//! The NBD protocol as values, for both ends, without I/O.

@@ -1,0 +1,1 @@
+//! Serving disks: sockets, names, sessions.

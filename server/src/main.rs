@@ -1,0 +1,3 @@
+//! The `stillpoint` command.
+
+fn main() {}

@@ -1,1 +1,21 @@
-//! Which chunks changed since when.
+//! Which chunks of a disk changed since when.
+//!
+//! A disk has an [`Era`], a counter that only rises. An [`EraMap`] holds, for each chunk, the era of
+//! its last change, so that one number answers for every checkpoint: what changed since a checkpoint
+//! is what carries its era or a later one. [`FrozenEras`] is the same map as it was at one moment.
+//!
+//! Nothing here does I/O or waits: what must outlive the process is handed to a [`PageStore`].
+
+mod era;
+mod eras;
+mod frozen;
+mod map;
+mod run;
+mod store;
+
+pub use era::{Chunks, Era, Granularity, GranularityError};
+pub use eras::{EraRun, Eras};
+pub use frozen::FrozenEras;
+pub use map::EraMap;
+pub use run::Run;
+pub use store::{MemoryPages, PageStore};

@@ -1,0 +1,169 @@
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::map::{dirty_bytes, runs};
+use crate::{Era, EraMap, EraRun, Eras, PageStore, Run};
+
+/// An era map as it was at one moment, while the live one goes on.
+///
+/// Everything rests on one order: an era that would be overwritten is put aside first, then the
+/// live map changes. So whoever reads the past loads the live era, and only where that is no longer
+/// from before the moment looks at what was put aside.
+#[derive(Debug)]
+pub struct FrozenEras<P> {
+    live: Arc<EraMap<P>>,
+    aside: Eras<P>,
+    frozen_in: Era,
+}
+
+impl<P: PageStore> FrozenEras<P> {
+    /// The eras of `live` as they are when era `frozen_in` begins; `store` holds only zeroes.
+    pub fn new(live: Arc<EraMap<P>>, frozen_in: Era, store: P) -> Self {
+        let aside = Eras::new(live.size().div_ceil(live.granularity().bytes()), store);
+        Self {
+            live,
+            aside,
+            frozen_in,
+        }
+    }
+
+    /// The era that began at this moment: what carries it, or a later one, changed afterwards.
+    pub fn frozen_in(&self) -> Era {
+        self.frozen_in
+    }
+
+    /// Keeps what is about to be overwritten. Of no effect on what changed after the moment.
+    pub fn put_aside(&self, run: &EraRun) -> io::Result<()> {
+        if run.era >= self.frozen_in {
+            return Ok(());
+        }
+        // No checkpoint is as old as the first era, so it says the same as never; and stored as a
+        // number other than zero it can be told from what is missing.
+        self.aside.set(&run.chunks, run.era.max(Era::FIRST))
+    }
+
+    /// What of `range`, in bytes, had changed in `since` or later by then: adjacent runs, covering
+    /// all of it.
+    pub fn changes(&self, range: Range<u64>, since: Era) -> impl Iterator<Item = Run> + '_ {
+        let next = move |chunk, end| {
+            let dirty = self.had_changed(chunk, since);
+            let mut stop = chunk + 1;
+            while stop < end && self.had_changed(stop, since) == dirty {
+                stop = if dirty {
+                    stop + 1
+                } else {
+                    self.live.eras().skip_untouched(stop, end).max(stop + 1)
+                };
+            }
+            (stop, dirty)
+        };
+        runs(self.live.granularity(), self.live.size(), range, next)
+    }
+
+    /// How many bytes had changed in `since` or later by then.
+    pub fn changed_bytes(&self, since: Era) -> u64 {
+        dirty_bytes(self.changes(0..self.live.size(), since))
+    }
+
+    fn had_changed(&self, chunk: u64, since: Era) -> bool {
+        let live = self.live.era(chunk);
+        if live < self.frozen_in {
+            return live >= since;
+        }
+        // Whatever should have been put aside and was not counts as changed.
+        let aside = self.aside.era(chunk);
+        aside >= since || aside == Era::NEVER
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Granularity, MemoryPages};
+
+    const CHUNK: u64 = 64 << 10;
+
+    struct Guest {
+        map: Arc<EraMap<MemoryPages>>,
+        open: Vec<FrozenEras<MemoryPages>>,
+        era: Era,
+    }
+
+    impl Guest {
+        fn new(chunks: u64) -> Self {
+            let map =
+                EraMap::new(chunks * CHUNK, Granularity::DEFAULT, MemoryPages::default()).into();
+            Self {
+                map,
+                open: Vec::new(),
+                era: Era::FIRST,
+            }
+        }
+
+        fn freeze(&mut self) -> Era {
+            self.era = self.era.next().unwrap();
+            let frozen = FrozenEras::new(Arc::clone(&self.map), self.era, MemoryPages::default());
+            self.open.push(frozen);
+            self.era
+        }
+
+        fn write(&self, chunk: u64) {
+            let range = chunk * CHUNK..chunk * CHUNK + 1;
+            for run in self.map.older(&range, self.era) {
+                for frozen in &self.open {
+                    frozen.put_aside(&run).unwrap();
+                }
+                self.map.mark(&run.chunks, self.era).unwrap();
+            }
+        }
+    }
+
+    fn dirty(frozen: &FrozenEras<MemoryPages>, since: Era, chunks: u64) -> Vec<u64> {
+        let runs = frozen
+            .changes(0..chunks * CHUNK, since)
+            .filter(|run| run.dirty);
+        runs.flat_map(|run| run.range.start / CHUNK..run.range.end / CHUNK)
+            .collect()
+    }
+
+    #[test]
+    fn a_chunk_written_before_and_again_after_the_moment_stays_dirty() {
+        let mut guest = Guest::new(4);
+        let base = guest.freeze();
+        guest.write(1);
+        guest.freeze();
+        guest.write(1);
+        guest.write(2);
+        assert_eq!(dirty(&guest.open[1], base, 4), [1]);
+    }
+
+    #[test]
+    fn each_moment_keeps_its_own_map_for_every_base() {
+        let mut guest = Guest::new(8);
+        let first = guest.freeze();
+        guest.write(0);
+        let second = guest.freeze();
+        guest.write(0);
+        guest.write(3);
+        let third = guest.freeze();
+        for chunk in 0..8 {
+            guest.write(chunk);
+        }
+        assert_eq!(dirty(&guest.open[0], first, 8), []);
+        assert_eq!(dirty(&guest.open[1], first, 8), [0]);
+        assert_eq!(dirty(&guest.open[1], second, 8), []);
+        assert_eq!(dirty(&guest.open[2], first, 8), [0, 3]);
+        assert_eq!(dirty(&guest.open[2], second, 8), [0, 3]);
+        assert_eq!(dirty(&guest.open[2], third, 8), []);
+    }
+
+    #[test]
+    fn what_was_not_put_aside_counts_as_changed() {
+        let mut guest = Guest::new(2);
+        let base = guest.freeze();
+        guest.freeze();
+        guest.map.mark(&(0..1), guest.era).unwrap();
+        assert_eq!(dirty(&guest.open[1], base, 2), [0]);
+    }
+}

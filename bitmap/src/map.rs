@@ -1,0 +1,230 @@
+use std::io;
+use std::ops::Range;
+
+use crate::{Chunks, Era, EraRun, Eras, Granularity, PageStore, Run};
+
+/// For each chunk of a live disk, the era of its last change.
+///
+/// Whoever writes marks first: [`older`](Self::older) says which chunks still carry an older era,
+/// so that those can be put aside for open backups, and [`mark`](Self::mark) then replaces them.
+/// Marking happens under the disk's gate, where the era does not change; so writers that meet on one
+/// chunk store the same value, and no era is ever lowered.
+#[derive(Debug)]
+pub struct EraMap<P> {
+    eras: Eras<P>,
+    granularity: Granularity,
+    size: u64,
+}
+
+impl<P: PageStore> EraMap<P> {
+    /// The map of a disk of `size` bytes on which nothing has changed yet.
+    pub fn new(size: u64, granularity: Granularity, store: P) -> Self {
+        let eras = Eras::new(size.div_ceil(granularity.bytes()), store);
+        Self {
+            eras,
+            granularity,
+            size,
+        }
+    }
+
+    /// The chunk size.
+    pub fn granularity(&self) -> Granularity {
+        self.granularity
+    }
+
+    /// The size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The era in which `chunk` last changed.
+    pub fn era(&self, chunk: u64) -> Era {
+        self.eras.era(chunk)
+    }
+
+    /// The chunks of `range`, in bytes, that do not carry `era` yet. Usually none.
+    pub fn older(&self, range: &Range<u64>, era: Era) -> Vec<EraRun> {
+        let mut runs: Vec<EraRun> = Vec::new();
+        for chunk in self.granularity.chunks(range) {
+            let found = self.eras.era(chunk);
+            match runs.last_mut() {
+                _ if found == era => {}
+                Some(run) if run.era == found && run.chunks.end == chunk => run.chunks.end += 1,
+                _ => runs.push(EraRun {
+                    chunks: chunk..chunk + 1,
+                    era: found,
+                }),
+            }
+        }
+        runs
+    }
+
+    /// Records that `chunks` change in `era`. On an error they must not be changed.
+    pub fn mark(&self, chunks: &Chunks, era: Era) -> io::Result<()> {
+        self.eras.set(chunks, era)
+    }
+
+    /// What of `range`, in bytes, changed in `since` or later: adjacent runs, covering all of it.
+    pub fn changes(&self, range: Range<u64>, since: Era) -> impl Iterator<Item = Run> + '_ {
+        let next = move |chunk, end| {
+            let dirty = self.era(chunk) >= since;
+            let mut stop = chunk + 1;
+            while stop < end && (self.era(stop) >= since) == dirty {
+                // What never changed is as clean as its neighbour; see whole pages of it at once.
+                stop = if dirty {
+                    stop + 1
+                } else {
+                    self.eras.skip_untouched(stop, end).max(stop + 1)
+                };
+            }
+            (stop, dirty)
+        };
+        runs(self.granularity, self.size, range, next)
+    }
+
+    /// How many bytes changed in `since` or later.
+    pub fn changed_bytes(&self, since: Era) -> u64 {
+        dirty_bytes(self.changes(0..self.size, since))
+    }
+
+    pub(crate) fn eras(&self) -> &Eras<P> {
+        &self.eras
+    }
+}
+
+/// Turns a walk over chunks into runs over the bytes of `range`.
+///
+/// `next(chunk, end)` says up to where, at most `end`, all is like `chunk`, and what that is.
+pub(crate) fn runs(
+    granularity: Granularity,
+    size: u64,
+    range: Range<u64>,
+    next: impl Fn(u64, u64) -> (u64, bool),
+) -> impl Iterator<Item = Run> {
+    let end = granularity.chunks(&range).end;
+    let mut at = range.start;
+    std::iter::from_fn(move || {
+        if at >= range.end {
+            return None;
+        }
+        let start = at;
+        let (stop, dirty) = next(start / granularity.bytes(), end);
+        at = granularity.range(&(0..stop), size).end.min(range.end);
+        Some(Run {
+            range: start..at,
+            dirty,
+        })
+    })
+}
+
+pub(crate) fn dirty_bytes(runs: impl Iterator<Item = Run>) -> u64 {
+    runs.filter(|run| run.dirty)
+        .map(|run| run.range.end - run.range.start)
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::MemoryPages;
+
+    const CHUNK: u64 = 64 << 10;
+
+    fn map(size: u64) -> EraMap<MemoryPages> {
+        EraMap::new(size, Granularity::DEFAULT, MemoryPages::default())
+    }
+
+    fn write(map: &EraMap<MemoryPages>, range: Range<u64>, era: u32) {
+        for run in map.older(&range, Era::from_number(era)) {
+            map.mark(&run.chunks, Era::from_number(era)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_mark_that_is_there_already_is_not_made_again() {
+        let map = map(10 * CHUNK);
+        write(&map, 0..1, 2);
+        assert_eq!(map.older(&(0..CHUNK), Era::from_number(2)), []);
+        let older = map.older(&(0..3 * CHUNK), Era::from_number(2));
+        assert_eq!(
+            older,
+            [EraRun {
+                chunks: 1..3,
+                era: Era::NEVER
+            }]
+        );
+    }
+
+    #[test]
+    fn every_checkpoint_sees_what_changed_in_its_era_or_later() {
+        let map = map(10 * CHUNK);
+        write(&map, CHUNK..CHUNK + 1, 2);
+        write(&map, 3 * CHUNK - 1..3 * CHUNK + 1, 3);
+
+        assert_eq!(map.changed_bytes(Era::from_number(2)), 3 * CHUNK);
+        assert_eq!(map.changed_bytes(Era::from_number(3)), 2 * CHUNK);
+        assert_eq!(map.changed_bytes(Era::from_number(4)), 0);
+        let runs: Vec<_> = map.changes(0..10 * CHUNK, Era::from_number(3)).collect();
+        let expected = [
+            Run {
+                range: 0..2 * CHUNK,
+                dirty: false,
+            },
+            Run {
+                range: 2 * CHUNK..4 * CHUNK,
+                dirty: true,
+            },
+            Run {
+                range: 4 * CHUNK..10 * CHUNK,
+                dirty: false,
+            },
+        ];
+        assert_eq!(runs, expected);
+    }
+
+    #[test]
+    fn runs_are_cut_to_the_range_that_was_asked_for_and_to_the_disk() {
+        let map = map(2 * CHUNK + 512);
+        write(&map, 2 * CHUNK..2 * CHUNK + 1, 2);
+        let runs: Vec<_> = map
+            .changes(2 * CHUNK + 1..2 * CHUNK + 512, Era::from_number(2))
+            .collect();
+        assert_eq!(
+            runs,
+            [Run {
+                range: 2 * CHUNK + 1..2 * CHUNK + 512,
+                dirty: true
+            }]
+        );
+        assert_eq!(map.changed_bytes(Era::from_number(2)), 512);
+    }
+
+    #[test]
+    fn an_untouched_disk_of_16_tib_is_one_clean_run() {
+        let map = map(16 << 40);
+        let runs: Vec<_> = map.changes(0..16 << 40, Era::from_number(2)).collect();
+        assert_eq!(
+            runs,
+            [Run {
+                range: 0..16 << 40,
+                dirty: false
+            }]
+        );
+    }
+
+    #[test]
+    fn untouched_pages_merge_with_clean_neighbours() {
+        let map = map(16 << 40);
+        write(&map, 0..1, 1);
+        write(&map, (1 << 40)..(1 << 40) + 1, 5);
+        let runs: Vec<_> = map.changes(0..16 << 40, Era::from_number(2)).collect();
+        assert_eq!(runs.len(), 3);
+        assert_eq!(
+            runs[1],
+            Run {
+                range: 1 << 40..(1 << 40) + CHUNK,
+                dirty: true
+            }
+        );
+    }
+}

@@ -1,0 +1,33 @@
+use std::io;
+use std::sync::Mutex;
+
+/// Where eras go so that they outlive the process: a file, seen as an array of bytes.
+///
+/// What was never stored reads as zero.
+pub trait PageStore: Send + Sync + 'static {
+    /// Hands `bytes` to whatever outlives the process; returns when they would survive a kill.
+    fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+/// Pages in memory: for tests, and for what need not outlive the process.
+#[derive(Debug, Default)]
+pub struct MemoryPages(Mutex<Vec<u8>>);
+
+impl MemoryPages {
+    /// What has been stored so far.
+    pub fn contents(&self) -> Vec<u8> {
+        self.0.lock().expect("no one panics while storing").clone()
+    }
+}
+
+impl PageStore for MemoryPages {
+    fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut contents = self.0.lock().expect("no one panics while storing");
+        let end = offset as usize + bytes.len();
+        if contents.len() < end {
+            contents.resize(end, 0);
+        }
+        contents[offset as usize..end].copy_from_slice(bytes);
+        Ok(())
+    }
+}

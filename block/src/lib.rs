@@ -1,1 +1,19 @@
 //! Things that can be read and written by offset.
+//!
+//! [`Storage`] is what a disk, or its scratch, is made of. [`FileStorage`] is a regular file or a
+//! block device; [`ImageLock`] keeps everyone else from writing it; [`Cells`] is a small file of
+//! bookkeeping that survives the process with every single store.
+
+mod cells;
+mod fiemap;
+mod file;
+mod lock;
+mod pool;
+mod storage;
+mod sync;
+
+pub use cells::Cells;
+pub use file::FileStorage;
+pub use lock::{ImageLock, LockError};
+pub use storage::{Extent, Storage, Zeroing};
+pub use sync::SharedSync;

@@ -1,0 +1,67 @@
+use std::io;
+use std::ops::Range;
+
+use bytes::Bytes;
+
+/// A fixed number of bytes that can be read and written by offset.
+///
+/// Ranges are in bytes and lie within [`size`](Self::size). Futures are not `Send`: each is driven
+/// to its end on the thread that began it. A call that was polled once takes effect even if its
+/// future is dropped, or has no effect.
+pub trait Storage: 'static {
+    /// The size in bytes.
+    fn size(&self) -> u64;
+
+    /// Fills `buffer` with what is at `offset`.
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> impl Future<Output = io::Result<()>>;
+
+    /// Puts `data` at `offset`.
+    fn write(&self, offset: u64, data: &Bytes) -> impl Future<Output = io::Result<()>>;
+
+    /// Makes `range` read as zeroes.
+    fn zero(&self, range: Range<u64>, how: Zeroing) -> impl Future<Output = io::Result<()>>;
+
+    /// Makes durable what was written before the call.
+    fn sync(&self) -> impl Future<Output = io::Result<()>>;
+
+    /// What of `range` takes space, from its start on: at least one extent, as many as are cheap to
+    /// tell, and adjacent.
+    ///
+    /// A hole reads as zeroes, and stays one until something in it, or in the same block of the
+    /// file system, is written.
+    fn extents(&self, range: Range<u64>) -> impl Future<Output = io::Result<Vec<Extent>>>;
+}
+
+/// A stretch that is wholly a hole, or wholly not.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Extent {
+    /// In bytes.
+    pub range: Range<u64>,
+    /// Whether it takes no space, and so reads as zeroes.
+    pub hole: bool,
+}
+
+/// What zeroing may do to the space that was in use.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Zeroing {
+    /// Give it back; write zeroes where that is impossible.
+    MayUnmap,
+    /// Keep it in use; write zeroes where that takes it.
+    Keep,
+    /// Give it back or fail, with [`io::ErrorKind::Unsupported`]: zeroes are never written.
+    FastMayUnmap,
+    /// Keep it in use, without writing zeroes, or fail with [`io::ErrorKind::Unsupported`].
+    FastKeep,
+}
+
+impl Zeroing {
+    /// Whether the space may be given back.
+    pub fn unmaps(self) -> bool {
+        matches!(self, Self::MayUnmap | Self::FastMayUnmap)
+    }
+
+    /// Whether writing zeroes is out of the question.
+    pub fn fast(self) -> bool {
+        matches!(self, Self::FastMayUnmap | Self::FastKeep)
+    }
+}

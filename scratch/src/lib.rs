@@ -1,1 +1,21 @@
 //! A disk as it was at one moment, while the guest goes on writing to it.
+//!
+//! [`preserve`] keeps old bytes alive: before the guest changes a granule, its contents are copied
+//! to the scratch of each [`Snapshot`] that lacks it. [`Frozen`] reads the past: from scratch where
+//! the guest has written since, from the disk everywhere else.
+
+mod allocation;
+mod claims;
+mod frozen;
+mod granules;
+mod preserve;
+mod preserved;
+mod snapshot;
+mod world;
+
+pub use claims::Claims;
+pub use frozen::{Frozen, FrozenError};
+pub use granules::GRANULE;
+pub use preserve::preserve;
+pub use snapshot::{Snapshot, SnapshotFiles};
+pub use world::{Pace, Unpaced, World};

@@ -1,0 +1,137 @@
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use bitmap::{Era, Run};
+use block::{Extent, Storage};
+use thiserror::Error;
+
+use crate::allocation::allocation;
+use crate::granules::{bytes, granules};
+use crate::preserved::Kept;
+use crate::snapshot::Snapshot;
+use crate::world::{Pace, World};
+
+/// Reads a disk as it was at the instant of its snapshot.
+pub struct Frozen<W: World> {
+    image: Arc<W::Image>,
+    snapshot: Arc<Snapshot<W>>,
+    pace: Arc<W::Pace>,
+}
+
+/// Why the past cannot be read.
+#[derive(Debug, Error)]
+pub enum FrozenError {
+    /// Something of it was overwritten and is not kept.
+    #[error("the snapshot is broken: {0}")]
+    Broken(String),
+    /// The disk or the scratch failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl<W: World> Frozen<W> {
+    /// The past that `snapshot` keeps of the disk on `image`.
+    pub fn new(image: Arc<W::Image>, snapshot: Arc<Snapshot<W>>, pace: Arc<W::Pace>) -> Self {
+        Self {
+            image,
+            snapshot,
+            pace,
+        }
+    }
+
+    /// The size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.snapshot.size()
+    }
+
+    /// What keeps it.
+    pub fn snapshot(&self) -> &Arc<Snapshot<W>> {
+        &self.snapshot
+    }
+
+    /// Fills `buffer` with what was at `offset`.
+    pub async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), FrozenError> {
+        let range = offset..offset + buffer.len() as u64;
+        self.whole()?;
+        self.image.read(offset, buffer).await?;
+        // What the disk returned was read before the bits are.
+        fence(Ordering::Acquire);
+        self.pace.step().await;
+        for run in self.snapshot.preserved.runs(granules(&range)) {
+            let part = clamp(&bytes(&run.granules, self.size()), &range);
+            let target = &mut buffer[(part.start - offset) as usize..(part.end - offset) as usize];
+            match run.kept {
+                Kept::Not => {}
+                Kept::Data => self.snapshot.scratch.read(part.start, target).await?,
+                Kept::Zero | Kept::Hole => target.fill(0),
+            }
+        }
+        self.whole()
+    }
+
+    /// What of `range` took space then: adjacent extents from its start on, at least one.
+    pub async fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>, FrozenError> {
+        self.whole()?;
+        let today = allocation(&*self.image, bytes(&granules(&range), self.size())).await?;
+        fence(Ordering::Acquire);
+        self.pace.step().await;
+        let mut then: Vec<Extent> = Vec::with_capacity(today.len());
+        for extent in today {
+            for run in self.snapshot.preserved.runs(granules(&extent.range)) {
+                let part = clamp(&bytes(&run.granules, self.size()), &range);
+                let hole = match run.kept {
+                    Kept::Not => extent.hole,
+                    Kept::Hole => true,
+                    Kept::Data | Kept::Zero => false,
+                };
+                match then.last_mut() {
+                    Some(last) if last.hole == hole => last.range.end = part.end,
+                    _ => then.push(Extent { range: part, hole }),
+                }
+            }
+        }
+        self.whole()?;
+        Ok(then)
+    }
+
+    /// What of `range` had changed in `since` or later: adjacent runs, covering all of it, unless
+    /// there are more than `limit`.
+    pub fn changes(
+        &self,
+        range: Range<u64>,
+        since: Era,
+        limit: usize,
+    ) -> Result<Vec<Run>, FrozenError> {
+        self.whole()?;
+        let runs = self
+            .snapshot
+            .eras
+            .changes(range, since)
+            .take(limit)
+            .collect();
+        self.whole()?;
+        Ok(runs)
+    }
+
+    fn whole(&self) -> Result<(), FrozenError> {
+        self.snapshot
+            .broken()
+            .map_or(Ok(()), |why| Err(FrozenError::Broken(why.to_owned())))
+    }
+}
+
+impl<W: World> Clone for Frozen<W> {
+    fn clone(&self) -> Self {
+        Self {
+            image: Arc::clone(&self.image),
+            snapshot: Arc::clone(&self.snapshot),
+            pace: Arc::clone(&self.pace),
+        }
+    }
+}
+
+fn clamp(range: &Range<u64>, within: &Range<u64>) -> Range<u64> {
+    range.start.max(within.start)..range.end.min(within.end)
+}

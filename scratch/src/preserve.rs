@@ -1,0 +1,198 @@
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use block::Storage;
+use bytes::{Bytes, BytesMut};
+
+use crate::allocation::allocation;
+use crate::claims::Claims;
+use crate::granules::{GRANULE, bytes, granules};
+use crate::preserved::{Kept, KeptRun};
+use crate::snapshot::Snapshot;
+use crate::world::{Pace, World};
+
+/// Returns once a write to `range` can no longer be seen by anyone who reads one of `snapshots`.
+///
+/// A snapshot that cannot keep what is about to be overwritten is broken; the others are not touched
+/// by that. An error means that a break could not be recorded, and that the write must not be
+/// issued.
+pub async fn preserve<W: World>(
+    range: &Range<u64>,
+    image: &W::Image,
+    snapshots: &[Arc<Snapshot<W>>],
+    claims: &Claims,
+    pace: &W::Pace,
+) -> io::Result<()> {
+    let wanted = granules(range);
+    if !lacking(snapshots, &wanted) {
+        return Ok(());
+    }
+    // Only writers meet here: whoever comes second finds the bits set and has nothing to copy.
+    let _alone = claims.claim(wanted.clone()).await;
+    for run in lacking_runs(snapshots, &wanted) {
+        pace.step().await;
+        let range = bytes(&run, image.size());
+        let old = match read_old(image, &range).await {
+            Ok(old) => old,
+            Err(error) => {
+                give_up(snapshots, &run, |_| {
+                    format!("old contents cannot be read: {error}")
+                })?;
+                continue;
+            }
+        };
+        for snapshot in snapshots.iter().filter(|snapshot| lacks(snapshot, &run)) {
+            if let Err(error) = keep(snapshot, &run, &old, pace).await {
+                snapshot.break_with(format!("scratch: {error}"))?;
+            }
+        }
+        pace.step().await;
+    }
+    // What was copied is stored before the guest's write: that is what a reader relies on.
+    fence(Ordering::Release);
+    Ok(())
+}
+
+/// The old contents of a stretch of granules.
+struct Old {
+    data: Bytes,
+    /// Granule by granule, from the first: what its contents are.
+    kept: Vec<Kept>,
+}
+
+async fn read_old<S: Storage>(image: &S, range: &Range<u64>) -> io::Result<Old> {
+    let mut data = BytesMut::zeroed((range.end - range.start) as usize);
+    image.read(range.start, &mut data).await?;
+    let data = data.freeze();
+    let mut kept: Vec<Kept> = data.chunks(GRANULE as usize).map(kind_of).collect();
+    if kept.contains(&Kept::Zero) {
+        find_holes(image, range, &mut kept).await?;
+    }
+    Ok(Old { data, kept })
+}
+
+fn kind_of(granule: &[u8]) -> Kept {
+    if is_zero(granule) {
+        Kept::Zero
+    } else {
+        Kept::Data
+    }
+}
+
+/// Tells holes from zeroes that were written: who reads the past is told of the former only.
+async fn find_holes<S: Storage>(
+    image: &S,
+    range: &Range<u64>,
+    kept: &mut [Kept],
+) -> io::Result<()> {
+    let mut at = range.start;
+    while at < range.end {
+        for extent in allocation(image, at..range.end).await? {
+            at = extent.range.end;
+            let first = ((extent.range.start - range.start) / GRANULE) as usize;
+            let end = (extent.range.end - range.start).div_ceil(GRANULE) as usize;
+            let zeroes = kept[first..end]
+                .iter_mut()
+                .filter(|state| **state == Kept::Zero);
+            zeroes
+                .filter(|_| extent.hole)
+                .for_each(|state| *state = Kept::Hole);
+        }
+    }
+    Ok(())
+}
+
+/// Keeps, for one snapshot, what it lacks of `run`.
+async fn keep<W: World>(
+    snapshot: &Snapshot<W>,
+    run: &Range<u64>,
+    old: &Old,
+    pace: &W::Pace,
+) -> io::Result<()> {
+    let missing: Vec<KeptRun> = snapshot
+        .preserved
+        .runs(run.clone())
+        .filter(|part| part.kept == Kept::Not)
+        .collect();
+    for part in missing
+        .iter()
+        .flat_map(|part| alike(part.granules.clone(), run.start, &old.kept))
+    {
+        if part.kept == Kept::Data {
+            let range = bytes(&part.granules, snapshot.size());
+            let from = (range.start - run.start * GRANULE) as usize;
+            let length = (range.end - range.start) as usize;
+            snapshot
+                .scratch
+                .write(range.start, &old.data.slice(from..from + length))
+                .await?;
+            snapshot.count_scratch(part.granules.end - part.granules.start);
+        }
+        pace.step().await;
+        snapshot.preserved.keep(&part)?;
+    }
+    Ok(())
+}
+
+/// `granules` cut into runs whose old contents, listed in `kept` from granule `first` on, are alike.
+fn alike(granules: Range<u64>, first: u64, kept: &[Kept]) -> impl Iterator<Item = KeptRun> {
+    let mut at = granules.start;
+    std::iter::from_fn(move || {
+        let start = at;
+        let kind = *kept
+            .get((start - first) as usize)
+            .filter(|_| start < granules.end)?;
+        let same = |g: &u64| kept.get((g - first) as usize) == Some(&kind);
+        at = start + (start..granules.end).take_while(same).count() as u64;
+        Some(KeptRun {
+            granules: start..at,
+            kept: kind,
+        })
+    })
+}
+
+fn lacks<W: World>(snapshot: &Snapshot<W>, granules: &Range<u64>) -> bool {
+    snapshot.broken().is_none() && !snapshot.preserved.covers(granules)
+}
+
+fn lacking<W: World>(snapshots: &[Arc<Snapshot<W>>], granules: &Range<u64>) -> bool {
+    snapshots.iter().any(|snapshot| lacks(snapshot, granules))
+}
+
+/// The stretches of `granules` that some snapshot lacks.
+fn lacking_runs<W: World>(
+    snapshots: &[Arc<Snapshot<W>>],
+    granules: &Range<u64>,
+) -> Vec<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for granule in granules.clone() {
+        if !lacking(snapshots, &(granule..granule + 1)) {
+            continue;
+        }
+        match runs.last_mut() {
+            Some(run) if run.end == granule => run.end += 1,
+            _ => runs.push(granule..granule + 1),
+        }
+    }
+    runs
+}
+
+fn give_up<W: World>(
+    snapshots: &[Arc<Snapshot<W>>],
+    run: &Range<u64>,
+    reason: impl Fn(&Snapshot<W>) -> String,
+) -> io::Result<()> {
+    for snapshot in snapshots.iter().filter(|snapshot| lacks(snapshot, run)) {
+        snapshot.break_with(reason(snapshot))?;
+    }
+    Ok(())
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    // Wide words and no early exit within a block, which the compiler turns into vector code.
+    bytes
+        .chunks(256)
+        .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+}

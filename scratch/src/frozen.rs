@@ -11,7 +11,7 @@ use crate::allocation::allocation;
 use crate::granules::{bytes, granules};
 use crate::preserved::Kept;
 use crate::snapshot::Snapshot;
-use crate::world::{Pace, World};
+use crate::world::{Pace, Step, World};
 
 /// Reads a disk as it was at the instant of its snapshot.
 pub struct Frozen<W: World> {
@@ -58,7 +58,7 @@ impl<W: World> Frozen<W> {
         self.image.read(offset, buffer).await?;
         // What the disk returned was read before the bits are.
         fence(Ordering::Acquire);
-        self.pace.step().await;
+        self.pace.step(Step::ReadPast).await;
         for run in self.snapshot.preserved.runs(granules(&range)) {
             let part = clamp(&bytes(&run.granules, self.size()), &range);
             let target = &mut buffer[(part.start - offset) as usize..(part.end - offset) as usize];
@@ -76,7 +76,7 @@ impl<W: World> Frozen<W> {
         self.whole()?;
         let today = allocation(&*self.image, bytes(&granules(&range), self.size())).await?;
         fence(Ordering::Acquire);
-        self.pace.step().await;
+        self.pace.step(Step::ReadPast).await;
         let mut then: Vec<Extent> = Vec::with_capacity(today.len());
         for extent in today {
             for run in self.snapshot.preserved.runs(granules(&extent.range)) {

@@ -11,7 +11,7 @@ use crate::claims::Claims;
 use crate::granules::{GRANULE, bytes, granules};
 use crate::preserved::{Kept, KeptRun};
 use crate::snapshot::Snapshot;
-use crate::world::{Pace, World};
+use crate::world::{Pace, Step, World};
 
 /// Returns once a write to `range` can no longer be seen by anyone who reads one of `snapshots`.
 ///
@@ -32,7 +32,7 @@ pub async fn preserve<W: World>(
     // Only writers meet here: whoever comes second finds the bits set and has nothing to copy.
     let _alone = claims.claim(wanted.clone()).await;
     for run in lacking_runs(snapshots, &wanted) {
-        pace.step().await;
+        pace.step(Step::Copy).await;
         let range = bytes(&run, image.size());
         let old = match read_old(image, &range).await {
             Ok(old) => old,
@@ -48,7 +48,7 @@ pub async fn preserve<W: World>(
                 snapshot.break_with(format!("scratch: {error}"))?;
             }
         }
-        pace.step().await;
+        pace.step(Step::Release).await;
     }
     // What was copied is stored before the guest's write: that is what a reader relies on.
     fence(Ordering::Release);
@@ -130,7 +130,7 @@ async fn keep<W: World>(
                 .await?;
             snapshot.count_scratch(part.granules.end - part.granules.start);
         }
-        pace.step().await;
+        pace.step(Step::Keep).await;
         snapshot.preserved.keep(&part)?;
     }
     Ok(())

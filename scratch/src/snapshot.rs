@@ -4,6 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use bitmap::{Era, EraMap, EraRun, FrozenEras, PageStore};
 use block::Storage;
+use tokio::sync::Notify;
 
 use crate::granules::{GRANULE, granules};
 use crate::preserved::Preserved;
@@ -22,6 +23,7 @@ pub struct Snapshot<W: World> {
     pub(crate) preserved: Preserved<W::Pages>,
     pub(crate) eras: FrozenEras<W::Pages>,
     broken: OnceLock<String>,
+    breaking: Notify,
     scratch_used: AtomicU64,
 }
 
@@ -47,12 +49,18 @@ impl<W: World> Snapshot<W> {
             preserved: Preserved::new(count, files.states),
             eras: FrozenEras::new(live, frozen_in, files.eras),
             broken: OnceLock::new(),
+            breaking: Notify::new(),
             scratch_used: AtomicU64::new(0),
         }
     }
 
     /// How much of the states file belongs to the snapshot's own record.
     pub const RECORD_BYTES: u64 = crate::preserved::STATES_OFFSET;
+
+    /// The size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.scratch.size()
+    }
 
     /// The eras of the disk at this instant.
     pub fn eras(&self) -> &FrozenEras<W::Pages> {
@@ -67,6 +75,19 @@ impl<W: World> Snapshot<W> {
     /// Why the instant is lost, if it is.
     pub fn broken(&self) -> Option<&str> {
         self.broken.get().map(String::as_str)
+    }
+
+    /// Waits until the instant is lost, and says why.
+    pub async fn breaks(&self) -> &str {
+        loop {
+            let breaking = self.breaking.notified();
+            tokio::pin!(breaking);
+            breaking.as_mut().enable();
+            if let Some(reason) = self.broken() {
+                return reason;
+            }
+            breaking.await;
+        }
     }
 
     /// Gives the instant up. When this returns, everyone who asks knows, after a kill as well.
@@ -84,7 +105,13 @@ impl<W: World> Snapshot<W> {
         self.preserved.store().store(BREAK_OFFSET, &record)?;
         // Whoever came first has said why.
         let _ = self.broken.set(reason);
+        self.breaking.notify_waiters();
         Ok(())
+    }
+
+    /// Makes durable what is in scratch.
+    pub async fn sync(&self) -> io::Result<()> {
+        self.scratch.sync().await
     }
 
     /// How many bytes of old contents are in scratch.
@@ -95,13 +122,6 @@ impl<W: World> Snapshot<W> {
     pub(crate) fn count_scratch(&self, granules: u64) {
         self.scratch_used
             .fetch_add(granules * GRANULE, Ordering::Relaxed);
-    }
-}
-
-impl<W: World> Snapshot<W> {
-    /// The size of the disk in bytes.
-    pub fn size(&self) -> u64 {
-        self.scratch.size()
     }
 }
 

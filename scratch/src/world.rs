@@ -18,7 +18,30 @@ pub trait World: 'static {
 /// Nobody, in production. A simulation lets others run there, as a preempting scheduler would.
 pub trait Pace: 'static {
     /// A point between two steps.
-    fn step(&self) -> impl Future<Output = ()>;
+    fn step(&self, before: Step) -> impl Future<Output = ()>;
+}
+
+/// What comes next.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Step {
+    /// A write looks at the map.
+    Look,
+    /// A write puts its era into the map.
+    Mark,
+    /// A write looks for what it has to keep.
+    Preserve,
+    /// A write copies granules that it has claimed.
+    Copy,
+    /// A write sets preserved bits.
+    Keep,
+    /// A write gives its claim back.
+    Release,
+    /// A write changes the disk.
+    Write,
+    /// A freeze gives the next disk its new tracking.
+    Swap,
+    /// A reader of the past, who has read the disk, looks at the preserved bits.
+    ReadPast,
 }
 
 /// Nobody steps in.
@@ -26,5 +49,5 @@ pub trait Pace: 'static {
 pub struct Unpaced;
 
 impl Pace for Unpaced {
-    async fn step(&self) {}
+    async fn step(&self, _: Step) {}
 }

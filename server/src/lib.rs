@@ -1,1 +1,3 @@
 //! Serving disks: sockets, names, sessions.
+
+pub mod disk;

@@ -1,0 +1,59 @@
+use std::sync::Arc;
+
+use scratch::{Pace, Step, World};
+use thiserror::Error;
+
+use super::{Disk, Tracking};
+
+/// A disk, and what it is to track from the instant on.
+pub struct Freeze<W: World> {
+    /// The disk.
+    pub disk: Arc<Disk<W>>,
+    /// Its next tracking, with an era that has not been used yet.
+    pub next: Tracking<W>,
+}
+
+/// The writes in flight did not end in time; nothing has changed.
+#[derive(Clone, Copy, Debug, Eq, Error, PartialEq)]
+#[error("writes in flight did not end in time")]
+pub struct Busy;
+
+/// Moves every disk to its next tracking at one point in time, or none of them.
+///
+/// All that can fail has been done by now: `next` is ready-made, so the guests pause only for the
+/// writes already in flight, and for no longer than `patience` takes. Only one instant may be taken
+/// at a time.
+pub async fn freeze<W: World>(
+    freezes: Vec<Freeze<W>>,
+    patience: impl Future<Output = ()>,
+) -> Result<(), Busy> {
+    let ready: Vec<_> = freezes
+        .into_iter()
+        .map(|freeze| (freeze.disk, Arc::new(freeze.next)))
+        .collect();
+    // Dropped early, all of these reopen.
+    let closed: Vec<_> = ready
+        .iter()
+        .map(|(disk, next)| (disk.gate.close(), next))
+        .collect();
+    let emptied = async {
+        for (gate, _) in &closed {
+            gate.emptied().await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = emptied => {}
+        () = patience => return Err(Busy),
+    }
+    for ((gate, next), (disk, _)) in closed.iter().zip(&ready) {
+        between_swaps(disk).await;
+        gate.set(Arc::clone(next));
+    }
+    Ok(())
+}
+
+/// Nothing waits between the first swap and the last: this does nothing, except in a simulation.
+async fn between_swaps<W: World>(disk: &Disk<W>) {
+    disk.pace.step(Step::Swap).await;
+}

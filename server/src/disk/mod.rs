@@ -1,0 +1,185 @@
+//! A disk that knows what changes on it, and can be frozen.
+//!
+//! A guest write takes one path: gate, mark, preserve, write. What it must not do out of order, and
+//! what each step leaves behind when the process is killed after it, stands at [`Disk::change`].
+
+mod freeze;
+mod gate;
+mod tracking;
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bitmap::{Era, EraMap};
+use block::{Extent, Storage, Zeroing};
+use bytes::Bytes;
+use scratch::{Claims, Frozen, Pace, Snapshot, Step, World, preserve};
+
+pub use freeze::{Busy, Freeze, freeze};
+pub use gate::{Closed, Gate, Pass};
+pub use tracking::Tracking;
+
+/// One image, served live: every change goes through here.
+pub struct Disk<W: World> {
+    image: Arc<W::Image>,
+    map: Arc<EraMap<W::Pages>>,
+    /// Entered for as long as a write is under way. Closed and empty, it is therefore a moment when
+    /// no write is half done: a point in time.
+    gate: Gate<Tracking<W>>,
+    claims: Claims,
+    pace: Arc<W::Pace>,
+    /// Set for good once a sync of the image has failed: what was acknowledged before it may be
+    /// lost, and a later sync that succeeds proves nothing.
+    sync_failed: AtomicBool,
+}
+
+/// What a change does to a range.
+enum Change {
+    Write(Bytes),
+    Zero(Zeroing),
+}
+
+impl<W: World> Disk<W> {
+    /// A disk in era `era`, of which nobody keeps any instant yet.
+    pub fn new(image: W::Image, map: EraMap<W::Pages>, era: Era, pace: W::Pace) -> Self {
+        Self {
+            image: Arc::new(image),
+            map: Arc::new(map),
+            gate: Gate::new(Tracking::new(era)),
+            claims: Claims::default(),
+            pace: Arc::new(pace),
+            sync_failed: AtomicBool::new(false),
+        }
+    }
+
+    /// The size in bytes.
+    pub fn size(&self) -> u64 {
+        self.image.size()
+    }
+
+    /// The live map.
+    pub fn map(&self) -> &Arc<EraMap<W::Pages>> {
+        &self.map
+    }
+
+    /// The current era, and who keeps what.
+    pub fn tracking(&self) -> Arc<Tracking<W>> {
+        self.gate.current()
+    }
+
+    /// Reads what `snapshot`, an instant of this disk, keeps.
+    pub fn frozen(&self, snapshot: Arc<Snapshot<W>>) -> Frozen<W> {
+        Frozen::new(Arc::clone(&self.image), snapshot, Arc::clone(&self.pace))
+    }
+
+    /// Fills `buffer` with what is at `offset` now.
+    pub async fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.image.read(offset, buffer).await
+    }
+
+    /// What of `range` takes space now: adjacent extents from its start on, at least one.
+    pub async fn extents(&self, range: Range<u64>) -> io::Result<Vec<Extent>> {
+        self.image.extents(range).await
+    }
+
+    /// Puts `data` at `offset`.
+    ///
+    /// Each [`PIECE_MAX`] bytes are wholly before or wholly after any instant. On
+    /// an error the range may hold old or new bytes, and is marked as changed.
+    pub async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
+        let range = offset..offset + data.len() as u64;
+        for piece in pieces(range) {
+            let from = (piece.start - offset) as usize;
+            let length = (piece.end - piece.start) as usize;
+            self.change(piece, Change::Write(data.slice(from..from + length)))
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Makes `range` read as zeroes; as for [`write`](Self::write).
+    pub async fn zero(&self, range: Range<u64>, how: Zeroing) -> io::Result<()> {
+        for piece in pieces(range) {
+            self.change(piece, Change::Zero(how)).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes durable every write that was acknowledged before the call, whoever made it.
+    pub async fn flush(&self) -> io::Result<()> {
+        if self.sync_failed.load(Ordering::Acquire) {
+            return Err(io::Error::other("an earlier sync of the image failed"));
+        }
+        let result = self.image.sync().await;
+        if let Err(error) = &result {
+            self.sync_failed.store(true, Ordering::Release);
+            let reason = format!("a sync of the image failed: {error}");
+            for snapshot in &self.tracking().snapshots {
+                // The image is not to be trusted any more; that is the news, and it is passed on.
+                let _ = snapshot.break_with(reason.clone());
+            }
+        }
+        result
+    }
+
+    /// Whether a sync of the image has failed, so that no instant of it can be relied on.
+    pub fn sync_failed(&self) -> bool {
+        self.sync_failed.load(Ordering::Acquire)
+    }
+
+    /// Changes one piece of the disk. The whole contract of tracking is the order of these lines.
+    ///
+    /// A process that is killed leaves, after the mark: a chunk marked that did not change, which is
+    /// harmless. After preserving: old bytes kept that the disk still has, likewise. After the
+    /// write: a change that is marked and whose before-image is kept.
+    async fn change(&self, range: Range<u64>, change: Change) -> io::Result<()> {
+        let pass = self.gate.enter().await;
+        self.pace.step(Step::Look).await;
+        self.mark(&range, &pass).await?;
+        self.pace.step(Step::Preserve).await;
+        preserve(
+            &range,
+            &*self.image,
+            &pass.snapshots,
+            &self.claims,
+            &*self.pace,
+        )
+        .await?;
+        self.pace.step(Step::Write).await;
+        match change {
+            Change::Write(data) => self.image.write(range.start, &data).await,
+            Change::Zero(how) => self.image.zero(range, how).await,
+        }
+        // The pass is given back here, when the outcome is known.
+    }
+
+    async fn mark(&self, range: &Range<u64>, tracking: &Tracking<W>) -> io::Result<()> {
+        for run in self.map.older(range, tracking.era) {
+            // The old era is kept first, or a map of the past would not find it.
+            for snapshot in tracking.snapshots.iter().filter(|s| s.broken().is_none()) {
+                if let Err(error) = snapshot.put_aside(&run) {
+                    snapshot.break_with(format!("old eras: {error}"))?;
+                }
+            }
+            self.pace.step(Step::Mark).await;
+            self.map.mark(&run.chunks, tracking.era)?;
+        }
+        Ok(())
+    }
+}
+
+/// Cuts `range` into pieces that are written as one.
+fn pieces(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let mut at = range.start;
+    std::iter::from_fn(move || {
+        let start = at;
+        // At multiples of the size, so that a chunk is rarely cut.
+        at = ((start / PIECE_MAX + 1) * PIECE_MAX).min(range.end);
+        (start < range.end).then_some(start..at)
+    })
+}
+
+/// The most bytes that are written as one.
+pub const PIECE_MAX: u64 = 4 << 20;

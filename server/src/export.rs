@@ -1,0 +1,413 @@
+//! What NBD clients can open, and what each of them may do there.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bitmap::{Era, Run};
+use block::Extent;
+use scratch::FrozenError;
+use thiserror::Error;
+
+use crate::names::Name;
+use crate::served::ServedDisk;
+use crate::service::{Base, Book, FrozenDisk, Service, Usage};
+
+/// Something that an NBD client has open.
+#[derive(Clone)]
+pub enum Export {
+    /// A disk as it is, read-write.
+    Live(Arc<ServedDisk>),
+    /// A disk as it was.
+    Frozen(Arc<FrozenDisk>),
+    /// A disk as it was, seen as a difference from the checkpoint at which an era began.
+    Difference(Arc<FrozenDisk>, String, Era),
+}
+
+/// A way of describing a disk, stretch by stretch.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Context {
+    /// `base:allocation`.
+    Allocation,
+    /// `qemu:allocation-depth`.
+    Depth,
+    /// A dirty bitmap: what had changed in this era or later.
+    Dirty(Era),
+}
+
+/// A stretch of a disk, and what a context says of it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Status {
+    /// In bytes.
+    pub length: u64,
+    /// As the context's specification defines them.
+    pub flags: u32,
+}
+
+/// Why a request failed.
+#[derive(Debug, Error)]
+pub enum ExportError {
+    /// The backup has been committed or aborted.
+    #[error("the backup has ended")]
+    Ended,
+    /// Something of the instant is lost.
+    #[error("the backup is broken: {0}")]
+    Broken(String),
+    /// Storage failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl From<FrozenError> for ExportError {
+    fn from(error: FrozenError) -> Self {
+        match error {
+            FrozenError::Broken(reason) => Self::Broken(reason),
+            FrozenError::Io(error) => Self::Io(error),
+        }
+    }
+}
+
+/// Which exports a socket offers.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Role {
+    /// Live exports only.
+    Live,
+    /// Frozen exports only.
+    Backup,
+}
+
+/// Finds the export that `role` offers under `name`.
+pub fn find(service: &Service, role: Role, name: &str) -> Option<Export> {
+    match role {
+        Role::Live => {
+            let disk = match name {
+                "" => only(service)?,
+                _ => service.disks().get(name)?,
+            };
+            Some(Export::Live(Arc::clone(disk)))
+        }
+        Role::Backup => find_frozen(service, name),
+    }
+}
+
+fn find_frozen(service: &Service, name: &str) -> Option<Export> {
+    let book = service.book();
+    let Some((disk, instant)) = name.split_once('@') else {
+        let disk = if name.is_empty() {
+            only(service)?.name.as_str()
+        } else {
+            name
+        };
+        let parts = book
+            .backups
+            .iter()
+            .filter_map(|backup| backup.disks.get(disk));
+        return parts
+            .filter(|part| part.has_disk_name)
+            .cloned()
+            .map(Export::Frozen)
+            .next();
+    };
+    let Some((checkpoint, id)) = instant.split_once("..") else {
+        let part = book.backup(instant)?.disks.get(disk)?;
+        return Some(Export::Frozen(Arc::clone(part)));
+    };
+    let part = book.backup(id)?.disks.get(disk)?;
+    let (name, era) = difference_bases(&book, part)
+        .into_iter()
+        .find(|b| b.0 == checkpoint)?;
+    Some(Export::Difference(Arc::clone(part), name, era))
+}
+
+/// The checkpoints for which a frozen disk can be seen as a difference.
+fn difference_bases(book: &Book, part: &FrozenDisk) -> Vec<(String, Era)> {
+    match &part.base {
+        Base::Checkpoint { name, era } => vec![(name.to_string(), *era)],
+        Base::None => book
+            .bases(part)
+            .map(|(name, era)| (name.to_string(), era))
+            .collect(),
+        Base::Unusable(_) => Vec::new(),
+    }
+}
+
+fn only(service: &Service) -> Option<&Arc<ServedDisk>> {
+    let mut disks = service.disks().values();
+    disks.next().filter(|_| disks.next().is_none())
+}
+
+/// The names that `role` lists, each with what it is.
+pub fn list(service: &Service, role: Role) -> Vec<(String, String)> {
+    if role == Role::Live {
+        let live = |name: &Name| (name.to_string(), "the disk as it is".to_owned());
+        return service.disks().keys().map(live).collect();
+    }
+    let book = service.book();
+    let mut listed = Vec::new();
+    for part in book.backups.iter().flat_map(|backup| backup.disks.values()) {
+        let description = format!("disk '{}' as frozen by '{}'", part.disk.name, part.backup);
+        if part.has_disk_name {
+            listed.push((part.disk.name.to_string(), description.clone()));
+        }
+        listed.push((frozen_name(part), description));
+    }
+    listed
+}
+
+/// The name of a frozen disk's export.
+pub fn frozen_name(part: &FrozenDisk) -> String {
+    format!("{}@{}", part.disk.name, part.backup)
+}
+
+/// The name of a frozen disk's export as a difference from `checkpoint`.
+pub fn difference_name(part: &FrozenDisk, checkpoint: &str) -> String {
+    format!("{}@{checkpoint}..{}", part.disk.name, part.backup)
+}
+
+impl Export {
+    /// The size in bytes.
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::Live(disk) => disk.disk.size(),
+            Self::Frozen(part) | Self::Difference(part, ..) => part.frozen.size(),
+        }
+    }
+
+    /// Whether nobody may write it.
+    pub fn read_only(&self) -> bool {
+        match self {
+            Self::Live(disk) => disk.read_only,
+            Self::Frozen(_) | Self::Difference(..) => true,
+        }
+    }
+
+    /// What it is, for people.
+    pub fn description(&self) -> String {
+        match self {
+            Self::Live(disk) => format!("disk '{}' as it is", disk.name),
+            Self::Frozen(part) => {
+                format!("disk '{}' as frozen by '{}'", part.disk.name, part.backup)
+            }
+            Self::Difference(_, checkpoint, _) => {
+                format!("difference since {checkpoint}: needs its base")
+            }
+        }
+    }
+
+    /// The contexts that it lists.
+    pub fn contexts(&self, service: &Service) -> Vec<String> {
+        let mut names = vec![ALLOCATION.to_owned(), DEPTH.to_owned()];
+        let dirty = |name: &str| format!("{DIRTY}{name}");
+        match self {
+            Self::Live(_) => {}
+            Self::Frozen(part) => match &part.base {
+                Base::Checkpoint { name, .. } => names.push(dirty(name.as_str())),
+                Base::None => {
+                    let book = service.book();
+                    let all: Vec<_> = book.bases(part).map(|(name, _)| name.clone()).collect();
+                    let newest = all.iter().rev().take(LISTED_BITMAPS_MAX);
+                    names.extend(newest.map(|name| dirty(name.as_str())));
+                }
+                Base::Unusable(_) => {}
+            },
+            Self::Difference(_, checkpoint, _) => names.push(dirty(checkpoint.as_str())),
+        }
+        names
+    }
+
+    /// The context of this name, listed or not.
+    pub fn context(&self, service: &Service, name: &str) -> Option<Context> {
+        match name {
+            ALLOCATION => return Some(Context::Allocation),
+            DEPTH => return Some(Context::Depth),
+            _ => {}
+        }
+        let bitmap = name.strip_prefix(DIRTY)?;
+        match self {
+            Self::Live(_) => None,
+            Self::Frozen(part) => {
+                let book = service.book();
+                let exact = book.bases(part).find(|(name, _)| name.as_str() == bitmap);
+                exact
+                    .map(|(_, era)| era)
+                    .or_else(|| default_bitmap(part, bitmap))
+            }
+            Self::Difference(part, checkpoint, era) => {
+                let exact = (checkpoint.as_str() == bitmap).then_some(*era);
+                exact.or_else(|| default_bitmap(part, bitmap))
+            }
+        }
+        .map(Context::Dirty)
+    }
+
+    /// Fills `buffer` with what is at `offset`.
+    pub async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        self.still_open()?;
+        match self {
+            Self::Live(disk) => disk.disk.read(offset, buffer).await?,
+            Self::Frozen(part) | Self::Difference(part, ..) => {
+                part.frozen.read(offset, buffer).await?;
+            }
+        }
+        self.still_open()?;
+        if let Some(usage) = self.usage() {
+            usage
+                .bytes_read
+                .fetch_add(buffer.len() as u64, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// What `context` says of `range`, from its start on: at most some `limit` stretches.
+    pub async fn status(
+        &self,
+        context: Context,
+        range: Range<u64>,
+        limit: usize,
+    ) -> Result<Vec<Status>, ExportError> {
+        self.still_open()?;
+        let length = range.end - range.start;
+        let found = match (context, self) {
+            (Context::Depth, _) => vec![Status {
+                length,
+                flags: DEPTH_LOCAL,
+            }],
+            (Context::Allocation, Self::Difference(part, _, since)) => {
+                difference(part, range, *since, limit).await?
+            }
+            (Context::Allocation, Self::Live(disk)) => {
+                let extents = disk.disk.extents(range).await?;
+                extents.into_iter().take(limit).map(allocation_of).collect()
+            }
+            (Context::Allocation, Self::Frozen(part)) => {
+                let extents = part.frozen.extents(range).await?;
+                extents.into_iter().take(limit).map(allocation_of).collect()
+            }
+            (Context::Dirty(since), Self::Frozen(part) | Self::Difference(part, ..)) => {
+                let runs = part.frozen.changes(range, since, limit)?;
+                runs.into_iter().map(dirty_of).collect()
+            }
+            // A live disk has no bitmaps to ask for.
+            (Context::Dirty(_), Self::Live(_)) => vec![Status {
+                length,
+                flags: DIRTY_FLAG,
+            }],
+        };
+        self.still_open()?;
+        Ok(found)
+    }
+
+    /// What of `range` takes space: adjacent extents from its start on.
+    pub async fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>, ExportError> {
+        self.still_open()?;
+        let extents = match self {
+            Self::Live(disk) => disk.disk.extents(range).await?,
+            Self::Frozen(part) | Self::Difference(part, ..) => part.frozen.extents(range).await?,
+        };
+        self.still_open()?;
+        Ok(extents)
+    }
+
+    /// What a backup keeps, it keeps until it ends; what is read later is worth nothing.
+    fn still_open(&self) -> Result<(), ExportError> {
+        match self {
+            Self::Frozen(part) | Self::Difference(part, ..) if part.has_ended() => {
+                Err(ExportError::Ended)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What clients do here is counted here.
+    pub fn usage(&self) -> Option<&Usage> {
+        match self {
+            Self::Live(_) => None,
+            Self::Frozen(part) => Some(&part.whole),
+            Self::Difference(part, ..) => Some(&part.difference),
+        }
+    }
+}
+
+/// What is clean is a hole that a reader has to fill from its base; what is dirty is as it is.
+async fn difference(
+    part: &FrozenDisk,
+    range: Range<u64>,
+    since: Era,
+    limit: usize,
+) -> Result<Vec<Status>, ExportError> {
+    let mut found: Vec<Status> = Vec::new();
+    for run in part.frozen.changes(range, since, limit)? {
+        if !run.dirty {
+            push(&mut found, run.range.end - run.range.start, STATE_HOLE);
+        }
+        let mut at = if run.dirty {
+            run.range.start
+        } else {
+            run.range.end
+        };
+        while at < run.range.end {
+            if found.len() >= limit {
+                return Ok(found);
+            }
+            for extent in part.frozen.extents(at..run.range.end).await? {
+                at = extent.range.end;
+                let Status { length, flags } = allocation_of(extent);
+                push(&mut found, length, flags);
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn default_bitmap(part: &FrozenDisk, bitmap: &str) -> Option<Era> {
+    // The name that libvirt gives the bitmap of a disk when nobody chose one.
+    match &part.base {
+        Base::Checkpoint { era, .. } => {
+            (bitmap.strip_prefix("backup-")? == part.disk.name.as_str()).then_some(*era)
+        }
+        Base::None | Base::Unusable(_) => None,
+    }
+}
+
+fn allocation_of(extent: Extent) -> Status {
+    let flags = if extent.hole {
+        STATE_HOLE | STATE_ZERO
+    } else {
+        0
+    };
+    Status {
+        length: extent.range.end - extent.range.start,
+        flags,
+    }
+}
+
+fn dirty_of(run: Run) -> Status {
+    let flags = if run.dirty { DIRTY_FLAG } else { 0 };
+    Status {
+        length: run.range.end - run.range.start,
+        flags,
+    }
+}
+
+fn push(found: &mut Vec<Status>, length: u64, flags: u32) {
+    match found.last_mut() {
+        Some(last) if last.flags == flags => last.length += length,
+        _ => found.push(Status { length, flags }),
+    }
+}
+
+const ALLOCATION: &str = "base:allocation";
+const DEPTH: &str = "qemu:allocation-depth";
+const DIRTY: &str = "qemu:dirty-bitmap:";
+
+/// `NBD_STATE_HOLE` and `NBD_STATE_ZERO`, of `base:allocation`.
+const STATE_HOLE: u32 = 1;
+const STATE_ZERO: u32 = 2;
+/// `NBD_STATE_DIRTY`, of `qemu:dirty-bitmap:`.
+const DIRTY_FLAG: u32 = 1;
+/// Of `qemu:allocation-depth`: in the image itself, which has nothing behind it.
+const DEPTH_LOCAL: u32 = 1;
+
+/// How many bitmaps a client is told of when none was asked for at begin; all can be asked for.
+const LISTED_BITMAPS_MAX: usize = 16;

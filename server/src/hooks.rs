@@ -1,0 +1,32 @@
+//! Where tests may reach into the order of things. Without the feature `test-hooks`, nowhere.
+
+use scratch::{Pace, Step};
+
+/// Steps in between for tests; compiled to nothing in a release.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Hooks;
+
+impl Pace for Hooks {
+    #[cfg(not(feature = "test-hooks"))]
+    async fn step(&self, _: Step) {}
+
+    #[cfg(feature = "test-hooks")]
+    async fn step(&self, before: Step) {
+        if before == Step::Swap
+            && let Some(delay) = milliseconds("STILLPOINT_TEST_SWAP_DELAY_MS")
+        {
+            tokio::time::sleep(delay).await;
+        }
+    }
+}
+
+/// Whether a freeze is to leave its gates open, to show that a test notices.
+pub(crate) fn leaves_gates_open() -> bool {
+    cfg!(feature = "test-hooks") && std::env::var_os("STILLPOINT_TEST_LEAVE_GATES_OPEN").is_some()
+}
+
+#[cfg(feature = "test-hooks")]
+fn milliseconds(variable: &str) -> Option<std::time::Duration> {
+    let value = std::env::var(variable).ok()?.parse().ok()?;
+    Some(std::time::Duration::from_millis(value))
+}

@@ -1,0 +1,243 @@
+//! A disk under its name: image, lock, and where its state lies.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bitmap::{Era, EraMap, Granularity};
+use block::{FileStorage, ImageLock, Storage};
+use uuid::Uuid;
+
+use crate::disk::Disk;
+use crate::failure::Failure;
+use crate::files::{CellPages, Files};
+use crate::hooks::Hooks;
+use crate::lock_file::LockFile;
+use crate::names::Name;
+
+/// Which image to serve, and how.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct DiskSpec {
+    /// What clients call it.
+    pub name: Name,
+    /// The image.
+    pub path: PathBuf,
+    /// The user said that it is raw, whatever it looks like.
+    pub raw: bool,
+    /// The chunk size of the era map.
+    pub granularity: Granularity,
+    /// Where its state goes, if not to the default place.
+    pub state: Option<PathBuf>,
+    /// Nobody may write it.
+    pub read_only: bool,
+}
+
+/// A disk that is being served.
+pub struct ServedDisk {
+    /// What clients call it.
+    pub name: Name,
+    /// Made once and never reused.
+    pub uuid: Uuid,
+    /// The image.
+    pub path: PathBuf,
+    /// Nobody may write it.
+    pub read_only: bool,
+    /// The disk itself.
+    pub disk: Arc<Disk<Files>>,
+    scratch_dir: PathBuf,
+    _locks: Vec<LockFile>,
+}
+
+impl ServedDisk {
+    /// Opens and locks the image, and begins to track it.
+    pub fn open(spec: DiskSpec, scratch_root: Option<&Path>) -> Result<Self, Failure> {
+        let context = |failure: Failure| Failure {
+            message: format!("disk '{}': {}", spec.name, failure.message),
+            ..failure
+        };
+        open_disk(&spec, scratch_root).map_err(context)
+    }
+
+    /// The folder for this disk's share of a backup.
+    pub fn snapshot_dir(&self, backup: &Name) -> PathBuf {
+        self.scratch_dir.join(backup.as_str())
+    }
+}
+
+fn open_disk(spec: &DiskSpec, scratch_root: Option<&Path>) -> Result<ServedDisk, Failure> {
+    let file = open_image(spec)?;
+    ImageLock::take(&file).map_err(|error| {
+        Failure::new(
+            "image-locked",
+            format!("cannot use '{}': {error}", spec.path.display()),
+        )
+    })?;
+    let image = FileStorage::new(file).map_err(|error| cannot_open(&spec.path, &error))?;
+    check_size(&spec.path, image.size())?;
+    if !spec.raw {
+        refuse_other_formats(&spec.path, image.file())?;
+    }
+
+    let state = state_dir(spec, image.file())?;
+    let mut locks = vec![claim_folder(&state, "state")?];
+    let scratch_dir = match scratch_root {
+        Some(root) => {
+            let dir = root.join(spec.name.as_str());
+            locks.push(claim_folder(&dir, "scratch")?);
+            dir.join("backups")
+        }
+        None => state.join("backups"),
+    };
+    remove_leftovers(&scratch_dir)?;
+    let pages = CellPages::create(&state.join("eras"))
+        .map_err(|error| cannot_write(&state.join("eras"), &error))?;
+    let map = EraMap::new(image.size(), spec.granularity, pages);
+    Ok(ServedDisk {
+        name: spec.name.clone(),
+        uuid: Uuid::new_v4(),
+        path: spec.path.clone(),
+        read_only: spec.read_only,
+        disk: Arc::new(Disk::new(image, map, Era::FIRST, Hooks)),
+        scratch_dir,
+        _locks: locks,
+    })
+}
+
+fn open_image(spec: &DiskSpec) -> Result<File, Failure> {
+    let path = &spec.path;
+    let kind = fs::metadata(path)
+        .map_err(|error| cannot_open(path, &error))?
+        .file_type();
+    if kind.is_dir() {
+        let message = format!("'{}' is a directory, not an image", path.display());
+        return Err(Failure::new("bad-image", message));
+    }
+    if !kind.is_file() && !kind.is_block_device() {
+        let message = format!("'{}' is neither a file nor a block device", path.display());
+        return Err(Failure::new("bad-image", message));
+    }
+    let mut options = File::options();
+    options
+        .read(true)
+        .write(!spec.read_only)
+        .open(path)
+        .map_err(|error| cannot_open(path, &error))
+}
+
+fn check_size(path: &Path, size: u64) -> Result<(), Failure> {
+    if size == 0 {
+        let failure = Failure::new("bad-image", format!("'{}' has size zero", path.display()));
+        return Err(failure.hint("make it as large as the disk is to be: truncate --size"));
+    }
+    if size % SECTOR != 0 {
+        let message = format!(
+            "the size of '{}', {size} bytes, is no multiple of {SECTOR}",
+            path.display()
+        );
+        return Err(Failure::new("bad-image", message));
+    }
+    Ok(())
+}
+
+/// A guest can write any header into a raw disk, so a format is never guessed: it is refused, or
+/// the user says that the image is raw.
+fn refuse_other_formats(path: &Path, image: &File) -> Result<(), Failure> {
+    let mut head = [0; 512];
+    image
+        .read_exact_at(&mut head, 0)
+        .map_err(|error| cannot_open(path, &error))?;
+    let found = OTHER_FORMATS
+        .iter()
+        .find(|(at, magic, _)| head[*at..].starts_with(magic));
+    let Some((_, _, format)) = found else {
+        return Ok(());
+    };
+    let message = format!(
+        "'{}' looks like a {format} image, and no format was given",
+        path.display()
+    );
+    let hint = "add ,format=raw if the bytes of the file are the disk; \
+                serve other formats through qemu-nbd or convert them with qemu-img";
+    Err(Failure::new("unknown-format", message).hint(hint))
+}
+
+fn state_dir(spec: &DiskSpec, image: &File) -> Result<PathBuf, Failure> {
+    if let Some(dir) = &spec.state {
+        return Ok(dir.clone());
+    }
+    let is_device = image
+        .metadata()
+        .map_err(|e| cannot_open(&spec.path, &e))?
+        .file_type()
+        .is_block_device();
+    if !is_device {
+        let mut dir = fs::canonicalize(&spec.path)
+            .map_err(|error| cannot_open(&spec.path, &error))?
+            .into_os_string();
+        dir.push(".stillpoint");
+        return Ok(dir.into());
+    }
+    if rustix::process::geteuid().is_root() {
+        return Ok(Path::new("/var/lib/stillpoint/disks").join(spec.name.as_str()));
+    }
+    let message = format!(
+        "'{}' is a block device, and its state needs a place",
+        spec.path.display()
+    );
+    Err(Failure::new("no-state-dir", message).hint("add ,state=DIR"))
+}
+
+/// Makes `dir` if need be, and keeps every other server out of it.
+fn claim_folder(dir: &Path, what: &str) -> Result<LockFile, Failure> {
+    fs::create_dir_all(dir).map_err(|error| cannot_write(dir, &error))?;
+    let path = dir.join("lock");
+    let lock = LockFile::take(&path).map_err(|error| cannot_write(&path, &error))?;
+    lock.map_err(|holder| {
+        let message = format!(
+            "the {what} directory '{}' is in use by another server{holder}",
+            dir.display()
+        );
+        Failure::new("locked", message)
+    })
+}
+
+/// What a server that was killed left of its backups is of no use to this one.
+fn remove_leftovers(dir: &Path) -> Result<(), Failure> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(cannot_write(dir, &error)),
+        _ => Ok(()),
+    }
+}
+
+fn cannot_open(path: &Path, error: &io::Error) -> Failure {
+    Failure::new(
+        "cannot-open",
+        format!("cannot open '{}': {error}", path.display()),
+    )
+}
+
+fn cannot_write(path: &Path, error: &io::Error) -> Failure {
+    Failure::new(
+        "cannot-write",
+        format!("cannot write '{}': {error}", path.display()),
+    )
+}
+
+/// What the sizes of disks are made of.
+const SECTOR: u64 = 512;
+
+/// Where in an image a format's magic stands, what it is, and the format.
+const OTHER_FORMATS: [(usize, &[u8], &str); 10] = [
+    (0, b"QFI\xfb", "qcow2"),
+    (0, b"QED\0", "QED"),
+    (0, b"KDMV", "VMDK"),
+    (0, b"COWD", "VMDK"),
+    (0, b"# Disk DescriptorFile", "VMDK"),
+    (0, b"vhdxfile", "VHDX"),
+    (0, b"conectix", "VHD"),
+    (0x40, b"\x7f\x10\xda\xbe", "VDI"),
+    (0, b"WithoutFreeSpace", "Parallels"),
+    (0, b"WithouFreSpacExt", "Parallels"),
+];

@@ -1,0 +1,645 @@
+//! What can be asked of a server: checkpoints and backups, across all its disks.
+//!
+//! Everything that takes or ends an instant goes through one lock, in the order: prepare what can
+//! fail, freeze, enter in the book. Looking never waits for that.
+
+mod book;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
+
+use bitmap::Era;
+use scratch::Snapshot;
+use time::OffsetDateTime;
+use tokio::sync::{Mutex, broadcast};
+use uuid::Uuid;
+
+pub use book::{Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Outcome, Usage};
+
+use crate::disk::{Freeze, Tracking, freeze};
+use crate::failure::Failure;
+use crate::files::{Files, SnapshotDir};
+use crate::names::Name;
+use crate::served::ServedDisk;
+
+/// Disks, and what is known of their past.
+pub struct Service {
+    disks: BTreeMap<Name, Arc<ServedDisk>>,
+    book: RwLock<Book>,
+    /// Held by whoever takes or ends an instant.
+    instants: Mutex<Counter>,
+    freeze_timeout: Duration,
+    /// The longest time for which the guests were held, in microseconds.
+    longest_pause_us: AtomicU64,
+    events: broadcast::Sender<Event>,
+}
+
+/// Numbers for backups without an id.
+#[derive(Default)]
+struct Counter(u64);
+
+/// Something that happened.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Event {
+    /// A backup is open.
+    BackupBegun {
+        /// Its id.
+        id: Name,
+    },
+    /// A backup was committed or aborted.
+    BackupEnded {
+        /// Its id.
+        id: Name,
+        /// Which of the two.
+        outcome: Outcome,
+    },
+    /// A backup lost its instant.
+    BackupBroken {
+        /// Its id.
+        id: Name,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What one disk of a backup begins with, before the instant.
+struct Prepared {
+    disk: Arc<ServedDisk>,
+    era: Era,
+    snapshot: Arc<Snapshot<Files>>,
+    dir: SnapshotDir,
+    base: Base,
+}
+
+impl Service {
+    /// Serves `disks`; a freeze gives up when writes in flight take longer than `freeze_timeout`.
+    pub fn new(disks: Vec<ServedDisk>, freeze_timeout: Duration) -> Self {
+        let disks = disks
+            .into_iter()
+            .map(|disk| (disk.name.clone(), Arc::new(disk)))
+            .collect();
+        Self {
+            disks,
+            book: RwLock::default(),
+            instants: Mutex::default(),
+            freeze_timeout,
+            longest_pause_us: AtomicU64::new(0),
+            events: broadcast::channel(EVENTS_MAX).0,
+        }
+    }
+
+    /// The disks by name.
+    pub fn disks(&self) -> &BTreeMap<Name, Arc<ServedDisk>> {
+        &self.disks
+    }
+
+    /// Checkpoints and backups as they are now.
+    pub fn book(&self) -> RwLockReadGuard<'_, Book> {
+        self.book.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn book_mut(&self) -> RwLockWriteGuard<'_, Book> {
+        self.book.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What happens from now on.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    /// The longest time for which a freeze held the guests.
+    pub fn longest_pause(&self) -> Duration {
+        Duration::from_micros(self.longest_pause_us.load(Ordering::Relaxed))
+    }
+
+    /// Names this instant of `disks`, or of all of them.
+    pub async fn create_checkpoint(
+        &self,
+        name: Name,
+        disks: Option<Vec<Name>>,
+    ) -> Result<Checkpoint, Failure> {
+        let _alone = self.instants.lock().await;
+        self.check_checkpoint_name(&name)?;
+        let disks = self.select(disks.as_deref())?;
+        let mut eras = BTreeMap::new();
+        let mut freezes = Vec::new();
+        for disk in disks {
+            refuse_untrusted(&disk)?;
+            let tracking = disk.disk.tracking();
+            let era = next_era(&disk, &tracking)?;
+            eras.insert(disk.name.clone(), era);
+            freezes.push(Freeze {
+                disk: Arc::clone(&disk.disk),
+                next: tracking.followed_by(era, None),
+            });
+        }
+        self.freeze(freezes).await?;
+        let created = now();
+        let checkpoint = Checkpoint {
+            name,
+            uuid: Uuid::new_v4(),
+            created,
+            eras,
+            pending_of: None,
+        };
+        self.book_mut().checkpoints.push(checkpoint.clone());
+        Ok(checkpoint)
+    }
+
+    /// Forgets a checkpoint. What changed since any other one stays known.
+    pub async fn delete_checkpoint(
+        &self,
+        name: &Name,
+        disks: Option<Vec<Name>>,
+    ) -> Result<(), Failure> {
+        let _alone = self.instants.lock().await;
+        let disks: BTreeSet<Name> = self
+            .select(disks.as_deref())?
+            .into_iter()
+            .map(|disk| disk.name.clone())
+            .collect();
+        let mut book = self.book_mut();
+        let at = position(&book, name)?;
+        let uuid = book.checkpoints[at].uuid;
+        if let Some(backup) = &book.checkpoints[at].pending_of {
+            return Err(in_use(name, backup));
+        }
+        let user = book.backups.iter().find(|backup| {
+            backup
+                .since
+                .as_ref()
+                .is_some_and(|(_, since)| *since == uuid)
+                && backup.disks.keys().any(|disk| disks.contains(disk))
+        });
+        if let Some(backup) = user {
+            return Err(in_use(name, &backup.id));
+        }
+        book.checkpoints[at]
+            .eras
+            .retain(|disk, _| !disks.contains(disk));
+        if book.checkpoints[at].eras.is_empty() {
+            book.checkpoints.remove(at);
+        }
+        Ok(())
+    }
+
+    /// Freezes one instant of some disks, or of all. Asked again for an open backup with the same
+    /// arguments, it is that backup.
+    pub async fn begin_backup(
+        self: &Arc<Self>,
+        request: BeginRequest,
+    ) -> Result<Arc<Backup>, Failure> {
+        let mut counter = self.instants.lock().await;
+        if let Some(open) = self.already_open(&request)? {
+            return Ok(open);
+        }
+        let id = self.choose_id(&request, &mut counter)?;
+        if let Some(name) = &request.checkpoint {
+            self.check_checkpoint_name(name)?;
+        }
+        let since = request
+            .since
+            .as_deref()
+            .map(|text| self.find_base(text))
+            .transpose()?;
+        let disks = self.select(request.disks.as_deref())?;
+        refuse_base_of_none(since.as_ref(), &disks)?;
+
+        let mut prepared = Vec::new();
+        for disk in disks {
+            prepared.push(prepare(&id, disk, since.as_ref())?);
+        }
+        let next = |part: &Prepared| Freeze {
+            disk: Arc::clone(&part.disk.disk),
+            next: part
+                .disk
+                .disk
+                .tracking()
+                .followed_by(part.era, Some(Arc::clone(&part.snapshot))),
+        };
+        let pause = self.freeze(prepared.iter().map(next).collect()).await?;
+        let frozen_at = now();
+
+        let backup = self.enter(id, request, since, prepared, frozen_at, pause);
+        self.watch(&backup);
+        self.announce(Event::BackupBegun {
+            id: backup.id.clone(),
+        });
+        Ok(backup)
+    }
+
+    /// Ends a backup as a success: its checkpoint becomes visible.
+    pub async fn commit_backup(&self, id: &Name) -> Result<(), Failure> {
+        let _alone = self.instants.lock().await;
+        let Some(backup) = self.open_or_ended(id, Outcome::Committed)? else {
+            return Ok(());
+        };
+        for part in backup.disks.values() {
+            let snapshot = part.frozen.snapshot();
+            if let Err(error) = snapshot.sync().await {
+                // It is given up either way; what cannot be recorded is reported below.
+                let _ = snapshot.break_with(format!("scratch cannot be synced: {error}"));
+                return Err(broken(id, &error.to_string()));
+            }
+        }
+        if let Some(reason) = backup.broken() {
+            return Err(broken(id, &reason));
+        }
+        self.end(&backup, Outcome::Committed);
+        Ok(())
+    }
+
+    /// Ends a backup as a failure: as if it had never begun.
+    pub async fn abort_backup(&self, id: &Name) -> Result<(), Failure> {
+        let _alone = self.instants.lock().await;
+        let Some(backup) = self.open_or_ended(id, Outcome::Aborted)? else {
+            return Ok(());
+        };
+        self.end(&backup, Outcome::Aborted);
+        Ok(())
+    }
+
+    /// The disk of this name.
+    pub fn disk(&self, name: &Name) -> Result<&Arc<ServedDisk>, Failure> {
+        self.disks.get(name).ok_or_else(|| {
+            let known: Vec<_> = self.disks.keys().map(Name::as_str).collect();
+            let failure = Failure::new("unknown-disk", format!("there is no disk '{name}'"));
+            failure.hint(format!("the disks are: {}", known.join(", ")))
+        })
+    }
+
+    /// The open backup with this id.
+    pub fn open_backup(&self, id: &str) -> Result<Arc<Backup>, Failure> {
+        self.book().backup(id).cloned().ok_or_else(|| {
+            Failure::new("unknown-backup", format!("there is no open backup '{id}'"))
+        })
+    }
+
+    fn select(&self, wanted: Option<&[Name]>) -> Result<Vec<Arc<ServedDisk>>, Failure> {
+        let Some(wanted) = wanted else {
+            return Ok(self.disks.values().cloned().collect());
+        };
+        if wanted.is_empty() {
+            return Err(Failure::new("unknown-disk", "no disk is named"));
+        }
+        let names: BTreeSet<&Name> = wanted.iter().collect();
+        names
+            .into_iter()
+            .map(|name| self.disk(name).cloned())
+            .collect()
+    }
+
+    fn check_checkpoint_name(&self, name: &Name) -> Result<(), Failure> {
+        let of_disk = name.as_str().strip_prefix("backup-");
+        if of_disk.is_some_and(|disk| self.disks.contains_key(disk)) {
+            let message = format!("'{name}' is the name that a disk's backup bitmap goes by");
+            return Err(Failure::new("invalid-name", message));
+        }
+        match self.book().checkpoint(name.as_str()) {
+            None => Ok(()),
+            Some(Checkpoint {
+                pending_of: Some(backup),
+                ..
+            }) => {
+                let message = format!("checkpoint '{name}' is being made by backup '{backup}'");
+                Err(Failure::new("checkpoint-exists", message))
+            }
+            Some(_) => {
+                let failure =
+                    Failure::new("checkpoint-exists", format!("checkpoint '{name}' exists"));
+                Err(failure.hint("delete it first, or choose another name"))
+            }
+        }
+    }
+
+    /// Takes the instant, and says for how long the guests were held.
+    async fn freeze(&self, freezes: Vec<Freeze<Files>>) -> Result<Duration, Failure> {
+        let begun = Instant::now();
+        let outcome = freeze(freezes, tokio::time::sleep(self.freeze_timeout)).await;
+        let pause = begun.elapsed();
+        self.longest_pause_us
+            .fetch_max(pause.as_micros() as u64, Ordering::Relaxed);
+        outcome.map_err(|busy| {
+            let message = format!("{busy}: no instant within {:?}", self.freeze_timeout);
+            let hint = "the storage is slow: try again, or serve with a longer --freeze-timeout";
+            Failure::new("busy", message).hint(hint)
+        })?;
+        Ok(pause)
+    }
+
+    fn already_open(&self, request: &BeginRequest) -> Result<Option<Arc<Backup>>, Failure> {
+        let book = self.book();
+        let open = request.id.as_ref().and_then(|id| book.backup(id.as_str()));
+        match open {
+            None => Ok(None),
+            Some(backup) if backup.request == *request => Ok(Some(Arc::clone(backup))),
+            Some(backup) => {
+                let message = format!(
+                    "backup '{}' is open, and was begun with other arguments",
+                    backup.id
+                );
+                Err(Failure::new("backup-exists", message))
+            }
+        }
+    }
+
+    fn choose_id(&self, request: &BeginRequest, counter: &mut Counter) -> Result<Name, Failure> {
+        let book = self.book();
+        if let Some(id) = &request.id {
+            if book.ended.contains_key(id) {
+                let message = format!("backup id '{id}' was used before; ids are never reused");
+                return Err(Failure::new("backup-exists", message));
+            }
+            return Ok(id.clone());
+        }
+        loop {
+            counter.0 += 1;
+            let id = Name::parse(&format!("b{}", counter.0)).expect("a letter and digits");
+            if book.backup(id.as_str()).is_none() && !book.ended.contains_key(&id) {
+                return Ok(id);
+            }
+        }
+    }
+
+    fn find_base(&self, text: &str) -> Result<Found, Failure> {
+        let book = self.book();
+        let by_uuid = Uuid::try_parse(text).ok();
+        let found = book.checkpoints.iter().find(|checkpoint| {
+            by_uuid.map_or(checkpoint.name.as_str() == text, |uuid| {
+                checkpoint.uuid == uuid
+            })
+        });
+        match (found, by_uuid) {
+            (
+                Some(Checkpoint {
+                    name,
+                    pending_of: Some(backup),
+                    ..
+                }),
+                _,
+            ) => {
+                let message =
+                    format!("checkpoint '{name}' exists only when backup '{backup}' is committed");
+                Err(Failure::new("unknown-checkpoint", message))
+            }
+            (Some(checkpoint), _) => Ok(Found::Checkpoint(checkpoint.clone())),
+            // Whoever remembers an identity that is gone gets a full, not a wrong incremental.
+            (None, Some(uuid)) => Ok(Found::Gone(uuid)),
+            (None, None) => {
+                let message = format!("there is no checkpoint '{text}'");
+                Err(Failure::new("unknown-checkpoint", message)
+                    .hint("see: stillpoint checkpoint list"))
+            }
+        }
+    }
+
+    /// Enters a backup, whose instant has been taken, in the book.
+    fn enter(
+        &self,
+        id: Name,
+        request: BeginRequest,
+        since: Option<Found>,
+        prepared: Vec<Prepared>,
+        frozen_at: OffsetDateTime,
+        pause: Duration,
+    ) -> Arc<Backup> {
+        let eras = prepared
+            .iter()
+            .map(|part| (part.disk.name.clone(), part.era))
+            .collect();
+        // Counting what changed may take a while, and nobody waits for the book meanwhile.
+        let freeze = |part: Prepared| {
+            let name = part.disk.name.clone();
+            let is_first = !self
+                .book()
+                .backups
+                .iter()
+                .any(|open| open.disks.contains_key(&name));
+            (name, Arc::new(part.freeze(&id, is_first)))
+        };
+        let disks = prepared.into_iter().map(freeze).collect();
+        let checkpoint = request
+            .checkpoint
+            .clone()
+            .map(|name| (name, Uuid::new_v4()));
+        let since = match since {
+            Some(Found::Checkpoint(base)) => Some((base.name, base.uuid)),
+            Some(Found::Gone(_)) | None => None,
+        };
+        let mut book = self.book_mut();
+        if let Some((name, uuid)) = checkpoint.clone() {
+            let pending_of = Some(id.clone());
+            book.checkpoints.push(Checkpoint {
+                name,
+                uuid,
+                created: frozen_at,
+                eras,
+                pending_of,
+            });
+        }
+        let uuid = Uuid::new_v4();
+        let backup = Backup {
+            id,
+            uuid,
+            request,
+            frozen_at,
+            pause,
+            since,
+            checkpoint,
+            disks,
+        };
+        let backup = Arc::new(backup);
+        book.backups.push(Arc::clone(&backup));
+        backup
+    }
+
+    /// Tells everyone when the backup breaks.
+    fn watch(self: &Arc<Self>, backup: &Arc<Backup>) {
+        for part in backup.disks.values() {
+            let (service, part) = (Arc::clone(self), Arc::clone(part));
+            tokio::task::spawn_local(async move {
+                let reason = part.frozen.snapshot().breaks().await.to_owned();
+                if !part.has_ended() {
+                    tracing::error!(backup = %part.backup, disk = %part.disk.name, reason, "broken");
+                    service.announce(Event::BackupBroken {
+                        id: part.backup.clone(),
+                        reason,
+                    });
+                }
+            });
+        }
+    }
+
+    /// The open backup, or `None` if it has ended in this very way already.
+    fn open_or_ended(&self, id: &Name, wanted: Outcome) -> Result<Option<Arc<Backup>>, Failure> {
+        if let Some(open) = self.book().backup(id.as_str()) {
+            return Ok(Some(Arc::clone(open)));
+        }
+        match self.book().ended.get(id) {
+            Some(outcome) if *outcome == wanted => Ok(None),
+            Some(Outcome::Committed) => Err(Failure::new(
+                "already-committed",
+                format!("backup '{id}' was committed"),
+            )),
+            Some(Outcome::Aborted) => Err(Failure::new(
+                "already-aborted",
+                format!("backup '{id}' was aborted"),
+            )),
+            None => Err(Failure::new(
+                "unknown-backup",
+                format!("there is no backup '{id}'"),
+            )),
+        }
+    }
+
+    fn end(&self, backup: &Backup, outcome: Outcome) {
+        let mut book = self.book_mut();
+        book.backups.retain(|open| open.id != backup.id);
+        book.ended.insert(backup.id.clone(), outcome);
+        let ours = |c: &Checkpoint| c.pending_of.as_ref() == Some(&backup.id);
+        match outcome {
+            Outcome::Committed => {
+                book.checkpoints
+                    .iter_mut()
+                    .filter(|c| ours(c))
+                    .for_each(|c| c.pending_of = None);
+            }
+            Outcome::Aborted => book.checkpoints.retain(|checkpoint| !ours(checkpoint)),
+        }
+        drop(book);
+        for part in backup.disks.values() {
+            part.ended.store(true, Ordering::Release);
+            part.disk.disk.forget(part.frozen.snapshot());
+        }
+        self.announce(Event::BackupEnded {
+            id: backup.id.clone(),
+            outcome,
+        });
+    }
+
+    fn announce(&self, event: Event) {
+        // Nobody has to listen.
+        let _ = self.events.send(event);
+    }
+}
+
+/// The checkpoint that someone asked for.
+enum Found {
+    Checkpoint(Checkpoint),
+    Gone(Uuid),
+}
+
+fn refuse_base_of_none(since: Option<&Found>, disks: &[Arc<ServedDisk>]) -> Result<(), Failure> {
+    let Some(Found::Checkpoint(base)) = since else {
+        return Ok(());
+    };
+    if disks.iter().any(|disk| base.eras.contains_key(&disk.name)) {
+        return Ok(());
+    }
+    let message = format!("checkpoint '{}' is on none of these disks", base.name);
+    Err(Failure::new("unknown-checkpoint", message))
+}
+
+fn prepare(id: &Name, disk: Arc<ServedDisk>, since: Option<&Found>) -> Result<Prepared, Failure> {
+    refuse_untrusted(&disk)?;
+    let tracking = disk.disk.tracking();
+    let era = next_era(&disk, &tracking)?;
+    let path: PathBuf = disk.snapshot_dir(id);
+    let (dir, files) = SnapshotDir::create(path.clone(), disk.disk.size()).map_err(|error| {
+        let message = format!("cannot make scratch files in '{}': {error}", path.display());
+        Failure::new("scratch", message)
+    })?;
+    let snapshot = Arc::new(Snapshot::new(Arc::clone(disk.disk.map()), era, files));
+    let base = match since {
+        None => Base::None,
+        Some(Found::Gone(uuid)) => {
+            Base::Unusable(format!("no checkpoint with uuid {uuid} is known"))
+        }
+        Some(Found::Checkpoint(base)) => match base.eras.get(&disk.name) {
+            Some(&era) => Base::Checkpoint {
+                name: base.name.clone(),
+                era,
+            },
+            None => Base::Unusable(format!("checkpoint '{}' does not include it", base.name)),
+        },
+    };
+    Ok(Prepared {
+        disk,
+        era,
+        snapshot,
+        dir,
+        base,
+    })
+}
+
+impl Prepared {
+    fn freeze(self, backup: &Name, has_disk_name: bool) -> FrozenDisk {
+        let frozen = self.disk.disk.frozen(self.snapshot);
+        let changed_bytes = match &self.base {
+            Base::Checkpoint { era, .. } => frozen.snapshot().eras().changed_bytes(*era),
+            Base::None | Base::Unusable(_) => frozen.size(),
+        };
+        FrozenDisk {
+            disk: self.disk,
+            backup: backup.clone(),
+            frozen,
+            base: self.base,
+            changed_bytes,
+            has_disk_name,
+            whole: Usage::default(),
+            difference: Usage::default(),
+            ended: AtomicBool::new(false),
+            _dir: self.dir,
+        }
+    }
+}
+
+fn refuse_untrusted(disk: &ServedDisk) -> Result<(), Failure> {
+    if disk.disk.sync_failed() {
+        let message = format!("disk '{}': a sync of the image failed", disk.name);
+        let hint = "what the image holds is not certain any more: check the storage, then restart";
+        return Err(Failure::new("image-failed", message).hint(hint));
+    }
+    Ok(())
+}
+
+fn next_era(disk: &ServedDisk, tracking: &Tracking<Files>) -> Result<Era, Failure> {
+    tracking.era.next().ok_or_else(|| {
+        Failure::new(
+            "eras-used-up",
+            format!("disk '{}': all eras are used up", disk.name),
+        )
+    })
+}
+
+fn position(book: &Book, name: &Name) -> Result<usize, Failure> {
+    book.checkpoints
+        .iter()
+        .position(|checkpoint| checkpoint.name == *name)
+        .ok_or_else(|| {
+            Failure::new(
+                "unknown-checkpoint",
+                format!("there is no checkpoint '{name}'"),
+            )
+        })
+}
+
+fn in_use(name: &Name, backup: &Name) -> Failure {
+    let message = format!("checkpoint '{name}' is in use by backup '{backup}'");
+    Failure::new("checkpoint-in-use", message).hint("commit or abort the backup first")
+}
+
+fn broken(id: &Name, reason: &str) -> Failure {
+    let message = format!("backup '{id}' is broken: {reason}");
+    Failure::new("backup-broken", message).hint("its base is intact: abort it and begin anew")
+}
+
+fn now() -> OffsetDateTime {
+    OffsetDateTime::now_utc()
+}
+
+/// A listener that falls this far behind loses the oldest events.
+const EVENTS_MAX: usize = 256;

@@ -1,1 +1,44 @@
 //! The NBD protocol as values, for both ends, without I/O.
+//!
+//! Bytes go in and bytes come out. [`Negotiation`] takes a client from the greeting to a
+//! [`Session`], asking a [`Catalog`] for what exists. Then [`RequestDecoder`] finds the requests,
+//! [`Admission`] turns each into a [`Command`] that can only be legal, or into a [`Refusal`], and
+//! [`Replies`] writes the answers. The other direction is [`Request::encode`] and
+//! [`Reply::decode`].
+//!
+//! Spoken are the fixed newstyle handshake, structured replies and metadata contexts, as the
+//! protocol's reference, `proto.md`, has them. Every other option is declined as unsupported.
+
+pub use admission::{Admission, Command, Refusal};
+pub use errno::Errno;
+pub use export::{BlockSize, Catalog, Denied, ExportInfo, Listed, TransmissionFlags};
+pub use extents::{
+    ContextId, DIRTY, EXTENTS_MAX, Extent, Extents, STATE_HOLE, STATE_ZERO, cover_the_same_length,
+};
+pub use incoming_reply::{CHUNK_MAX, Chunk, Reply};
+pub use negotiation::{ANSWERS_MAX, GREETING, Negotiation, OPTIONS_MAX, Session, Step};
+pub use option::{OPTION_DATA_MAX, OPTION_SKIPPED_MAX, QUERIES_MAX};
+pub use reply::Replies;
+pub use request::{
+    Cookie, DecodeError, Incoming, PAYLOAD_MAX, PAYLOAD_SKIPPED_MAX, Request, RequestDecoder,
+};
+pub use string::STRING_MAX;
+pub use violation::Violation;
+
+mod answers;
+mod export;
+mod negotiation;
+mod option;
+mod selection;
+
+mod admission;
+mod extents;
+mod incoming_reply;
+mod reply;
+mod request;
+
+pub mod command;
+mod errno;
+mod string;
+mod violation;
+mod wire;

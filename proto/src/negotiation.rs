@@ -1,0 +1,311 @@
+//! From the greeting to a session.
+
+use std::borrow::Cow;
+
+use bytes::{Buf, BufMut, BytesMut};
+
+use crate::admission::Admission;
+use crate::answers::Answers;
+use crate::export::{Catalog, ExportInfo};
+use crate::extents::ContextId;
+use crate::option::{
+    ContextRequest, Declined, InfoRequest, OptionDecoder, Question, RawOption, invalid, parse,
+};
+use crate::reply::Replies;
+use crate::selection::{Selection, matching};
+use crate::violation::Violation;
+use crate::wire::{CLIENT_FIXED_NEWSTYLE, CLIENT_NO_ZEROES, option};
+
+/// What the server says first: fixed newstyle, and no padding for who does not want it.
+pub const GREETING: &[u8; 18] = b"NBDMAGICIHAVEOPT\x00\x03";
+
+/// How many options a client may send before it enters an export. A tool that looks at each of
+/// hundreds of exports stays below it; who needs more is not looking for anything.
+pub const OPTIONS_MAX: u32 = 1000;
+
+/// How many bytes of answers collect before they must be written: a client that asks without
+/// listening does not make the server remember all it has to say.
+pub const ANSWERS_MAX: usize = 64 << 10;
+
+/// A client that is choosing an export.
+///
+/// The server sends the [`GREETING`], and from then on hands in what arrives and sends what comes
+/// out. Exactly the bytes of the handshake are consumed: what follows [`Step::Ready`] in the input
+/// is the first requests.
+pub struct Negotiation<C: Catalog> {
+    catalog: C,
+    stage: Stage,
+    options: OptionDecoder,
+    options_seen: u32,
+    structured: bool,
+    /// The last choice, for as long as no other is attempted.
+    selection: Option<Selection>,
+}
+
+#[derive(Clone, Copy)]
+enum Stage {
+    Greeted,
+    Haggling { fixed: bool, zeroes: bool },
+    Over,
+}
+
+/// What is to be done next.
+pub enum Step<C: Catalog> {
+    /// Write the output, then come back with more input.
+    NeedMore,
+    /// Write the output, then come back; more input may not be needed.
+    WriteFirst,
+    /// Write the output; the client has entered an export.
+    Ready(Session<C>),
+    /// Write the output and close; the client has said goodbye.
+    Abort,
+    /// Close, for the reason given: the client used the one option that has no error reply.
+    Hangup(Cow<'static, str>),
+}
+
+/// An export that a client has entered, and what was agreed about it.
+pub struct Session<C: Catalog> {
+    /// The handle from the catalog.
+    pub export: C::Export,
+    /// What the client has been told; the flags are those that it saw.
+    pub info: ExportInfo,
+    /// Whether replies are structured.
+    pub structured: bool,
+    /// What a block-status request is about.
+    pub contexts: Vec<(ContextId, C::Context)>,
+}
+
+impl<C: Catalog> Session<C> {
+    /// The rules that its requests are held to.
+    pub fn admission(&self) -> Admission {
+        Admission::new(&self.info, self.structured, !self.contexts.is_empty())
+    }
+
+    /// The form that its replies take.
+    pub fn replies(&self) -> Replies {
+        Replies::new(self.structured)
+    }
+}
+
+impl<C: Catalog> Negotiation<C> {
+    /// Begins after the greeting.
+    pub fn new(catalog: C) -> Self {
+        Self {
+            catalog,
+            stage: Stage::Greeted,
+            options: OptionDecoder::default(),
+            options_seen: 0,
+            structured: false,
+            selection: None,
+        }
+    }
+
+    /// Takes what it understands off the front of `input` and appends the answers to `output`.
+    ///
+    /// After a violation or one of the steps that end it there is only [`Step::Hangup`].
+    pub fn advance(
+        &mut self,
+        input: &mut BytesMut,
+        output: &mut BytesMut,
+    ) -> Result<Step<C>, Violation> {
+        let step = self.step(input, output);
+        if !matches!(step, Ok(Step::NeedMore | Step::WriteFirst)) {
+            self.stage = Stage::Over;
+        }
+        step
+    }
+
+    fn step(&mut self, input: &mut BytesMut, output: &mut BytesMut) -> Result<Step<C>, Violation> {
+        loop {
+            let end = match self.stage {
+                Stage::Over => return Ok(Step::Hangup("the negotiation is over".into())),
+                Stage::Greeted => {
+                    if input.len() < size_of::<u32>() {
+                        return Ok(Step::NeedMore);
+                    }
+                    self.stage = read_client_flags(input.get_u32())?;
+                    None
+                }
+                Stage::Haggling { fixed, zeroes } => {
+                    let Some(raw) = self.options.decode(input)? else {
+                        return Ok(Step::NeedMore);
+                    };
+                    self.count(&raw, fixed)?;
+                    self.answer(raw, zeroes, output)?
+                }
+            };
+            if let Some(end) = end {
+                return Ok(end);
+            }
+            if output.len() >= ANSWERS_MAX {
+                return Ok(Step::WriteFirst);
+            }
+        }
+    }
+
+    fn count(&mut self, raw: &RawOption, fixed: bool) -> Result<(), Violation> {
+        if !fixed && raw.code != option::EXPORT_NAME {
+            return Err(Violation::NotFixedNewstyle(raw.code));
+        }
+        self.options_seen += 1;
+        if self.options_seen > OPTIONS_MAX {
+            return Err(Violation::TooManyOptions(OPTIONS_MAX));
+        }
+        Ok(())
+    }
+
+    /// Answers one option; returns how the negotiation ends, if it does.
+    fn answer(
+        &mut self,
+        raw: RawOption,
+        zeroes: bool,
+        output: &mut BytesMut,
+    ) -> Result<Option<Step<C>>, Violation> {
+        let code = raw.code;
+        if code == option::SET_META_CONTEXT {
+            // An attempt replaces the choice before it, even one that fails.
+            self.selection = None;
+        }
+
+        let mut answers = Answers::to(code, output);
+        let end = match parse(raw) {
+            Ok(Question::ExportName(name)) => {
+                return Ok(Some(self.enter_without_errors(&name, zeroes, output)));
+            }
+            Err(_) if code == option::EXPORT_NAME => return Err(Violation::ExportName),
+            Err(declined) => Err(declined),
+            Ok(Question::Abort) => Ok(Some(Step::Abort)),
+            Ok(Question::List) => {
+                self.list(&mut answers);
+                Ok(None)
+            }
+            Ok(Question::Info(request)) => self.info(&request, &mut answers).map(|()| None),
+            Ok(Question::Go(request)) => self
+                .go(&request, &mut answers)
+                .map(|session| Some(Step::Ready(session))),
+            Ok(Question::StructuredReply) => {
+                self.structured = true;
+                Ok(None)
+            }
+            Ok(Question::ListContexts(request)) => {
+                self.list_contexts(&request, &mut answers).map(|()| None)
+            }
+            Ok(Question::SetContexts(request)) => {
+                self.set_contexts(request, &mut answers).map(|()| None)
+            }
+        };
+
+        match end {
+            Ok(end) => {
+                answers.acknowledge();
+                Ok(end)
+            }
+            Err(declined) => {
+                answers.decline(&declined);
+                Ok(None)
+            }
+        }
+    }
+
+    fn list(&self, answers: &mut Answers<'_>) {
+        for listed in self.catalog.list() {
+            answers.server(&listed);
+        }
+    }
+
+    fn info(&self, request: &InfoRequest, answers: &mut Answers<'_>) -> Result<(), Declined> {
+        let (_, info) = self.open(&request.export)?;
+        answers.describe(&info, &request.items);
+        Ok(())
+    }
+
+    fn go(&self, request: &InfoRequest, answers: &mut Answers<'_>) -> Result<Session<C>, Declined> {
+        let session = self.enter(&request.export)?;
+        answers.describe(&session.info, &request.items);
+        Ok(session)
+    }
+
+    fn enter_without_errors(&self, name: &str, zeroes: bool, output: &mut BytesMut) -> Step<C> {
+        match self.enter(name) {
+            Ok(session) => {
+                output.put_u64(session.info.size);
+                output.put_u16(session.info.flags.bits());
+                if zeroes {
+                    output.put_bytes(0, EXPORT_NAME_PADDING);
+                }
+                Step::Ready(session)
+            }
+            Err(declined) => Step::Hangup(declined.text),
+        }
+    }
+
+    fn enter(&self, name: &str) -> Result<Session<C>, Declined> {
+        let (export, info) = self.open(name)?;
+        let contexts = match &self.selection {
+            Some(selection) => selection.resolve(&self.catalog, name, &export)?,
+            None => Vec::new(),
+        };
+        Ok(Session {
+            export,
+            info,
+            structured: self.structured,
+            contexts,
+        })
+    }
+
+    fn list_contexts(
+        &self,
+        request: &ContextRequest,
+        answers: &mut Answers<'_>,
+    ) -> Result<(), Declined> {
+        self.need_structured_replies()?;
+        let (export, _) = self.open(&request.export)?;
+        for name in matching(&self.catalog, &export, &request.queries) {
+            answers.listed_context(&name);
+        }
+        Ok(())
+    }
+
+    fn set_contexts(
+        &mut self,
+        request: ContextRequest,
+        answers: &mut Answers<'_>,
+    ) -> Result<(), Declined> {
+        self.need_structured_replies()?;
+        let (export, _) = self.open(&request.export)?;
+        let selection =
+            Selection::choose(&self.catalog, (&request.export, &export), request.queries);
+        for (id, name) in selection.names() {
+            answers.selected_context(*id, name);
+        }
+        self.selection = Some(selection);
+        Ok(())
+    }
+
+    fn need_structured_replies(&self) -> Result<(), Declined> {
+        if self.structured {
+            return Ok(());
+        }
+        Err(invalid("metadata contexts need structured replies"))
+    }
+
+    fn open(&self, name: &str) -> Result<(C::Export, ExportInfo), Declined> {
+        let (export, mut info) = self.catalog.open(name)?;
+        info.flags = info.flags.offered(self.structured);
+        Ok((export, info))
+    }
+}
+
+fn read_client_flags(flags: u32) -> Result<Stage, Violation> {
+    let unknown = flags & !(CLIENT_FIXED_NEWSTYLE | CLIENT_NO_ZEROES);
+    if unknown != 0 {
+        return Err(Violation::ClientFlags(unknown));
+    }
+    Ok(Stage::Haggling {
+        fixed: flags & CLIENT_FIXED_NEWSTYLE != 0,
+        zeroes: flags & CLIENT_NO_ZEROES == 0,
+    })
+}
+
+/// Zeroes after the answer to an export name, for clients that do not decline them.
+const EXPORT_NAME_PADDING: usize = 124;

@@ -1,0 +1,12 @@
+//! A client talks to a server about what it wants, byte by byte where that matters.
+//!
+//! The client's side is written out by hand, from `proto.md` and not from the crate.
+
+use stillpoint_proto as proto;
+
+mod bytes_as_they_come;
+mod contexts;
+mod exports;
+
+mod talk;
+mod wire;

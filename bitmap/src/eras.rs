@@ -33,6 +33,49 @@ impl<P: PageStore> Eras<P> {
         Self { pages, store }
     }
 
+    /// Brings page number `page` into memory as it is in the store, and says what it sums to
+    /// (CRC-32).
+    pub fn load_page(&self, page: u64) -> io::Result<u32> {
+        let mut bytes = [0; PAGE_BYTES];
+        self.store.load(page * PAGE_BYTES as u64, &mut bytes)?;
+        let eras = self.pages[page as usize].get_or_init(empty_page);
+        for (era, stored) in eras.iter().zip(bytes.chunks_exact(ERA_BYTES as usize)) {
+            let number = stored.try_into().map_or(0, u32::from_le_bytes);
+            era.store(number, Ordering::Release);
+        }
+        Ok(crc32fast::hash(&bytes))
+    }
+
+    /// What page number `page` sums to (CRC-32), as it is in memory.
+    pub fn checksum(&self, page: u64) -> u32 {
+        let mut sum = crc32fast::Hasher::new();
+        match self.pages[page as usize].get() {
+            Some(eras) => {
+                eras.iter()
+                    .for_each(|era| sum.update(&era.load(Ordering::Acquire).to_le_bytes()));
+            }
+            None => sum.update(&[0; PAGE_BYTES]),
+        }
+        sum.finalize()
+    }
+
+    /// The highest era that any chunk has.
+    pub fn highest(&self) -> Era {
+        let pages = self.pages.iter().filter_map(OnceLock::get);
+        let eras = pages.flat_map(|page| page.iter().map(|era| era.load(Ordering::Acquire)));
+        Era::from_number(eras.max().unwrap_or(0))
+    }
+
+    /// How many pages there can be.
+    pub fn page_count(&self) -> u64 {
+        self.pages.len() as u64
+    }
+
+    /// The chunks of page number `page`, of `count` in all.
+    pub fn chunks_of_page(page: u64, count: u64) -> Chunks {
+        (page * ERAS_PER_PAGE).min(count)..((page + 1) * ERAS_PER_PAGE).min(count)
+    }
+
     /// The era of `chunk`.
     pub fn era(&self, chunk: u64) -> Era {
         let Some(page) = self.page_of(chunk) else {
@@ -111,8 +154,9 @@ fn empty_page() -> Box<Page> {
 type Page = [AtomicU32; ERAS_PER_PAGE as usize];
 
 /// A page of eras is a page of memory and of the file: 4 KiB.
-const ERAS_PER_PAGE: u64 = 1024;
+pub(crate) const ERAS_PER_PAGE: u64 = 1024;
 const ERA_BYTES: u64 = 4;
+const PAGE_BYTES: usize = (ERAS_PER_PAGE * ERA_BYTES) as usize;
 
 #[cfg(test)]
 mod tests {
@@ -148,6 +192,9 @@ mod tests {
         impl PageStore for Full {
             fn store(&self, _: u64, _: &[u8]) -> io::Result<()> {
                 Err(io::ErrorKind::StorageFull.into())
+            }
+            fn load(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+                Ok(())
             }
         }
         let eras = Eras::new(10, Full);

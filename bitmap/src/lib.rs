@@ -10,6 +10,8 @@ mod era;
 mod eras;
 mod frozen;
 mod map;
+mod pages;
+mod regions;
 mod run;
 mod store;
 
@@ -17,5 +19,7 @@ pub use era::{Chunks, Era, Granularity, GranularityError};
 pub use eras::{EraRun, Eras};
 pub use frozen::FrozenEras;
 pub use map::EraMap;
+pub use pages::{PageRecord, PageTable};
+pub use regions::{Region, Regions};
 pub use run::Run;
 pub use store::{MemoryPages, PageStore};

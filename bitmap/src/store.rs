@@ -7,6 +7,9 @@ use std::sync::Mutex;
 pub trait PageStore: Send + Sync + 'static {
     /// Hands `bytes` to whatever outlives the process; returns when they would survive a kill.
     fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+
+    /// Fills `bytes` with what was stored at `offset`.
+    fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()>;
 }
 
 /// Pages in memory: for tests, and for what need not outlive the process.
@@ -20,7 +23,22 @@ impl MemoryPages {
     }
 }
 
+impl From<Vec<u8>> for MemoryPages {
+    fn from(contents: Vec<u8>) -> Self {
+        Self(Mutex::new(contents))
+    }
+}
+
 impl PageStore for MemoryPages {
+    fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let contents = self.0.lock().expect("no one panics while storing");
+        let stored = contents.get(offset as usize..).unwrap_or_default();
+        let length = stored.len().min(bytes.len());
+        bytes[..length].copy_from_slice(&stored[..length]);
+        bytes[length..].fill(0);
+        Ok(())
+    }
+
     fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let mut contents = self.0.lock().expect("no one panics while storing");
         let end = offset as usize + bytes.len();

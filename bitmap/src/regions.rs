@@ -1,0 +1,316 @@
+use std::io;
+use std::ops::Range;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use crate::eras::ERAS_PER_PAGE;
+use crate::pages::{PageRecord, PageTable};
+use crate::{Granularity, PageStore};
+
+/// Which regions of a disk are being written, so that a power cut leaves a bounded doubt.
+///
+/// A writer [enters](Self::enter) every region that it touches before it marks anything, and leaves
+/// when the write has ended. In a region that is not active it [activates](Self::activate) it and
+/// waits for a sync of the table that began after that. A region with no writer can be retired: the
+/// image and the map are synced, and if nobody entered meanwhile it is inactive from then on.
+///
+/// How many are inside and what state a region is in is one atomic word, so whoever enters and
+/// whoever retires cannot miss each other.
+#[derive(Debug)]
+pub struct Regions<P> {
+    table: PageTable<P>,
+    words: Box<[OnceLock<Box<PageWords>>]>,
+    region_bytes: u64,
+    active: AtomicUsize,
+}
+
+/// A region, by its number on the disk.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct Region(u64);
+
+type PageWords = [AtomicU64; REGIONS_PER_PAGE as usize];
+
+impl<P: PageStore> Regions<P> {
+    /// Over `table`, whose active regions stay active until they are retired in the normal way.
+    pub fn new(pages: u64, granularity: Granularity, table: PageTable<P>) -> Self {
+        let words = (0..pages).map(|_| OnceLock::new()).collect();
+        let region_bytes = granularity.bytes() * ERAS_PER_PAGE / REGIONS_PER_PAGE;
+        let regions = Self {
+            table,
+            words,
+            region_bytes,
+            active: AtomicUsize::new(0),
+        };
+        for region in (0..pages).flat_map(|page| regions.active_on(page)) {
+            regions.word(region).store(ACTIVE, Ordering::SeqCst);
+            regions.active.fetch_add(1, Ordering::Relaxed);
+        }
+        regions
+    }
+
+    /// The regions that `range`, in bytes, touches.
+    pub fn of(&self, range: &Range<u64>) -> impl Iterator<Item = Region> + use<P> {
+        let last = if range.is_empty() {
+            range.start
+        } else {
+            range.end.div_ceil(self.region_bytes)
+        };
+        (range.start / self.region_bytes..last).map(Region)
+    }
+
+    /// The bytes of `region`; beyond the end of the disk for the last one.
+    pub fn range(&self, region: Region) -> Range<u64> {
+        region.0 * self.region_bytes..(region.0 + 1) * self.region_bytes
+    }
+
+    /// Counts a writer in, and says whether the region is active. Must be followed by
+    /// [`leave`](Self::leave).
+    pub fn enter(&self, region: Region) -> bool {
+        let word = self.word(region);
+        let before = word.fetch_add(ONE, Ordering::SeqCst);
+        if before & TOUCHED == 0 {
+            word.fetch_or(TOUCHED, Ordering::Relaxed);
+        }
+        match before & STATE {
+            ACTIVE => true,
+            // Whoever wants to retire it has to look again, and finds it taken back.
+            RETIRING => self.exchange(region, RETIRING, ACTIVE),
+            _ => false,
+        }
+    }
+
+    /// Counts a writer out.
+    pub fn leave(&self, region: Region) {
+        self.word(region).fetch_sub(ONE, Ordering::SeqCst);
+    }
+
+    /// Stores that `region`, which the caller has entered, is active. It is so once a sync of the
+    /// table that began after this has succeeded and [`activated`](Self::activated) was called.
+    pub fn activate(&self, region: Region) -> io::Result<()> {
+        self.table.update(region.page(), |record| {
+            record.active |= region.bit();
+            record.exists = true;
+        })
+    }
+
+    /// The table has been synced since `region` was entered in it.
+    pub fn activated(&self, region: Region) {
+        if self.exchange(region, INACTIVE, ACTIVE) {
+            self.active.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// How many regions are active.
+    pub fn active(&self) -> usize {
+        self.active.load(Ordering::Relaxed)
+    }
+
+    /// Every region that is active.
+    pub fn all_active(&self) -> impl Iterator<Item = Region> + '_ {
+        (0..self.words.len() as u64).flat_map(|page| self.active_on(page))
+    }
+
+    /// Begins to retire up to `count` regions without a writer, those first that nobody entered
+    /// since the last time.
+    pub fn begin_retiring(&self, count: usize) -> Vec<Region> {
+        let candidates: Vec<Region> = self.all_active().collect();
+        let idle = |region: &&Region| self.word(**region).load(Ordering::SeqCst) == ACTIVE;
+        let mut retiring: Vec<Region> = candidates.iter().filter(idle).copied().collect();
+        for region in &candidates {
+            self.word(*region).fetch_and(!TOUCHED, Ordering::Relaxed);
+        }
+        if retiring.len() < count {
+            retiring = candidates;
+        }
+        retiring.retain(|region| self.exchange(*region, ACTIVE, RETIRING));
+        for region in retiring.split_off(retiring.len().min(count)) {
+            self.exchange(region, RETIRING, ACTIVE);
+        }
+        retiring
+    }
+
+    /// Ends the retirement of `region`, after image and map have been synced since it began.
+    /// `checksum` is that of its page, as it was synced. Of no effect if someone entered meanwhile.
+    pub fn retire(&self, region: Region, checksum: impl FnOnce() -> u32) -> io::Result<()> {
+        // Under the sector's lock, so that whoever activates it anew does so after this.
+        self.table.update(region.page(), |record| {
+            if !self.exchange(region, RETIRING, INACTIVE) {
+                return;
+            }
+            self.active.fetch_sub(1, Ordering::Relaxed);
+            record.active &= !region.bit();
+            if record.active == 0 {
+                record.checksum = checksum();
+            }
+        })
+    }
+
+    /// Takes a retirement back that could not be ended.
+    pub fn cancel_retiring(&self, region: Region) {
+        self.exchange(region, RETIRING, ACTIVE);
+    }
+
+    /// The table, to be synced or asked.
+    pub fn table(&self) -> &PageTable<P> {
+        &self.table
+    }
+
+    /// Changes the state from `from` to `to` whatever the count; to inactive or retiring only while
+    /// nobody is inside. Says whether it is `to` now.
+    fn exchange(&self, region: Region, from: u64, to: u64) -> bool {
+        let word = self.word(region);
+        let change = |now: u64| {
+            let empty = now / ONE == 0;
+            let allowed = now & STATE == from && (to == ACTIVE || empty);
+            allowed.then_some(now & !STATE | to)
+        };
+        match word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change) {
+            Ok(_) => true,
+            Err(now) => now & STATE == to,
+        }
+    }
+
+    fn active_on(&self, page: u64) -> Vec<Region> {
+        let PageRecord { active, .. } = self.table.record(page);
+        let first = page * REGIONS_PER_PAGE;
+        (0..REGIONS_PER_PAGE)
+            .filter(|n| active & 1 << n != 0)
+            .map(|n| Region(first + n))
+            .collect()
+    }
+
+    fn word(&self, region: Region) -> &AtomicU64 {
+        let page = self.words[region.page() as usize].get_or_init(|| {
+            Box::new([const { AtomicU64::new(INACTIVE) }; REGIONS_PER_PAGE as usize])
+        });
+        &page[(region.0 % REGIONS_PER_PAGE) as usize]
+    }
+}
+
+impl Region {
+    /// The page of the era map that its chunks are on.
+    pub fn page(self) -> u64 {
+        self.0 / REGIONS_PER_PAGE
+    }
+
+    fn bit(self) -> u16 {
+        1 << (self.0 % REGIONS_PER_PAGE)
+    }
+}
+
+/// A page's regions are one word of its record: with 64 KiB chunks a region is 4 MiB.
+const REGIONS_PER_PAGE: u64 = 16;
+
+const INACTIVE: u64 = 0;
+const ACTIVE: u64 = 1;
+const RETIRING: u64 = 2;
+const STATE: u64 = 3;
+/// Someone entered since regions were last looked over for retirement.
+const TOUCHED: u64 = 4;
+/// One writer inside.
+const ONE: u64 = 8;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::MemoryPages;
+
+    const MIB: u64 = 1 << 20;
+
+    fn regions() -> Regions<MemoryPages> {
+        let table = PageTable::create(4, MemoryPages::default()).unwrap();
+        Regions::new(4, Granularity::DEFAULT, table)
+    }
+
+    fn activate(regions: &Regions<MemoryPages>, region: Region) {
+        assert!(!regions.enter(region));
+        regions.activate(region).unwrap();
+        regions.activated(region);
+    }
+
+    #[test]
+    fn a_region_is_active_only_after_its_record_was_synced() {
+        let regions = regions();
+        let region = regions.of(&(5 * MIB..5 * MIB + 1)).next().unwrap();
+        assert_eq!(regions.range(region), 4 * MIB..8 * MIB);
+        assert!(!regions.enter(region));
+        regions.activate(region).unwrap();
+        assert!(!regions.enter(region), "stored, and not yet synced");
+        regions.activated(region);
+        assert!(regions.enter(region));
+        assert_eq!(regions.active(), 1);
+    }
+
+    #[test]
+    fn a_region_with_a_writer_is_not_retired_and_one_that_was_entered_again_stays() {
+        let regions = regions();
+        let region = regions.of(&(0..1)).next().unwrap();
+        activate(&regions, region);
+        assert_eq!(regions.begin_retiring(9), []);
+
+        regions.leave(region);
+        assert_eq!(regions.begin_retiring(9), [region]);
+        assert!(regions.enter(region), "taken back");
+        regions.leave(region);
+        regions.retire(region, || 0).unwrap();
+        assert_eq!(regions.table().record(0).active, 1);
+
+        assert_eq!(regions.begin_retiring(9), [region]);
+        regions.retire(region, || 77).unwrap();
+        let expected = PageRecord {
+            active: 0,
+            exists: true,
+            checksum: 77,
+        };
+        assert_eq!(regions.table().record(0), expected);
+        assert_eq!(regions.active(), 0);
+        assert!(!regions.enter(region));
+    }
+
+    #[test]
+    fn the_checksum_of_a_page_waits_for_its_last_region() {
+        let regions = regions();
+        let two: Vec<_> = regions.of(&(0..5 * MIB)).collect();
+        for region in &two {
+            activate(&regions, *region);
+            regions.leave(*region);
+        }
+        assert_eq!(regions.begin_retiring(9).len(), 2);
+        regions
+            .retire(two[0], || unreachable!("the other is active"))
+            .unwrap();
+        regions.retire(two[1], || 5).unwrap();
+        assert_eq!(regions.table().record(0).checksum, 5);
+    }
+
+    #[test]
+    fn what_was_active_is_active_after_a_restart() {
+        let before = regions();
+        let region = before.of(&(65 * MIB..66 * MIB)).next().unwrap();
+        activate(&before, region);
+        let store = MemoryPages::from(before.table().store().contents());
+        let after = Regions::new(
+            4,
+            Granularity::DEFAULT,
+            PageTable::load(4, store).unwrap().0,
+        );
+        assert_eq!(after.all_active().collect::<Vec<_>>(), [region]);
+        assert!(after.enter(region));
+    }
+
+    #[test]
+    fn those_that_nobody_entered_lately_are_retired_first() {
+        let regions = regions();
+        let all: Vec<_> = regions.of(&(0..12 * MIB)).collect();
+        for region in &all {
+            activate(&regions, *region);
+            regions.leave(*region);
+        }
+        regions.begin_retiring(0);
+        for busy in [all[0], all[2]] {
+            regions.enter(busy);
+            regions.leave(busy);
+        }
+        assert_eq!(regions.begin_retiring(1), [all[1]]);
+    }
+}

@@ -91,8 +91,8 @@ impl<T> Gate<T> {
     }
 
     /// Puts `next` in place without closing: whoever is inside goes on with what it saw.
-    pub fn replace(&self, next: T) {
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
+    pub fn replace(&self, next: Arc<T>) {
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = next;
     }
 }
 
@@ -171,7 +171,7 @@ mod tests {
     async fn a_pass_sees_one_value_whatever_is_put_in_place_meanwhile() {
         let gate = Gate::new(1);
         let pass = gate.enter().await;
-        gate.replace(2);
+        gate.replace(Arc::new(2));
         assert_eq!(*pass, 1);
         assert_eq!(*gate.enter().await, 2);
     }

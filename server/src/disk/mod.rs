@@ -69,6 +69,13 @@ impl<W: World> Disk<W> {
         self.gate.current()
     }
 
+    /// Keeps `ended`, an instant that nobody needs any more, no longer.
+    ///
+    /// Must not run while an instant is being taken.
+    pub fn forget(&self, ended: &Arc<Snapshot<W>>) {
+        self.gate.replace(Arc::new(self.tracking().without(ended)));
+    }
+
     /// Reads what `snapshot`, an instant of this disk, keeps.
     pub fn frozen(&self, snapshot: Arc<Snapshot<W>>) -> Frozen<W> {
         Frozen::new(Arc::clone(&self.image), snapshot, Arc::clone(&self.pace))

@@ -84,6 +84,26 @@ impl Output {
     }
 }
 
+impl Output {
+    /// A refusal of what was typed: an error as any other, or a usage error with exit code 2,
+    /// that says this.
+    #[track_caller]
+    pub fn refused(&self, saying: &str) {
+        if self.code() == 2 {
+            assert!(
+                self.stderr.contains("error: "),
+                "no error on stderr\n{self}"
+            );
+        } else {
+            self.error(1);
+        }
+        assert!(
+            self.stderr.contains(saying),
+            "nothing about {saying:?}\n{self}"
+        );
+    }
+}
+
 impl fmt::Display for Output {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "$ {}\n{}\n", self.line, self.status)?;

@@ -20,6 +20,7 @@ use crate::tools;
 #[derive(Debug)]
 pub struct Builder {
     directory: TempDir,
+    run_directory: PathBuf,
     binary: PathBuf,
     disks: Vec<String>,
     args: Vec<String>,
@@ -45,6 +46,13 @@ impl Builder {
     #[must_use]
     pub fn disk_as(mut self, disk: &str) -> Self {
         self.disks.push(disk.to_owned());
+        self
+    }
+
+    /// Takes this run directory instead of one of its own.
+    #[must_use]
+    pub fn run_directory(mut self, path: &Path) -> Self {
+        self.run_directory = path.to_path_buf();
         self
     }
 
@@ -93,7 +101,10 @@ impl Builder {
     /// The command that starts the server.
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.binary);
-        command.arg("serve").arg("--run-dir").arg(self.path("run"));
+        command
+            .arg("serve")
+            .arg("--run-dir")
+            .arg(&self.run_directory);
         command.args(self.disks.iter().map(|disk| format!("--disk={disk}")));
         command.args(&self.args);
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
@@ -111,8 +122,10 @@ pub struct Server {
 impl Server {
     /// A server to be, with an empty directory and no disks.
     pub fn builder() -> Builder {
+        let directory = temporary_directory();
         Builder {
-            directory: temporary_directory(),
+            run_directory: directory.path().join("run"),
+            directory,
             binary: binary(),
             disks: Vec::new(),
             args: Vec::new(),
@@ -241,17 +254,17 @@ impl Server {
 
     /// The socket of the live exports.
     pub fn live(&self) -> PathBuf {
-        self.path("run/live.sock")
+        self.builder.run_directory.join("live.sock")
     }
 
     /// The socket of the frozen exports.
     pub fn frozen(&self) -> PathBuf {
-        self.path("run/backup.sock")
+        self.builder.run_directory.join("backup.sock")
     }
 
     /// The control socket.
     pub fn control(&self) -> PathBuf {
-        self.path("run/control.sock")
+        self.builder.run_directory.join("control.sock")
     }
 
     /// The URI of a live export.
@@ -285,7 +298,10 @@ impl Server {
     /// A client command for this server.
     pub fn cli_command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.builder.binary);
-        command.arg("--run-dir").arg(self.path("run")).args(args);
+        command
+            .arg("--run-dir")
+            .arg(&self.builder.run_directory)
+            .args(args);
         command
     }
 

@@ -32,7 +32,7 @@ async def main(socket, backup):
     await client.execute("backup-abort", {"id": backup})
     # The library's time-out makes a missing event a failure, not a hang.
     seen["events"] = [
-        await asyncio.wait_for(listener.get(), timeout=60) for _ in range(2)
+        dict(await asyncio.wait_for(listener.get(), timeout=60)) for _ in range(2)
     ]
     await client.disconnect()
     print(json.dumps(seen))

@@ -45,20 +45,6 @@ mod start {
     }
 
     #[test]
-    fn checkpoints_and_what_changed_since_survive_a_clean_stop() {
-        let mut server = Server::with_disk(4 * MIB);
-        server.checkpoint("cp1");
-        Guest::new(&server, "vda").write(9 * CHUNK, &[1; 512]);
-        server.stop();
-        server.start();
-        assert_eq!(server.dirty_bytes("cp1", "vda"), CHUNK);
-        server.begin("b1", &["--since", "cp1"]);
-        let map = server.open_frozen("vda@b1", &["qemu:dirty-bitmap:cp1"]);
-        let map = { map }.map("qemu:dirty-bitmap:cp1");
-        assert_eq!(map[1], (9 * CHUNK, CHUNK, 1), "{map:?}");
-    }
-
-    #[test]
     fn an_image_that_cannot_be_served_is_refused_with_the_reason() {
         let builder = Server::builder();
         let at = |name: &str| builder.path(name);
@@ -177,22 +163,6 @@ mod start {
         let doubled = path(&image).replace(',', ",,");
         let server = builder.disk_as(&format!("vda={doubled}")).start();
         assert_eq!(server.open_live("vda").export().size, MIB);
-    }
-
-    #[test]
-    fn another_granularity_than_that_of_the_state_is_refused_with_both() {
-        let builder = Server::builder();
-        let image = builder.path("vda.raw");
-        sparse_file(&image, MIB);
-        let mut server = builder.disk_at("vda", &image).start();
-        server.checkpoint("cp1");
-        server.stop();
-        let disk = format!("vda={},granularity=128k", image.display());
-        let output = Server::builder().disk_as(&disk).start_and_fail();
-        output.error(1);
-        let told = |text: &[&str]| text.iter().any(|text| output.stderr.contains(text));
-        assert!(told(&["64k", "64 KiB", "65536"]), "{output}");
-        assert!(told(&["128k", "128 KiB", "131072"]), "{output}");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use scratch::{Snapshot, SnapshotFiles, World};
 use crate::hooks::Hooks;
 
 /// Files and block devices.
-pub struct Files;
+pub(crate) struct Files;
 
 impl World for Files {
     type Image = FileStorage;
@@ -21,7 +21,7 @@ impl World for Files {
 }
 
 /// Pages in a file of cells.
-pub struct CellPages(Cells);
+pub(crate) struct CellPages(Cells);
 
 impl PageStore for CellPages {
     fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
@@ -31,18 +31,18 @@ impl PageStore for CellPages {
 
 impl CellPages {
     /// Pages of zeroes, in a new file at `path`.
-    pub fn create(path: &Path) -> io::Result<Self> {
+    pub(crate) fn create(path: &Path) -> io::Result<Self> {
         Cells::create(path).map(Self)
     }
 }
 
 /// The folder in which one disk's share of one backup lies. Removed when dropped.
 #[derive(Debug)]
-pub struct SnapshotDir(PathBuf);
+pub(crate) struct SnapshotDir(PathBuf);
 
 impl SnapshotDir {
     /// Makes the folder, for a disk of `size` bytes, and the files in it.
-    pub fn create(path: PathBuf, size: u64) -> io::Result<(Self, SnapshotFiles<Files>)> {
+    pub(crate) fn create(path: PathBuf, size: u64) -> io::Result<(Self, SnapshotFiles<Files>)> {
         fs::create_dir_all(&path)?;
         let dir = Self(path);
         let scratch = File::options()
@@ -63,10 +63,20 @@ impl SnapshotDir {
     }
 }
 
+impl SnapshotDir {
+    /// Removes the folder; what is open in it goes when it is closed.
+    pub(crate) fn remove(&self) {
+        match fs::remove_dir_all(&self.0) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %self.0.display(), %error, "scratch files are left behind");
+            }
+            _ => {}
+        }
+    }
+}
+
 impl Drop for SnapshotDir {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            tracing::warn!(path = %self.0.display(), %error, "scratch files are left behind");
-        }
+        self.remove();
     }
 }

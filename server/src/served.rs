@@ -19,49 +19,49 @@ use crate::names::Name;
 
 /// Which image to serve, and how.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct DiskSpec {
+pub(crate) struct DiskSpec {
     /// What clients call it.
-    pub name: Name,
+    pub(crate) name: Name,
     /// The image.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// The user said that it is raw, whatever it looks like.
-    pub raw: bool,
+    pub(crate) raw: bool,
     /// The chunk size of the era map.
-    pub granularity: Granularity,
+    pub(crate) granularity: Granularity,
     /// Where its state goes, if not to the default place.
-    pub state: Option<PathBuf>,
+    pub(crate) state: Option<PathBuf>,
     /// Nobody may write it.
-    pub read_only: bool,
+    pub(crate) read_only: bool,
 }
 
 /// A disk that is being served.
-pub struct ServedDisk {
+pub(crate) struct ServedDisk {
     /// What clients call it.
-    pub name: Name,
+    pub(crate) name: Name,
     /// Made once and never reused.
-    pub uuid: Uuid,
+    pub(crate) uuid: Uuid,
     /// The image.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// Nobody may write it.
-    pub read_only: bool,
+    pub(crate) read_only: bool,
     /// The disk itself.
-    pub disk: Arc<Disk<Files>>,
+    pub(crate) disk: Arc<Disk<Files>>,
     scratch_dir: PathBuf,
     _locks: Vec<LockFile>,
 }
 
 impl ServedDisk {
     /// Opens and locks the image, and begins to track it.
-    pub fn open(spec: DiskSpec, scratch_root: Option<&Path>) -> Result<Self, Failure> {
+    pub(crate) fn open(spec: &DiskSpec, scratch_root: Option<&Path>) -> Result<Self, Failure> {
         let context = |failure: Failure| Failure {
             message: format!("disk '{}': {}", spec.name, failure.message),
             ..failure
         };
-        open_disk(&spec, scratch_root).map_err(context)
+        open_disk(spec, scratch_root).map_err(context)
     }
 
     /// The folder for this disk's share of a backup.
-    pub fn snapshot_dir(&self, backup: &Name) -> PathBuf {
+    pub(crate) fn snapshot_dir(&self, backup: &Name) -> PathBuf {
         self.scratch_dir.join(backup.as_str())
     }
 }
@@ -131,7 +131,7 @@ fn check_size(path: &Path, size: u64) -> Result<(), Failure> {
         let failure = Failure::new("bad-image", format!("'{}' has size zero", path.display()));
         return Err(failure.hint("make it as large as the disk is to be: truncate --size"));
     }
-    if size % SECTOR != 0 {
+    if !size.is_multiple_of(SECTOR) {
         let message = format!(
             "the size of '{}', {size} bytes, is no multiple of {SECTOR}",
             path.display()

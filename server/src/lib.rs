@@ -1,6 +1,8 @@
 //! Serving disks: sockets, names, sessions.
 
 pub mod disk;
+
+mod address;
 mod export;
 mod failure;
 mod files;

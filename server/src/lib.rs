@@ -3,6 +3,7 @@
 pub mod disk;
 
 mod address;
+mod control;
 mod export;
 mod failure;
 mod files;

@@ -1,6 +1,8 @@
 //! Serving disks: sockets, names, sessions.
 
+pub mod cli;
 pub mod disk;
+pub mod serve;
 
 mod address;
 mod control;

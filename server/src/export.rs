@@ -241,8 +241,19 @@ impl Export {
         .map(Context::Dirty)
     }
 
-    /// Fills `buffer` with what is at `offset`.
+    /// Fills `buffer` with what is at `offset`, for a client.
     pub(crate) async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        self.prefetch(offset, buffer).await?;
+        if let Some(usage) = self.usage() {
+            usage
+                .bytes_read
+                .fetch_add(buffer.len() as u64, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Fills `buffer` with what is at `offset`, and counts it for nobody.
+    pub(crate) async fn prefetch(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
         self.still_open()?;
         match self {
             Self::Live(disk) => disk.disk.read(offset, buffer).await?,
@@ -250,13 +261,7 @@ impl Export {
                 part.frozen.read(offset, buffer).await?;
             }
         }
-        self.still_open()?;
-        if let Some(usage) = self.usage() {
-            usage
-                .bytes_read
-                .fetch_add(buffer.len() as u64, Ordering::Relaxed);
-        }
-        Ok(())
+        self.still_open()
     }
 
     /// What `context` says of `range`, from its start on: at most some `limit` stretches.

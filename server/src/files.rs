@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use bitmap::PageStore;
@@ -43,13 +44,17 @@ pub(crate) struct SnapshotDir(PathBuf);
 impl SnapshotDir {
     /// Makes the folder, for a disk of `size` bytes, and the files in it.
     pub(crate) fn create(path: PathBuf, size: u64) -> io::Result<(Self, SnapshotFiles<Files>)> {
-        fs::create_dir_all(&path)?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&path)?;
         let dir = Self(path);
         let scratch = File::options()
             .read(true)
             .write(true)
             .create(true)
             .truncate(true)
+            .mode(0o600)
             .open(dir.0.join("scratch"))?;
         scratch.set_len(size)?;
         let states = Cells::create(&dir.0.join("states"))?;

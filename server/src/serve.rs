@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::{TcpListener, UnixListener};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
 
@@ -70,6 +70,8 @@ enum Listener {
 
 async fn serve(options: ServeOptions) -> Result<(), Failure> {
     refuse_plaintext(&options)?;
+    // From here on a signal is a wish, also one that comes before the first client.
+    let signals = Signals::watch().map_err(|error| cannot("wait for signals", &error))?;
     let scratch_dir = options.scratch_dir.as_deref();
     let _run_dir = claim_run_dir(&options.run_dir)?;
     let mut disks = Vec::new();
@@ -91,7 +93,7 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     });
     print_table(&control, &listeners.control_path).map_err(|error| cannot("print", &error))?;
     notify::ready();
-    let workers = accept(listeners, workers, &control, stopping).await?;
+    let workers = accept(listeners, workers, &control, stopping, signals).await;
 
     notify::stopping();
     for address in control
@@ -122,15 +124,14 @@ async fn accept(
     mut workers: Workers,
     control: &Rc<Control>,
     mut stopping: watch::Receiver<bool>,
-) -> Result<Workers, Failure> {
+    mut signals: Signals,
+) -> Workers {
     let (queue, mut clients) = mpsc::channel(CLIENTS_WAITING_MAX);
     let mut loops = tokio::task::JoinSet::new();
     for (listener, role) in listeners.data {
         loops.spawn_local(accept_data(listener, role, queue.clone()));
     }
     let mut conversations = tokio::task::JoinSet::new();
-    let mut terminate = signal(SignalKind::terminate()).map_err(|e| cannot("wait", &e))?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| cannot("wait", &e))?;
     loop {
         tokio::select! {
             Some(client) = clients.recv() => workers.serve(client),
@@ -141,8 +142,7 @@ async fn accept(
                 Err(error) => pause_after(&error).await,
             },
             Some(_) = conversations.join_next() => {}
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
+            () = signals.stop() => break,
             _ = stopping.wait_for(|stop| *stop) => break,
         }
     }
@@ -151,7 +151,30 @@ async fn accept(
     // Whoever is being told something on the control socket hears the end of it.
     control.stop.send_replace(true);
     while conversations.join_next().await.is_some() {}
-    Ok(workers)
+    workers
+}
+
+/// The signals that ask a server to stop.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn watch() -> io::Result<Self> {
+        let terminate = signal(SignalKind::terminate())?;
+        Ok(Self {
+            terminate,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }
 
 async fn accept_data(listener: Listener, role: Role, queue: mpsc::Sender<Client>) {

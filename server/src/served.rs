@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -189,10 +189,17 @@ fn state_dir(spec: &DiskSpec, image: &File) -> Result<PathBuf, Failure> {
     Err(Failure::new("no-state-dir", message).hint("add ,state=DIR"))
 }
 
-/// Makes `dir` if need be, and keeps every other server out of it.
+/// Makes `dir` if need be, and keeps every other server out of it. What is in it may be removed; so
+/// it must be ours from the beginning.
 fn claim_folder(dir: &Path, what: &str) -> Result<LockFile, Failure> {
-    fs::create_dir_all(dir).map_err(|error| cannot_write(dir, &error))?;
-    let path = dir.join("lock");
+    // Old contents of disks lie here: nobody else may look.
+    let made = fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir);
+    made.map_err(|error| cannot_write(dir, &error))?;
+    let path = dir.join(FOLDER_LOCK);
+    refuse_foreign_folder(dir, &path, what)?;
     let lock = LockFile::take(&path).map_err(|error| cannot_write(&path, &error))?;
     lock.map_err(|holder| {
         let message = format!(
@@ -201,6 +208,18 @@ fn claim_folder(dir: &Path, what: &str) -> Result<LockFile, Failure> {
         );
         Failure::new("locked", message)
     })
+}
+
+fn refuse_foreign_folder(dir: &Path, lock: &Path, what: &str) -> Result<(), Failure> {
+    let mut entries = fs::read_dir(dir).map_err(|error| cannot_write(dir, &error))?;
+    if entries.next().is_none() || lock.exists() {
+        return Ok(());
+    }
+    let message = format!(
+        "the {what} directory '{}' has files in it that are not Stillpoint's",
+        dir.display()
+    );
+    Err(Failure::new("foreign-directory", message).hint("name an empty directory, or a new one"))
 }
 
 /// What a server that was killed left of its backups is of no use to this one.
@@ -224,6 +243,9 @@ fn cannot_write(path: &Path, error: &io::Error) -> Failure {
         format!("cannot write '{}': {error}", path.display()),
     )
 }
+
+/// Its presence says that a folder is Stillpoint's, and its lock that a server uses it.
+const FOLDER_LOCK: &str = "stillpoint.lock";
 
 /// What the sizes of disks are made of.
 const SECTOR: u64 = 512;

@@ -130,8 +130,15 @@ impl Qmp {
         Some(serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error} in {line:?}")))
     }
 
-    /// Whether the server hangs up without another message.
-    pub fn is_closed(&mut self) -> bool {
-        matches!(self.stream.read(&mut [0]), Ok(0) | Err(_))
+    /// Whether the server hangs up, whatever it says before.
+    pub fn hangs_up(&mut self) -> bool {
+        let mut rest = [0; 4096];
+        loop {
+            match self.stream.read(&mut rest) {
+                Ok(0) => return true,
+                Ok(_) => {}
+                Err(error) => return error.kind() == io::ErrorKind::ConnectionReset,
+            }
+        }
     }
 }

@@ -163,18 +163,13 @@ fn an_object_larger_than_a_mib_ends_the_connection() {
     assert!(qmp.reply()["return"].is_object());
 
     let chunk = [b'x'; 4096];
-    let sent = qmp
+    // How much of it the server takes in before it hangs up is its own affair.
+    let _ = qmp
         .try_send(br#"{"execute":"query-version","id":""#)
         .and_then(|()| {
             (0..(2 * MIB as usize / chunk.len())).try_for_each(|_| qmp.try_send(&chunk))
         });
-    if sent.is_ok() {
-        while qmp
-            .receive()
-            .is_some_and(|message| !error(&message).is_empty())
-        {}
-    }
-    assert!(qmp.is_closed());
+    assert!(qmp.hangs_up());
     server.is_well();
 }
 

@@ -33,11 +33,11 @@ pub fn main() -> ExitCode {
         Err(error) if error.use_stderr() => {
             // What could not be parsed cannot be asked whether JSON is wanted.
             let is_json = std::env::args_os().any(|argument| argument == "--json");
-            return Problem::usage_from(&error).report(is_json);
+            return Problem::usage_from(&error).report("command line", is_json);
         }
         Err(help) => return print(&help.render().to_string()),
     };
-    let is_json = cli.json;
+    let (is_json, what) = (cli.json, cli.command.name());
     match cli.run() {
         Ok(Done { text, exit }) => {
             if print(&text) == ExitCode::SUCCESS {
@@ -46,7 +46,7 @@ pub fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         }
-        Err(problem) => problem.report(is_json),
+        Err(problem) => problem.report(what, is_json),
     }
 }
 
@@ -64,6 +64,19 @@ struct Cli {
     run_dir: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
+}
+
+impl Command {
+    /// The words that it is typed with.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Serve(_) => "serve",
+            Self::Status { .. } => "status",
+            Self::Checkpoint(command) => command.name(),
+            Self::Backup(command) => command.name(),
+            Self::Qmp { .. } => "qmp",
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -88,6 +101,29 @@ enum Command {
         #[arg(value_name = "JSON")]
         command: String,
     },
+}
+
+impl CheckpointCommand {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Create { .. } => "checkpoint create",
+            Self::List => "checkpoint list",
+            Self::Show { .. } => "checkpoint show",
+            Self::Delete { .. } => "checkpoint delete",
+        }
+    }
+}
+
+impl BackupCommand {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Begin { .. } => "backup begin",
+            Self::List => "backup list",
+            Self::Show { .. } => "backup show",
+            Self::Commit { .. } => "backup commit",
+            Self::Abort { .. } => "backup abort",
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -344,7 +380,9 @@ fn print(text: &str) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever closed the pipe has seen enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
-        Err(error) => Problem::new("cannot-print", format!("cannot print: {error}")).report(false),
+        Err(error) => {
+            Problem::new("cannot-print", format!("cannot print: {error}")).report("output", false)
+        }
     }
 }
 

@@ -87,8 +87,8 @@ impl Problem {
         &self.fault.code
     }
 
-    /// Prints it, and says how to exit.
-    pub(super) fn report(&self, is_json: bool) -> ExitCode {
+    /// Prints it, as what came of `what`, and says how to exit.
+    pub(super) fn report(&self, what: &str, is_json: bool) -> ExitCode {
         let Report { message, hint, .. } = &self.fault;
         // When even this cannot be printed, the exit code still says it.
         let _ = if is_json {
@@ -98,7 +98,10 @@ impl Problem {
         } else {
             let hint = hint.as_ref().map(|hint| format!("\nhint: {hint}"));
             let hint = hint.unwrap_or_default();
-            writeln!(std::io::stderr(), "stillpoint: error: {message}{hint}")
+            writeln!(
+                std::io::stderr(),
+                "stillpoint: error: {what}: {message}{hint}"
+            )
         };
         ExitCode::from(self.exit)
     }

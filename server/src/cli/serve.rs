@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -55,6 +56,7 @@ pub(super) fn serve(args: ServeArgs, run_dir: PathBuf) -> Result<(), Problem> {
     let options = options(args, run_dir)?;
     let filter = EnvFilter::try_from_env("STILLPOINT_LOG").unwrap_or_else(|_| "info".into());
     tracing_subscriber::fmt()
+        .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(filter)
         .with_writer(io::stderr)
         .init();

@@ -80,7 +80,7 @@ pub(crate) struct Fault {
     pub(crate) hint: Option<String>,
 }
 
-/// Something that happened to a backup.
+/// Something that happened.
 #[derive(Debug, Serialize)]
 pub(crate) struct Notice {
     event: &'static str,

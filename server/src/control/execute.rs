@@ -85,7 +85,7 @@ impl Control {
         let describe = |served: &Arc<ServedDisk>| DiskAnswer {
             disk: served.name.clone(),
             uuid: served.uuid,
-            path: path_text(&served.path),
+            path: path_text(&std::path::absolute(&served.path).unwrap_or(served.path.clone())),
             format: "raw".to_owned(),
             size: served.disk.size(),
             granularity: served.disk.map().granularity().bytes(),

@@ -179,7 +179,7 @@ impl Target {
         let mut at = range.start;
         while at < range.end {
             let length = buffer.len().min((range.end - at) as usize);
-            self.export.read(at, &mut buffer[..length]).await?;
+            self.export.prefetch(at, &mut buffer[..length]).await?;
             at += length as u64;
         }
         Ok(())

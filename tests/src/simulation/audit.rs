@@ -4,6 +4,7 @@ use bitmap::Era;
 use scratch::Snapshot;
 
 use super::GRANULE;
+use super::sim::Place;
 use super::stage::{Kept, Stage, Subject};
 use super::world::SimWorld;
 
@@ -62,7 +63,9 @@ fn breaks_have_a_reason_and_a_record(stage: &Stage, kept: &Kept) {
         return;
     };
     let title = kept.title(stage.sim.seed);
-    let explained = stage.sim.failed(|fault| kept.may_break_by(fault));
+    let explained = stage
+        .sim
+        .failed(|fault| kept.may_break_by(fault, stage.guests));
     assert!(explained, "{title} broke for no reason: {reason}");
     let recorded = kept.states.byte(0) != 0 || kept.states.byte(1) != 0;
     // After a sync that failed nothing kept is relied on, record or not.
@@ -116,6 +119,28 @@ fn killed_now_the_frozen_map_is_right(stage: &Stage, kept: &Kept) {
                 kept.title(stage.sim.seed),
             );
         }
+    }
+}
+
+/// Checks, when all is quiet, that old bytes were copied by one writer only.
+pub(super) fn kept_once(stage: &Stage) {
+    for kept in stage.open() {
+        // After a break that could not be recorded the write failed, and the next one copies again.
+        let again = stage
+            .sim
+            .failed(|fault| fault.place == Place::Record(kept.index));
+        if again || kept.snapshot().broken().is_some() {
+            continue;
+        }
+        let states = Snapshot::<SimWorld>::RECORD_BYTES;
+        let granules = 0..kept.frozen.size().div_ceil(GRANULE);
+        let in_scratch = granules.filter(|granule| kept.states.byte(states + granule) == 1);
+        assert_eq!(
+            kept.snapshot().scratch_used(),
+            in_scratch.count() as u64 * GRANULE,
+            "{}: old bytes were not stored once each",
+            kept.title(stage.sim.seed),
+        );
     }
 }
 

@@ -33,10 +33,10 @@ pub fn play(seed: u64) -> Tally {
     let sim = Arc::new(Sim::new(seed));
     let stage = Rc::new(Stage::new(&sim));
     let mut executor = Executor::new(&sim);
-    for index in 0..2 + sim.below(4) {
+    for index in 0..stage.guests {
         executor.spawn(format!("guest {index}"), guest::guest(Rc::clone(&stage)));
     }
-    for index in 0..=sim.below(2) {
+    for index in 0..2 + sim.below(3) {
         executor.spawn(format!("reader {index}"), reader::reader(Rc::clone(&stage)));
     }
     executor.spawn("steward".to_owned(), steward::steward(Rc::clone(&stage)));
@@ -54,6 +54,7 @@ pub fn play(seed: u64) -> Tally {
     );
     executor.run(|| {});
     audit::audit(&stage);
+    audit::kept_once(&stage);
     for subject in &stage.disks {
         guest::check_given_up(&stage, subject);
     }

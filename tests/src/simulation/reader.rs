@@ -12,7 +12,7 @@ use super::{GRANULE, audit};
 
 /// Reads what is frozen while others change the disk, and compares it with the copy.
 pub(super) async fn reader(stage: Rc<Stage>) {
-    for _ in 0..5 + stage.sim.below(30) {
+    for _ in 0..10 + stage.sim.below(40) {
         pause(&stage.sim).await;
         let open = stage.open();
         if open.is_empty() {

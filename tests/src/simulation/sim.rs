@@ -1,3 +1,4 @@
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rand::{Rng, SeedableRng};
@@ -42,11 +43,13 @@ pub(super) enum Place {
 }
 
 /// Something that failed on purpose.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Fault {
     pub(super) place: Place,
     pub(super) at: u64,
     pub(super) task: usize,
+    /// What of the disk was concerned.
+    pub(super) range: Range<u64>,
 }
 
 /// How many of a thousand calls fail.
@@ -102,8 +105,8 @@ impl Sim {
         self.state().task = task;
     }
 
-    /// Whether the call at `place` that is about to be made fails.
-    pub(super) fn fails(&self, place: Place) -> bool {
+    /// Whether the call at `place` that is about to be made fails; it concerns `range`.
+    pub(super) fn fails(&self, place: Place, range: &Range<u64>) -> bool {
         let now = self.tick();
         let mut state = self.state();
         let rate = state.rates.of(place);
@@ -114,6 +117,7 @@ impl Sim {
                 place,
                 at: now,
                 task,
+                range: range.clone(),
             });
         }
         failed
@@ -160,8 +164,8 @@ impl Rates {
             sync: rate(300),
             map: rate(100),
             scratch: rate(150),
-            states: rate(100),
-            record: rate(500),
+            states: rate(150),
+            record: rate(900),
             aside: rate(100),
         };
         if rng.random_bool(0.5) {

@@ -18,6 +18,8 @@ use super::{GRANULE, Tally};
 /// All that takes part in one schedule, and what is known about it.
 pub(super) struct Stage {
     pub(super) sim: Arc<Sim>,
+    /// How many tasks, from the first on, are guests.
+    pub(super) guests: usize,
     pub(super) disks: Vec<Subject>,
     pub(super) capture: Rc<RefCell<Capture>>,
     /// Everything that guests did; the first entries are what was there before.
@@ -81,6 +83,7 @@ impl Stage {
     pub(super) fn new(sim: &Arc<Sim>) -> Self {
         let mut stage = Self {
             sim: Arc::clone(sim),
+            guests: 2 + sim.below(6) as usize,
             disks: Vec::new(),
             capture: Rc::default(),
             operations: RefCell::default(),
@@ -145,11 +148,8 @@ impl Stage {
         let sim = &self.sim;
         let unit = sim.one_of(&[4, 512, 4096]);
         // Often in the same place, so that many meet there.
-        let within = if sim.one_in(2) {
-            size
-        } else {
-            size.min(4 * GRANULE)
-        };
+        let crowd = sim.one_of(&[size, size, 4 * GRANULE, GRANULE]);
+        let within = size.min(crowd);
         let start = sim.below(within / unit) * unit;
         let length = unit * (1 + sim.below(length_max / unit));
         start..(start + length).min(size)
@@ -233,17 +233,29 @@ impl Kept {
         self.frozen.snapshot()
     }
 
+    fn lacks(&self, range: &Range<u64>) -> bool {
+        let mut granules = range.start / GRANULE..range.end.div_ceil(GRANULE);
+        let states = Snapshot::<SimWorld>::RECORD_BYTES;
+        granules.any(|granule| self.states.byte(states + granule) == 0)
+    }
+
     pub(super) fn title(&self, seed: u64) -> String {
         format!("seed {seed}, snapshot {} of disk {}", self.index, self.disk)
     }
 
     /// Whether this may be broken because of `fault`.
-    pub(super) fn may_break_by(&self, fault: &Fault) -> bool {
+    pub(super) fn may_break_by(&self, fault: &Fault, guests: usize) -> bool {
         match fault.place {
             Place::ScratchWrite(index) | Place::States(index) | Place::Aside(index) => {
                 index == self.index
             }
-            Place::ImageRead(disk) => disk == self.disk && fault.at > self.opened,
+            // Only if it still lacks something of what could not be read for a guest's write.
+            Place::ImageRead(disk) => {
+                disk == self.disk
+                    && fault.at > self.opened
+                    && fault.task < guests
+                    && self.lacks(&fault.range)
+            }
             Place::ImageSync(disk) => disk == self.disk,
             _ => false,
         }

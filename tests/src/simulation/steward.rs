@@ -170,8 +170,11 @@ impl Planned {
     }
 }
 
-/// How long writes in flight may take to end: now and then hardly any time.
+/// How long writes in flight may take to end: now and then hardly any time, or all there is.
 async fn patience(stage: &Stage) {
+    if stage.sim.one_in(3) {
+        std::future::pending::<()>().await;
+    }
     let length = if stage.sim.one_in(4) { 10 } else { 2000 };
     for _ in 0..stage.sim.below(length) {
         pause(&stage.sim).await;

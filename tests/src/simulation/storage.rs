@@ -107,7 +107,10 @@ impl SimStorage {
         self.state.borrow_mut().in_flight += 1;
         pause(&self.sim).await;
         let middle = range.start + self.sim.below((range.end - range.start) / 4 + 1) * 4;
-        let failure = self.sim.fails(self.writes).then(|| self.sim.below(3));
+        let failure = self
+            .sim
+            .fails(self.writes, &range)
+            .then(|| self.sim.below(3));
         if failure != Some(0) {
             effect(&mut self.state.borrow_mut(), range.start..middle);
             pause(&self.sim).await;
@@ -137,7 +140,7 @@ impl Storage for SimStorage {
         pause(&self.sim).await;
         buffer[middle..].copy_from_slice(&self.state.borrow().bytes[at + middle..end]);
         pause(&self.sim).await;
-        if self.sim.fails(self.reads) {
+        if self.sim.fails(self.reads, &(offset..end as u64)) {
             return Err(io::Error::other("drawn"));
         }
         Ok(())
@@ -171,7 +174,9 @@ impl Storage for SimStorage {
 
     async fn sync(&self) -> Done {
         pause(&self.sim).await;
-        let failed = self.syncs.is_some_and(|place| self.sim.fails(place));
+        let failed = self
+            .syncs
+            .is_some_and(|place| self.sim.fails(place, &(0..self.size())));
         let now = self.sim.tick();
         self.state.borrow_mut().syncs.push((now, !failed));
         pause(&self.sim).await;
@@ -187,7 +192,8 @@ impl Storage for SimStorage {
         // As many as are cheap to tell.
         extents.truncate(1 + self.sim.below(extents.len() as u64) as usize);
         pause(&self.sim).await;
-        if self.sim.fails(self.reads) {
+        // Asked for part of what is needed, it is needed all the same.
+        if self.sim.fails(self.reads, &(0..self.size())) {
             return Err(io::Error::other("drawn"));
         }
         Ok(extents)

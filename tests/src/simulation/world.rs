@@ -67,7 +67,10 @@ impl PageStore for SimPages {
             }
             place => place,
         };
-        if self.sim.fails(place) {
+        if self
+            .sim
+            .fails(place, &(offset..offset + bytes.len() as u64))
+        {
             // Whole entries of it may have got there.
             let entry = if matches!(place, Place::Record(_)) {
                 bytes.len()

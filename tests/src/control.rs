@@ -137,7 +137,7 @@ impl Qmp {
             match self.stream.read(&mut rest) {
                 Ok(0) => return true,
                 Ok(_) => {}
-                Err(error) => return error.kind() == io::ErrorKind::ConnectionReset,
+                Err(error) => return error.kind() == std::io::ErrorKind::ConnectionReset,
             }
         }
     }

@@ -163,16 +163,13 @@ fn an_object_larger_than_a_mib_ends_the_connection() {
     assert!(qmp.reply()["return"].is_object());
 
     let chunk = [b'x'; 4096];
-    let sent = qmp
-        .try_send(br#"{"execute":"query-version","id":""#)
-        .and_then(|()| {
-            (0..(2 * MIB as usize / chunk.len())).try_for_each(|_| qmp.try_send(&chunk))
-        });
-    if sent.is_ok() {
-        while qmp
-            .receive()
-            .is_some_and(|message| !error(&message).is_empty())
-        {}
+    // The server may hang up before it has seen all of it.
+    let _ = qmp.try_send(br#"{"execute":"query-version","id":""#);
+    for _ in 0..2 * MIB as usize / chunk.len() {
+        let _ = qmp.try_send(&chunk);
+    }
+    while let Some(message) = qmp.receive() {
+        assert!(!error(&message).is_empty(), "{message}");
     }
     assert!(qmp.is_closed());
     server.is_well();
@@ -181,11 +178,11 @@ fn an_object_larger_than_a_mib_ends_the_connection() {
 #[test]
 fn nesting_without_end_does_no_harm() {
     let server = server();
-    let mut qmp = server.qmp();
-    // It may be refused at any depth, with a word or without.
-    let _ = qmp.try_send(&b"[".repeat(200_000));
-    let _ = qmp.try_send(&b"{\"a\":".repeat(100_000));
-    drop(qmp);
+    for opening in ["[", "{\"a\":"] {
+        // It may be refused at any depth, with a word or without; so much that no stack would bear
+        // it, and so little that the words about it fit into the socket.
+        let _ = server.qmp().try_send(opening.repeat(20_000).as_bytes());
+    }
     server.is_well();
 }
 

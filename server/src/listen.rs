@@ -78,7 +78,7 @@ pub(crate) fn check_length(path: &Path) -> Result<(), Failure> {
         return Ok(());
     }
     let message = format!(
-        "the socket path '{}' has {length} bytes, and {SOCKET_PATH_MAX} are possible",
+        "the socket path '{}' is too long: {length} bytes, and {SOCKET_PATH_MAX} are possible",
         path.display()
     );
     Err(Failure::new("path-too-long", message).hint("choose a shorter --run-dir"))

@@ -16,7 +16,7 @@ pub(crate) struct Name(String);
 
 /// A text that is no name.
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
-#[error("'{text}' {rule}")]
+#[error("the name '{text}' {rule}")]
 pub(crate) struct NameError {
     text: String,
     rule: &'static str,

@@ -117,10 +117,15 @@ impl fmt::Display for Output {
 
 /// Runs a program to its end. One that hangs is killed and fails with exit code 124.
 pub fn run(command: &mut Command) -> Output {
+    run_at_most(command, PATIENCE)
+}
+
+/// Runs a program for so long at most.
+pub fn run_at_most(command: &mut Command, patience: Duration) -> Output {
     let mut limited = Command::new("timeout");
     limited
         .arg("--kill-after=5")
-        .arg(PATIENCE.as_secs().to_string());
+        .arg(patience.as_secs().to_string());
     limited
         .arg(command.get_program())
         .args(command.get_args())

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
+use std::time::Duration;
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -95,7 +96,8 @@ impl Builder {
 
     /// Runs a server that is expected to fail at the start.
     pub fn start_and_fail(&self) -> Output {
-        run(&mut self.command())
+        // One that starts after all would go on for ever.
+        process::run_at_most(&mut self.command(), Duration::from_secs(20))
     }
 
     /// The command that starts the server.

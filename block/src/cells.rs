@@ -1,6 +1,6 @@
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 /// A small file of bookkeeping: sparse, and stored to by system calls that can fail.
@@ -15,12 +15,9 @@ impl Cells {
     /// Makes an empty file at `path`, in the place of any that is there.
     pub fn create(path: &Path) -> io::Result<Self> {
         let mut options = File::options();
-        let file = options
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(path)?;
+        options.read(true).write(true).create(true).truncate(true);
+        // What is kept about a disk is its owner's business alone.
+        let file = options.mode(0o600).open(path)?;
         Ok(Self { file })
     }
 

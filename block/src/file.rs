@@ -10,9 +10,9 @@ use bytes::Bytes;
 use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
+use crate::fiemap;
 use crate::pool::blocking;
 use crate::storage::{Extent, Storage, Zeroing};
-use crate::{SharedSync, fiemap};
 
 /// A regular file or a block device, through the page cache.
 ///
@@ -23,7 +23,6 @@ pub struct FileStorage {
     file: Arc<File>,
     size: u64,
     device: bool,
-    syncs: SharedSync,
 }
 
 impl FileStorage {
@@ -42,7 +41,6 @@ impl FileStorage {
             file: Arc::new(file),
             size,
             device,
-            syncs: SharedSync::default(),
         })
     }
 
@@ -145,7 +143,7 @@ impl Storage for FileStorage {
 
     async fn sync(&self) -> io::Result<()> {
         let file = Arc::clone(&self.file);
-        self.syncs.run(|| blocking(move || file.sync_data())).await
+        blocking(move || file.sync_data()).await
     }
 
     async fn extents(&self, range: Range<u64>) -> io::Result<Vec<Extent>> {

@@ -19,7 +19,7 @@ pub(crate) async fn allocation<S: Storage>(
     loop {
         let end = known.last().map_or(range.start, |extent| extent.range.end);
         // The last granule can be judged only when all of it is known.
-        if end >= range.end || (end > range.start && end % GRANULE == 0) {
+        if end >= range.end || (end > range.start && end.is_multiple_of(GRANULE)) {
             return Ok(by_granule(known, range.end));
         }
         known.extend(image.extents(end..range.end).await?);

@@ -95,6 +95,19 @@ impl<W: World> Snapshot<W> {
     /// An error means that the break could not be stored, and that the write for which the
     /// snapshot was to be given up must not be issued.
     pub fn break_with(&self, reason: String) -> io::Result<()> {
+        self.record_break(&reason)?;
+        self.lose(reason);
+        Ok(())
+    }
+
+    /// Gives the instant up, whether or not that can be stored: for a loss that also the next start
+    /// will know of.
+    pub fn give_up(&self, reason: String) {
+        let _ = self.record_break(&reason);
+        self.lose(reason);
+    }
+
+    fn record_break(&self, reason: &str) -> io::Result<()> {
         let mut record = Vec::with_capacity(REASON_MAX + 2);
         let mut length = reason.len().min(REASON_MAX);
         while !reason.is_char_boundary(length) {
@@ -102,11 +115,13 @@ impl<W: World> Snapshot<W> {
         }
         record.extend((length as u16).to_le_bytes());
         record.extend(&reason.as_bytes()[..length]);
-        self.preserved.store().store(BREAK_OFFSET, &record)?;
+        self.preserved.store().store(BREAK_OFFSET, &record)
+    }
+
+    fn lose(&self, reason: String) {
         // Whoever came first has said why.
         let _ = self.broken.set(reason);
         self.breaking.notify_waiters();
-        Ok(())
     }
 
     /// Makes durable what is in scratch.

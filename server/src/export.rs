@@ -16,7 +16,7 @@ use crate::service::{Base, Book, FrozenDisk, Service, Usage};
 
 /// Something that an NBD client has open.
 #[derive(Clone)]
-pub enum Export {
+pub(crate) enum Export {
     /// A disk as it is, read-write.
     Live(Arc<ServedDisk>),
     /// A disk as it was.
@@ -27,7 +27,7 @@ pub enum Export {
 
 /// A way of describing a disk, stretch by stretch.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Context {
+pub(crate) enum Context {
     /// `base:allocation`.
     Allocation,
     /// `qemu:allocation-depth`.
@@ -38,16 +38,16 @@ pub enum Context {
 
 /// A stretch of a disk, and what a context says of it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Status {
+pub(crate) struct Status {
     /// In bytes.
-    pub length: u64,
+    pub(crate) length: u64,
     /// As the context's specification defines them.
-    pub flags: u32,
+    pub(crate) flags: u32,
 }
 
 /// Why a request failed.
 #[derive(Debug, Error)]
-pub enum ExportError {
+pub(crate) enum ExportError {
     /// The backup has been committed or aborted.
     #[error("the backup has ended")]
     Ended,
@@ -70,7 +70,7 @@ impl From<FrozenError> for ExportError {
 
 /// Which exports a socket offers.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Role {
+pub(crate) enum Role {
     /// Live exports only.
     Live,
     /// Frozen exports only.
@@ -78,7 +78,7 @@ pub enum Role {
 }
 
 /// Finds the export that `role` offers under `name`.
-pub fn find(service: &Service, role: Role, name: &str) -> Option<Export> {
+pub(crate) fn find(service: &Service, role: Role, name: &str) -> Option<Export> {
     match role {
         Role::Live => {
             let disk = match name {
@@ -138,7 +138,7 @@ fn only(service: &Service) -> Option<&Arc<ServedDisk>> {
 }
 
 /// The names that `role` lists, each with what it is.
-pub fn list(service: &Service, role: Role) -> Vec<(String, String)> {
+pub(crate) fn list(service: &Service, role: Role) -> Vec<(String, String)> {
     if role == Role::Live {
         let live = |name: &Name| (name.to_string(), "the disk as it is".to_owned());
         return service.disks().keys().map(live).collect();
@@ -156,18 +156,18 @@ pub fn list(service: &Service, role: Role) -> Vec<(String, String)> {
 }
 
 /// The name of a frozen disk's export.
-pub fn frozen_name(part: &FrozenDisk) -> String {
+pub(crate) fn frozen_name(part: &FrozenDisk) -> String {
     format!("{}@{}", part.disk.name, part.backup)
 }
 
 /// The name of a frozen disk's export as a difference from `checkpoint`.
-pub fn difference_name(part: &FrozenDisk, checkpoint: &str) -> String {
+pub(crate) fn difference_name(part: &FrozenDisk, checkpoint: &str) -> String {
     format!("{}@{checkpoint}..{}", part.disk.name, part.backup)
 }
 
 impl Export {
     /// The size in bytes.
-    pub fn size(&self) -> u64 {
+    pub(crate) fn size(&self) -> u64 {
         match self {
             Self::Live(disk) => disk.disk.size(),
             Self::Frozen(part) | Self::Difference(part, ..) => part.frozen.size(),
@@ -175,7 +175,7 @@ impl Export {
     }
 
     /// Whether nobody may write it.
-    pub fn read_only(&self) -> bool {
+    pub(crate) fn read_only(&self) -> bool {
         match self {
             Self::Live(disk) => disk.read_only,
             Self::Frozen(_) | Self::Difference(..) => true,
@@ -183,7 +183,7 @@ impl Export {
     }
 
     /// What it is, for people.
-    pub fn description(&self) -> String {
+    pub(crate) fn description(&self) -> String {
         match self {
             Self::Live(disk) => format!("disk '{}' as it is", disk.name),
             Self::Frozen(part) => {
@@ -196,7 +196,7 @@ impl Export {
     }
 
     /// The contexts that it lists.
-    pub fn contexts(&self, service: &Service) -> Vec<String> {
+    pub(crate) fn contexts(&self, service: &Service) -> Vec<String> {
         let mut names = vec![ALLOCATION.to_owned(), DEPTH.to_owned()];
         let dirty = |name: &str| format!("{DIRTY}{name}");
         match self {
@@ -217,7 +217,7 @@ impl Export {
     }
 
     /// The context of this name, listed or not.
-    pub fn context(&self, service: &Service, name: &str) -> Option<Context> {
+    pub(crate) fn context(&self, service: &Service, name: &str) -> Option<Context> {
         match name {
             ALLOCATION => return Some(Context::Allocation),
             DEPTH => return Some(Context::Depth),
@@ -241,16 +241,9 @@ impl Export {
         .map(Context::Dirty)
     }
 
-    /// Fills `buffer` with what is at `offset`.
-    pub async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
-        self.still_open()?;
-        match self {
-            Self::Live(disk) => disk.disk.read(offset, buffer).await?,
-            Self::Frozen(part) | Self::Difference(part, ..) => {
-                part.frozen.read(offset, buffer).await?;
-            }
-        }
-        self.still_open()?;
+    /// Fills `buffer` with what is at `offset`, for a client.
+    pub(crate) async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        self.prefetch(offset, buffer).await?;
         if let Some(usage) = self.usage() {
             usage
                 .bytes_read
@@ -259,8 +252,20 @@ impl Export {
         Ok(())
     }
 
+    /// Fills `buffer` with what is at `offset`, and counts it for nobody.
+    pub(crate) async fn prefetch(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        self.still_open()?;
+        match self {
+            Self::Live(disk) => disk.disk.read(offset, buffer).await?,
+            Self::Frozen(part) | Self::Difference(part, ..) => {
+                part.frozen.read(offset, buffer).await?;
+            }
+        }
+        self.still_open()
+    }
+
     /// What `context` says of `range`, from its start on: at most some `limit` stretches.
-    pub async fn status(
+    pub(crate) async fn status(
         &self,
         context: Context,
         range: Range<u64>,
@@ -278,15 +283,15 @@ impl Export {
             }
             (Context::Allocation, Self::Live(disk)) => {
                 let extents = disk.disk.extents(range).await?;
-                extents.into_iter().take(limit).map(allocation_of).collect()
+                extents.iter().take(limit).map(allocation_of).collect()
             }
             (Context::Allocation, Self::Frozen(part)) => {
                 let extents = part.frozen.extents(range).await?;
-                extents.into_iter().take(limit).map(allocation_of).collect()
+                extents.iter().take(limit).map(allocation_of).collect()
             }
             (Context::Dirty(since), Self::Frozen(part) | Self::Difference(part, ..)) => {
                 let runs = part.frozen.changes(range, since, limit)?;
-                runs.into_iter().map(dirty_of).collect()
+                runs.iter().map(dirty_of).collect()
             }
             // A live disk has no bitmaps to ask for.
             (Context::Dirty(_), Self::Live(_)) => vec![Status {
@@ -296,17 +301,6 @@ impl Export {
         };
         self.still_open()?;
         Ok(found)
-    }
-
-    /// What of `range` takes space: adjacent extents from its start on.
-    pub async fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>, ExportError> {
-        self.still_open()?;
-        let extents = match self {
-            Self::Live(disk) => disk.disk.extents(range).await?,
-            Self::Frozen(part) | Self::Difference(part, ..) => part.frozen.extents(range).await?,
-        };
-        self.still_open()?;
-        Ok(extents)
     }
 
     /// What a backup keeps, it keeps until it ends; what is read later is worth nothing.
@@ -320,7 +314,7 @@ impl Export {
     }
 
     /// What clients do here is counted here.
-    pub fn usage(&self) -> Option<&Usage> {
+    pub(crate) fn usage(&self) -> Option<&Usage> {
         match self {
             Self::Live(_) => None,
             Self::Frozen(part) => Some(&part.whole),
@@ -352,7 +346,7 @@ async fn difference(
             }
             for extent in part.frozen.extents(at..run.range.end).await? {
                 at = extent.range.end;
-                let Status { length, flags } = allocation_of(extent);
+                let Status { length, flags } = allocation_of(&extent);
                 push(&mut found, length, flags);
             }
         }
@@ -370,7 +364,7 @@ fn default_bitmap(part: &FrozenDisk, bitmap: &str) -> Option<Era> {
     }
 }
 
-fn allocation_of(extent: Extent) -> Status {
+fn allocation_of(extent: &Extent) -> Status {
     let flags = if extent.hole {
         STATE_HOLE | STATE_ZERO
     } else {
@@ -382,7 +376,7 @@ fn allocation_of(extent: Extent) -> Status {
     }
 }
 
-fn dirty_of(run: Run) -> Status {
+fn dirty_of(run: &Run) -> Status {
     let flags = if run.dirty { DIRTY_FLAG } else { 0 };
     Status {
         length: run.range.end - run.range.start,

@@ -5,18 +5,18 @@ use thiserror::Error;
 /// A refusal: a code for scripts, and a message and a hint for people.
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
 #[error("{message}")]
-pub struct Failure {
+pub(crate) struct Failure {
     /// A word that scripts can compare.
-    pub code: &'static str,
+    pub(crate) code: &'static str,
     /// What is wrong, with the names and numbers.
-    pub message: String,
+    pub(crate) message: String,
     /// What to do, where that is not obvious.
-    pub hint: Option<String>,
+    pub(crate) hint: Option<String>,
 }
 
 impl Failure {
     /// Without a hint.
-    pub fn new(code: &'static str, message: impl Into<String>) -> Self {
+    pub(crate) fn new(code: &'static str, message: impl Into<String>) -> Self {
         Self {
             code,
             message: message.into(),
@@ -26,7 +26,7 @@ impl Failure {
 
     /// The same with what to do about it.
     #[must_use]
-    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
     }

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use bitmap::PageStore;
@@ -11,7 +12,7 @@ use scratch::{Snapshot, SnapshotFiles, World};
 use crate::hooks::Hooks;
 
 /// Files and block devices.
-pub struct Files;
+pub(crate) struct Files;
 
 impl World for Files {
     type Image = FileStorage;
@@ -21,7 +22,7 @@ impl World for Files {
 }
 
 /// Pages in a file of cells.
-pub struct CellPages(Cells);
+pub(crate) struct CellPages(Cells);
 
 impl PageStore for CellPages {
     fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
@@ -31,25 +32,29 @@ impl PageStore for CellPages {
 
 impl CellPages {
     /// Pages of zeroes, in a new file at `path`.
-    pub fn create(path: &Path) -> io::Result<Self> {
+    pub(crate) fn create(path: &Path) -> io::Result<Self> {
         Cells::create(path).map(Self)
     }
 }
 
 /// The folder in which one disk's share of one backup lies. Removed when dropped.
 #[derive(Debug)]
-pub struct SnapshotDir(PathBuf);
+pub(crate) struct SnapshotDir(PathBuf);
 
 impl SnapshotDir {
     /// Makes the folder, for a disk of `size` bytes, and the files in it.
-    pub fn create(path: PathBuf, size: u64) -> io::Result<(Self, SnapshotFiles<Files>)> {
-        fs::create_dir_all(&path)?;
+    pub(crate) fn create(path: PathBuf, size: u64) -> io::Result<(Self, SnapshotFiles<Files>)> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&path)?;
         let dir = Self(path);
         let scratch = File::options()
             .read(true)
             .write(true)
             .create(true)
             .truncate(true)
+            .mode(0o600)
             .open(dir.0.join("scratch"))?;
         scratch.set_len(size)?;
         let states = Cells::create(&dir.0.join("states"))?;
@@ -63,10 +68,20 @@ impl SnapshotDir {
     }
 }
 
+impl SnapshotDir {
+    /// Removes the folder; what is open in it goes when it is closed.
+    pub(crate) fn remove(&self) {
+        match fs::remove_dir_all(&self.0) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %self.0.display(), %error, "scratch files are left behind");
+            }
+            _ => {}
+        }
+    }
+}
+
 impl Drop for SnapshotDir {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            tracing::warn!(path = %self.0.display(), %error, "scratch files are left behind");
-        }
+        self.remove();
     }
 }

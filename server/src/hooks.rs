@@ -4,7 +4,7 @@ use scratch::{Pace, Step};
 
 /// Steps in between for tests; compiled to nothing in a release.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Hooks;
+pub(crate) struct Hooks;
 
 impl Pace for Hooks {
     #[cfg(not(feature = "test-hooks"))]

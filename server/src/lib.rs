@@ -1,11 +1,22 @@
 //! Serving disks: sockets, names, sessions.
 
-pub mod disk;
+pub mod cli;
+mod serve;
+
+mod address;
+mod control;
+mod listen;
+mod nbd;
+mod notify;
+
 mod export;
+mod service;
+
+mod served;
+
+pub mod disk;
 mod failure;
 mod files;
 mod hooks;
 mod lock_file;
 mod names;
-mod served;
-mod service;

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use rustix::fs::{FlockOperation, flock};
@@ -10,21 +11,22 @@ use rustix::io::Errno;
 
 /// A lock that ends with the process, on a file that holds its pid.
 #[derive(Debug)]
-pub struct LockFile(#[expect(dead_code, reason = "held, not used")] File);
+pub(crate) struct LockFile(#[expect(dead_code, reason = "held, not used")] File);
 
 /// Who has the lock, as a text to append: ` (pid 17)`, or nothing where that is not known.
 #[derive(Debug)]
-pub struct Holder(Option<u32>);
+pub(crate) struct Holder(Option<u32>);
 
 impl LockFile {
     /// Takes the lock, or says who has it.
-    pub fn take(path: &Path) -> io::Result<Result<Self, Holder>> {
+    pub(crate) fn take(path: &Path) -> io::Result<Result<Self, Holder>> {
         let mut options = File::options();
         let mut file = options
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
+            .mode(0o600)
             .open(path)?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}

@@ -1,3 +1,7 @@
 //! The `stillpoint` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    stillpoint::cli::main()
+}

@@ -12,19 +12,19 @@ use thiserror::Error;
 /// end: so a name is a file name, a part of an export name, and never two of them.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 #[serde(transparent)]
-pub struct Name(String);
+pub(crate) struct Name(String);
 
 /// A text that is no name.
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
-#[error("'{text}' {rule}")]
-pub struct NameError {
+#[error("the name '{text}' {rule}")]
+pub(crate) struct NameError {
     text: String,
     rule: &'static str,
 }
 
 impl Name {
     /// Refuses what the rules forbid, and says which of them.
-    pub fn parse(text: &str) -> Result<Self, NameError> {
+    pub(crate) fn parse(text: &str) -> Result<Self, NameError> {
         let wrong = |rule| {
             Err(NameError {
                 text: text.chars().take(80).collect(),
@@ -56,7 +56,7 @@ impl Name {
     }
 
     /// The name as text.
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,49 +19,49 @@ use crate::names::Name;
 
 /// Which image to serve, and how.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct DiskSpec {
+pub(crate) struct DiskSpec {
     /// What clients call it.
-    pub name: Name,
+    pub(crate) name: Name,
     /// The image.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// The user said that it is raw, whatever it looks like.
-    pub raw: bool,
+    pub(crate) raw: bool,
     /// The chunk size of the era map.
-    pub granularity: Granularity,
+    pub(crate) granularity: Granularity,
     /// Where its state goes, if not to the default place.
-    pub state: Option<PathBuf>,
+    pub(crate) state: Option<PathBuf>,
     /// Nobody may write it.
-    pub read_only: bool,
+    pub(crate) read_only: bool,
 }
 
 /// A disk that is being served.
-pub struct ServedDisk {
+pub(crate) struct ServedDisk {
     /// What clients call it.
-    pub name: Name,
+    pub(crate) name: Name,
     /// Made once and never reused.
-    pub uuid: Uuid,
+    pub(crate) uuid: Uuid,
     /// The image.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// Nobody may write it.
-    pub read_only: bool,
+    pub(crate) read_only: bool,
     /// The disk itself.
-    pub disk: Arc<Disk<Files>>,
+    pub(crate) disk: Arc<Disk<Files>>,
     scratch_dir: PathBuf,
     _locks: Vec<LockFile>,
 }
 
 impl ServedDisk {
     /// Opens and locks the image, and begins to track it.
-    pub fn open(spec: DiskSpec, scratch_root: Option<&Path>) -> Result<Self, Failure> {
+    pub(crate) fn open(spec: &DiskSpec, scratch_root: Option<&Path>) -> Result<Self, Failure> {
         let context = |failure: Failure| Failure {
             message: format!("disk '{}': {}", spec.name, failure.message),
             ..failure
         };
-        open_disk(&spec, scratch_root).map_err(context)
+        open_disk(spec, scratch_root).map_err(context)
     }
 
     /// The folder for this disk's share of a backup.
-    pub fn snapshot_dir(&self, backup: &Name) -> PathBuf {
+    pub(crate) fn snapshot_dir(&self, backup: &Name) -> PathBuf {
         self.scratch_dir.join(backup.as_str())
     }
 }
@@ -131,7 +131,7 @@ fn check_size(path: &Path, size: u64) -> Result<(), Failure> {
         let failure = Failure::new("bad-image", format!("'{}' has size zero", path.display()));
         return Err(failure.hint("make it as large as the disk is to be: truncate --size"));
     }
-    if size % SECTOR != 0 {
+    if !size.is_multiple_of(SECTOR) {
         let message = format!(
             "the size of '{}', {size} bytes, is no multiple of {SECTOR}",
             path.display()
@@ -189,10 +189,17 @@ fn state_dir(spec: &DiskSpec, image: &File) -> Result<PathBuf, Failure> {
     Err(Failure::new("no-state-dir", message).hint("add ,state=DIR"))
 }
 
-/// Makes `dir` if need be, and keeps every other server out of it.
+/// Makes `dir` if need be, and keeps every other server out of it. What is in it may be removed; so
+/// it must be ours from the beginning.
 fn claim_folder(dir: &Path, what: &str) -> Result<LockFile, Failure> {
-    fs::create_dir_all(dir).map_err(|error| cannot_write(dir, &error))?;
-    let path = dir.join("lock");
+    // Old contents of disks lie here: nobody else may look.
+    let made = fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir);
+    made.map_err(|error| cannot_write(dir, &error))?;
+    let path = dir.join(FOLDER_LOCK);
+    refuse_foreign_folder(dir, &path, what)?;
     let lock = LockFile::take(&path).map_err(|error| cannot_write(&path, &error))?;
     lock.map_err(|holder| {
         let message = format!(
@@ -201,6 +208,18 @@ fn claim_folder(dir: &Path, what: &str) -> Result<LockFile, Failure> {
         );
         Failure::new("locked", message)
     })
+}
+
+fn refuse_foreign_folder(dir: &Path, lock: &Path, what: &str) -> Result<(), Failure> {
+    let mut entries = fs::read_dir(dir).map_err(|error| cannot_write(dir, &error))?;
+    if entries.next().is_none() || lock.exists() {
+        return Ok(());
+    }
+    let message = format!(
+        "the {what} directory '{}' has files in it that are not Stillpoint's",
+        dir.display()
+    );
+    Err(Failure::new("foreign-directory", message).hint("name an empty directory, or a new one"))
 }
 
 /// What a server that was killed left of its backups is of no use to this one.
@@ -224,6 +243,9 @@ fn cannot_write(path: &Path, error: &io::Error) -> Failure {
         format!("cannot write '{}': {error}", path.display()),
     )
 }
+
+/// Its presence says that a folder is Stillpoint's, and its lock that a server uses it.
+const FOLDER_LOCK: &str = "stillpoint.lock";
 
 /// What the sizes of disks are made of.
 const SECTOR: u64 = 512;

@@ -1,1 +1,36 @@
 //! What the tests share: a running server, and other people's tools.
+//!
+//! Nothing here uses the server's own crates: what a test believes about the protocol it has from
+//! the protocol's documents, not from the code under test. The one exception is [`simulation`], which
+//! runs the server's own types on storage of its making.
+
+pub mod server;
+
+pub mod control;
+pub mod guest;
+pub mod loop_device;
+pub mod process;
+pub mod raw_nbd;
+pub mod seeds;
+pub mod tools;
+
+pub mod simulation;
+
+pub use control::Qmp;
+pub use guest::Guest;
+pub use loop_device::LoopDevice;
+pub use process::Output;
+pub use raw_nbd::RawNbd;
+pub use server::Server;
+
+/// A stretch of an export with a property: offset, length, flags of the metadata context.
+pub type Extent = (u64, u64, u32);
+
+/// A KiB.
+pub const KIB: u64 = 1 << 10;
+/// A MiB.
+pub const MIB: u64 = 1 << 20;
+/// A GiB.
+pub const GIB: u64 = 1 << 30;
+/// The chunk size that a disk has unless told otherwise.
+pub const CHUNK: u64 = 64 * KIB;

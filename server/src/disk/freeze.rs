@@ -57,6 +57,13 @@ pub async fn freeze<W: World>(
         between_swaps(disk).await;
         gate.set(Arc::clone(next));
     }
+    drop(closed);
+    for (disk, _) in &ready {
+        // A sync that failed after this was prepared found only the instants from before.
+        if disk.sync_failed() {
+            disk.give_up("a sync of the image failed");
+        }
+    }
     Ok(())
 }
 

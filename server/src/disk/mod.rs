@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bitmap::{Era, EraMap};
-use block::{Extent, Storage, Zeroing};
+use block::{Extent, SharedSync, Storage, Zeroing};
 use bytes::Bytes;
 use scratch::{Claims, Frozen, Pace, Snapshot, Step, World, preserve};
 
@@ -30,6 +30,8 @@ pub struct Disk<W: World> {
     gate: Gate<Tracking<W>>,
     claims: Claims,
     pace: Arc<W::Pace>,
+    /// Has one sync at a time, so that its outcome is known before the next begins.
+    syncs: SharedSync,
     /// Set for good once a sync of the image has failed: what was acknowledged before it may be
     /// lost, and a later sync that succeeds proves nothing.
     sync_failed: AtomicBool,
@@ -50,6 +52,7 @@ impl<W: World> Disk<W> {
             gate: Gate::new(Tracking::new(era)),
             claims: Claims::default(),
             pace: Arc::new(pace),
+            syncs: SharedSync::default(),
             sync_failed: AtomicBool::new(false),
         }
     }
@@ -116,19 +119,27 @@ impl<W: World> Disk<W> {
 
     /// Makes durable every write that was acknowledged before the call, whoever made it.
     pub async fn flush(&self) -> io::Result<()> {
-        if self.sync_failed.load(Ordering::Acquire) {
+        self.syncs.run(|| self.sync()).await
+    }
+
+    /// No other sync is under way: once one has failed, none that begins later is believed.
+    async fn sync(&self) -> io::Result<()> {
+        if self.sync_failed() {
             return Err(io::Error::other("an earlier sync of the image failed"));
         }
         let result = self.image.sync().await;
         if let Err(error) = &result {
             self.sync_failed.store(true, Ordering::Release);
-            let reason = format!("a sync of the image failed: {error}");
-            for snapshot in &self.tracking().snapshots {
-                // The image is not to be trusted any more; that is the news, and it is passed on.
-                let _ = snapshot.break_with(reason.clone());
-            }
+            self.give_up(&format!("a sync of the image failed: {error}"));
         }
         result
+    }
+
+    /// Gives up every instant that is kept.
+    fn give_up(&self, reason: &str) {
+        for snapshot in &self.tracking().snapshots {
+            snapshot.give_up(reason.to_owned());
+        }
     }
 
     /// Whether a sync of the image has failed, so that no instant of it can be relied on.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use bitmap::Era;
 use scratch::Frozen;
 use time::OffsetDateTime;
+use tokio::sync::Notify;
 use uuid::Uuid;
 
 use crate::files::{Files, SnapshotDir};
@@ -16,66 +17,66 @@ use crate::served::ServedDisk;
 
 /// Checkpoints and backups, as they are known to everyone.
 #[derive(Default)]
-pub struct Book {
+pub(crate) struct Book {
     /// Oldest first; pending ones too.
-    pub checkpoints: Vec<Checkpoint>,
+    pub(crate) checkpoints: Vec<Checkpoint>,
     /// The open ones, oldest first.
-    pub backups: Vec<Arc<Backup>>,
+    pub(crate) backups: Vec<Arc<Backup>>,
     /// How each backup that is no longer open ended.
-    pub ended: BTreeMap<Name, Outcome>,
+    pub(crate) ended: BTreeMap<Name, Outcome>,
 }
 
 /// A name for the instant at which an era began on each of some disks.
 #[derive(Clone, Debug)]
-pub struct Checkpoint {
+pub(crate) struct Checkpoint {
     /// Its name, which may be used again when it is gone.
-    pub name: Name,
+    pub(crate) name: Name,
     /// Its identity, which is never used again.
-    pub uuid: Uuid,
+    pub(crate) uuid: Uuid,
     /// When it was taken.
-    pub created: OffsetDateTime,
+    pub(crate) created: OffsetDateTime,
     /// The era that began then, by disk.
-    pub eras: BTreeMap<Name, Era>,
+    pub(crate) eras: BTreeMap<Name, Era>,
     /// The backup whose commit makes it visible, until then.
-    pub pending_of: Option<Name>,
+    pub(crate) pending_of: Option<Name>,
 }
 
 /// What a backup was asked for.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct BeginRequest {
+pub(crate) struct BeginRequest {
     /// Its id, else one is made.
-    pub id: Option<Name>,
+    pub(crate) id: Option<Name>,
     /// The disks, else all.
-    pub disks: Option<Vec<Name>>,
+    pub(crate) disks: Option<Vec<Name>>,
     /// The checkpoint to begin from, by name or uuid.
-    pub since: Option<String>,
+    pub(crate) since: Option<String>,
     /// The checkpoint that its commit makes.
-    pub checkpoint: Option<Name>,
+    pub(crate) checkpoint: Option<Name>,
 }
 
 /// An instant that is kept until it is committed or aborted.
-pub struct Backup {
+pub(crate) struct Backup {
     /// Its name.
-    pub id: Name,
+    pub(crate) id: Name,
     /// Its identity.
-    pub uuid: Uuid,
+    pub(crate) uuid: Uuid,
     /// What was asked for.
-    pub request: BeginRequest,
+    pub(crate) request: BeginRequest,
     /// The instant.
-    pub frozen_at: OffsetDateTime,
+    pub(crate) frozen_at: OffsetDateTime,
     /// For how long the guests were held.
-    pub pause: Duration,
+    pub(crate) pause: Duration,
     /// The checkpoint that it begins from: name and identity.
-    pub since: Option<(Name, Uuid)>,
+    pub(crate) since: Option<(Name, Uuid)>,
     /// The checkpoint that its commit makes: name and identity.
-    pub checkpoint: Option<(Name, Uuid)>,
+    pub(crate) checkpoint: Option<(Name, Uuid)>,
     /// Its disks.
-    pub disks: BTreeMap<Name, Arc<FrozenDisk>>,
+    pub(crate) disks: BTreeMap<Name, Arc<FrozenDisk>>,
 }
 
 /// How a backup ended.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// It succeeded: its checkpoint is a base.
     Committed,
     /// As if it had never begun.
@@ -83,30 +84,31 @@ pub enum Outcome {
 }
 
 /// One disk of a backup.
-pub struct FrozenDisk {
+pub(crate) struct FrozenDisk {
     /// The disk.
-    pub disk: Arc<ServedDisk>,
+    pub(crate) disk: Arc<ServedDisk>,
     /// The backup.
-    pub backup: Name,
+    pub(crate) backup: Name,
     /// The disk as it was.
-    pub frozen: Frozen<Files>,
+    pub(crate) frozen: Frozen<Files>,
     /// What it can be compared with.
-    pub base: Base,
+    pub(crate) base: Base,
     /// How much of it changed since its base; all of it without one.
-    pub changed_bytes: u64,
+    pub(crate) changed_bytes: u64,
     /// Whether the disk's own name means this export, until the backup ends.
-    pub has_disk_name: bool,
+    pub(crate) has_disk_name: bool,
     /// Use of `DISK@ID`.
-    pub whole: Usage,
+    pub(crate) whole: Usage,
     /// Use of `DISK@CHECKPOINT..ID`.
-    pub difference: Usage,
+    pub(crate) difference: Usage,
     pub(super) ended: AtomicBool,
-    pub(super) _dir: SnapshotDir,
+    pub(super) ending: Notify,
+    pub(super) dir: SnapshotDir,
 }
 
 /// What a frozen disk can be compared with.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Base {
+pub(crate) enum Base {
     /// Nothing was asked for.
     None,
     /// A checkpoint.
@@ -122,28 +124,31 @@ pub enum Base {
 
 /// What clients did with an export.
 #[derive(Debug, Default)]
-pub struct Usage {
+pub(crate) struct Usage {
     /// How many bytes they have read.
-    pub bytes_read: AtomicU64,
+    pub(crate) bytes_read: AtomicU64,
     /// How many are connected.
-    pub clients: AtomicUsize,
+    pub(crate) clients: AtomicUsize,
 }
 
 impl Book {
     /// The checkpoint of this name, pending or not.
-    pub fn checkpoint(&self, name: &str) -> Option<&Checkpoint> {
+    pub(crate) fn checkpoint(&self, name: &str) -> Option<&Checkpoint> {
         self.checkpoints
             .iter()
             .find(|checkpoint| checkpoint.name.as_str() == name)
     }
 
     /// The open backup with this id.
-    pub fn backup(&self, id: &str) -> Option<&Arc<Backup>> {
+    pub(crate) fn backup(&self, id: &str) -> Option<&Arc<Backup>> {
         self.backups.iter().find(|backup| backup.id.as_str() == id)
     }
 
     /// The checkpoints that a frozen disk can be compared with, oldest first: name and era.
-    pub fn bases<'a>(&'a self, frozen: &'a FrozenDisk) -> impl Iterator<Item = (&'a Name, Era)> {
+    pub(crate) fn bases<'a>(
+        &'a self,
+        frozen: &'a FrozenDisk,
+    ) -> impl Iterator<Item = (&'a Name, Era)> {
         let frozen_in = frozen.frozen.snapshot().eras().frozen_in();
         let visible = self.checkpoints.iter().filter(|c| c.pending_of.is_none());
         visible.filter_map(move |checkpoint| {
@@ -155,7 +160,7 @@ impl Book {
 
 impl Backup {
     /// Why it is broken, if it is.
-    pub fn broken(&self) -> Option<String> {
+    pub(crate) fn broken(&self) -> Option<String> {
         self.disks.values().find_map(|disk| {
             let why = disk.frozen.snapshot().broken()?;
             Some(format!("disk '{}': {why}", disk.disk.name))
@@ -165,7 +170,28 @@ impl Backup {
 
 impl FrozenDisk {
     /// Whether the backup has been committed or aborted.
-    pub fn has_ended(&self) -> bool {
+    pub(crate) fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
+    }
+
+    /// Waits until the backup is committed or aborted.
+    pub(crate) async fn ends(&self) {
+        loop {
+            let ending = self.ending.notified();
+            tokio::pin!(ending);
+            ending.as_mut().enable();
+            if self.has_ended() {
+                return;
+            }
+            ending.await;
+        }
+    }
+
+    pub(super) fn end(&self) {
+        // Who reads from now on is told; then what they would have read may go.
+        self.ended.store(true, Ordering::Release);
+        self.ending.notify_waiters();
+        self.disk.disk.forget(self.frozen.snapshot());
+        self.dir.remove();
     }
 }

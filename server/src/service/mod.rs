@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 use bitmap::Era;
 use scratch::Snapshot;
 use time::OffsetDateTime;
-use tokio::sync::{Mutex, broadcast};
+use tokio::sync::{Mutex, Notify, broadcast};
 use uuid::Uuid;
 
-pub use book::{Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Outcome, Usage};
+pub(crate) use book::{Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Outcome, Usage};
 
 use crate::disk::{Freeze, Tracking, freeze};
 use crate::failure::Failure;
@@ -26,7 +26,7 @@ use crate::names::Name;
 use crate::served::ServedDisk;
 
 /// Disks, and what is known of their past.
-pub struct Service {
+pub(crate) struct Service {
     disks: BTreeMap<Name, Arc<ServedDisk>>,
     book: RwLock<Book>,
     /// Held by whoever takes or ends an instant.
@@ -41,23 +41,23 @@ pub struct Service {
 #[derive(Default)]
 struct Counter(u64);
 
-/// Something that happened.
+/// Something that happened to a backup.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Event {
+pub(crate) enum Event {
     /// A backup is open.
-    BackupBegun {
+    Begun {
         /// Its id.
         id: Name,
     },
     /// A backup was committed or aborted.
-    BackupEnded {
+    Ended {
         /// Its id.
         id: Name,
         /// Which of the two.
         outcome: Outcome,
     },
     /// A backup lost its instant.
-    BackupBroken {
+    Broken {
         /// Its id.
         id: Name,
         /// Why.
@@ -76,7 +76,7 @@ struct Prepared {
 
 impl Service {
     /// Serves `disks`; a freeze gives up when writes in flight take longer than `freeze_timeout`.
-    pub fn new(disks: Vec<ServedDisk>, freeze_timeout: Duration) -> Self {
+    pub(crate) fn new(disks: Vec<ServedDisk>, freeze_timeout: Duration) -> Self {
         let disks = disks
             .into_iter()
             .map(|disk| (disk.name.clone(), Arc::new(disk)))
@@ -92,12 +92,12 @@ impl Service {
     }
 
     /// The disks by name.
-    pub fn disks(&self) -> &BTreeMap<Name, Arc<ServedDisk>> {
+    pub(crate) fn disks(&self) -> &BTreeMap<Name, Arc<ServedDisk>> {
         &self.disks
     }
 
     /// Checkpoints and backups as they are now.
-    pub fn book(&self) -> RwLockReadGuard<'_, Book> {
+    pub(crate) fn book(&self) -> RwLockReadGuard<'_, Book> {
         self.book.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -106,17 +106,17 @@ impl Service {
     }
 
     /// What happens from now on.
-    pub fn events(&self) -> broadcast::Receiver<Event> {
+    pub(crate) fn events(&self) -> broadcast::Receiver<Event> {
         self.events.subscribe()
     }
 
     /// The longest time for which a freeze held the guests.
-    pub fn longest_pause(&self) -> Duration {
+    pub(crate) fn longest_pause(&self) -> Duration {
         Duration::from_micros(self.longest_pause_us.load(Ordering::Relaxed))
     }
 
     /// Names this instant of `disks`, or of all of them.
-    pub async fn create_checkpoint(
+    pub(crate) async fn create_checkpoint(
         &self,
         name: Name,
         disks: Option<Vec<Name>>,
@@ -150,7 +150,7 @@ impl Service {
     }
 
     /// Forgets a checkpoint. What changed since any other one stays known.
-    pub async fn delete_checkpoint(
+    pub(crate) async fn delete_checkpoint(
         &self,
         name: &Name,
         disks: Option<Vec<Name>>,
@@ -188,7 +188,7 @@ impl Service {
 
     /// Freezes one instant of some disks, or of all. Asked again for an open backup with the same
     /// arguments, it is that backup.
-    pub async fn begin_backup(
+    pub(crate) async fn begin_backup(
         self: &Arc<Self>,
         request: BeginRequest,
     ) -> Result<Arc<Backup>, Failure> {
@@ -225,14 +225,14 @@ impl Service {
 
         let backup = self.enter(id, request, since, prepared, frozen_at, pause);
         self.watch(&backup);
-        self.announce(Event::BackupBegun {
+        self.announce(Event::Begun {
             id: backup.id.clone(),
         });
         Ok(backup)
     }
 
     /// Ends a backup as a success: its checkpoint becomes visible.
-    pub async fn commit_backup(&self, id: &Name) -> Result<(), Failure> {
+    pub(crate) async fn commit_backup(&self, id: &Name) -> Result<(), Failure> {
         let _alone = self.instants.lock().await;
         let Some(backup) = self.open_or_ended(id, Outcome::Committed)? else {
             return Ok(());
@@ -253,7 +253,7 @@ impl Service {
     }
 
     /// Ends a backup as a failure: as if it had never begun.
-    pub async fn abort_backup(&self, id: &Name) -> Result<(), Failure> {
+    pub(crate) async fn abort_backup(&self, id: &Name) -> Result<(), Failure> {
         let _alone = self.instants.lock().await;
         let Some(backup) = self.open_or_ended(id, Outcome::Aborted)? else {
             return Ok(());
@@ -263,7 +263,7 @@ impl Service {
     }
 
     /// The disk of this name.
-    pub fn disk(&self, name: &Name) -> Result<&Arc<ServedDisk>, Failure> {
+    pub(crate) fn disk(&self, name: &Name) -> Result<&Arc<ServedDisk>, Failure> {
         self.disks.get(name).ok_or_else(|| {
             let known: Vec<_> = self.disks.keys().map(Name::as_str).collect();
             let failure = Failure::new("unknown-disk", format!("there is no disk '{name}'"));
@@ -272,7 +272,7 @@ impl Service {
     }
 
     /// The open backup with this id.
-    pub fn open_backup(&self, id: &str) -> Result<Arc<Backup>, Failure> {
+    pub(crate) fn open_backup(&self, id: &str) -> Result<Arc<Backup>, Failure> {
         self.book().backup(id).cloned().ok_or_else(|| {
             Failure::new("unknown-backup", format!("there is no open backup '{id}'"))
         })
@@ -461,14 +461,15 @@ impl Service {
         for part in backup.disks.values() {
             let (service, part) = (Arc::clone(self), Arc::clone(part));
             tokio::task::spawn_local(async move {
-                let reason = part.frozen.snapshot().breaks().await.to_owned();
-                if !part.has_ended() {
-                    tracing::error!(backup = %part.backup, disk = %part.disk.name, reason, "broken");
-                    service.announce(Event::BackupBroken {
-                        id: part.backup.clone(),
-                        reason,
-                    });
-                }
+                let reason = tokio::select! {
+                    () = part.ends() => return,
+                    reason = part.frozen.snapshot().breaks() => reason.to_owned(),
+                };
+                tracing::error!(backup = %part.backup, disk = %part.disk.name, reason, "broken");
+                service.announce(Event::Broken {
+                    id: part.backup.clone(),
+                    reason,
+                });
             });
         }
     }
@@ -511,10 +512,9 @@ impl Service {
         }
         drop(book);
         for part in backup.disks.values() {
-            part.ended.store(true, Ordering::Release);
-            part.disk.disk.forget(part.frozen.snapshot());
+            part.end();
         }
-        self.announce(Event::BackupEnded {
+        self.announce(Event::Ended {
             id: backup.id.clone(),
             outcome,
         });
@@ -592,7 +592,8 @@ impl Prepared {
             whole: Usage::default(),
             difference: Usage::default(),
             ended: AtomicBool::new(false),
-            _dir: self.dir,
+            ending: Notify::new(),
+            dir: self.dir,
         }
     }
 }

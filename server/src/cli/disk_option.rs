@@ -1,0 +1,157 @@
+//! The value of `--disk`: `NAME=PATH[,key=value]...`, as people know it from QEMU.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+use bitmap::Granularity;
+
+use super::units::parse_size;
+use crate::names::Name;
+use crate::served::DiskSpec;
+
+/// Reads it; an error says what is wrong.
+pub(super) fn parse(text: &OsStr) -> Result<DiskSpec, String> {
+    let text = text.as_bytes();
+    let Some(at) = text.iter().position(|&byte| byte == b'=') else {
+        return Err("not of the form NAME=PATH".to_owned());
+    };
+    let name = Name::parse(&String::from_utf8_lossy(&text[..at]))
+        .map_err(|error| format!("the name {error}"))?;
+    let mut parts = split_at_commas(&text[at + 1..]).into_iter();
+    let path = parts.next().unwrap_or_default();
+    if path.is_empty() {
+        return Err("no path is given".to_owned());
+    }
+    let mut spec = DiskSpec {
+        name,
+        path: path.into(),
+        raw: false,
+        granularity: Granularity::new(DEFAULT_GRANULARITY).map_err(|error| error.to_string())?,
+        state: None,
+        read_only: false,
+    };
+    let mut seen = Vec::new();
+    for part in parts {
+        let (key, value) = split_key(&part);
+        let key = match key.as_str() {
+            "readonly" => "read-only".to_owned(),
+            _ => key,
+        };
+        if seen.contains(&key) {
+            return Err(format!("'{key}' is given twice"));
+        }
+        set(&mut spec, &key, value)?;
+        seen.push(key);
+    }
+    Ok(spec)
+}
+
+fn set(spec: &mut DiskSpec, key: &str, value: Option<OsString>) -> Result<(), String> {
+    let text = value
+        .as_ref()
+        .map(|value| value.to_string_lossy().into_owned());
+    match (key, text.as_deref()) {
+        ("format", Some("raw")) => spec.raw = true,
+        ("format", Some(other)) => {
+            return Err(format!("format '{other}' is not supported: only raw is"));
+        }
+        ("granularity", Some(size)) => {
+            let bytes = parse_size(size)?;
+            spec.granularity = Granularity::new(bytes).map_err(|error| error.to_string())?;
+        }
+        ("state", Some(dir)) if !dir.is_empty() => spec.state = value.map(Into::into),
+        ("read-only", None | Some("on" | "true" | "yes")) => spec.read_only = true,
+        ("read-only", Some("off" | "false" | "no")) => spec.read_only = false,
+        ("read-only", Some(other)) => {
+            return Err(format!("read-only is on or off, not '{other}'"));
+        }
+        ("format" | "granularity" | "state", _) => return Err(format!("'{key}' needs a value")),
+        _ => {
+            return Err(format!(
+                "unknown key '{key}': the keys are format, granularity, state, read-only"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Splits at single commas; a doubled one stands for itself.
+fn split_at_commas(text: &[u8]) -> Vec<OsString> {
+    let mut parts = vec![Vec::new()];
+    let mut bytes = text.iter().copied().peekable();
+    while let Some(byte) = bytes.next() {
+        if byte == b',' && bytes.next_if_eq(&b',').is_none() {
+            parts.push(Vec::new());
+        } else if let Some(part) = parts.last_mut() {
+            part.push(byte);
+        }
+    }
+    parts.into_iter().map(OsString::from_vec).collect()
+}
+
+fn split_key(part: &OsStr) -> (String, Option<OsString>) {
+    let bytes = part.as_bytes();
+    let at = bytes.iter().position(|&byte| byte == b'=');
+    let key = &bytes[..at.unwrap_or(bytes.len())];
+    let value = at.map(|at| OsStr::from_bytes(&bytes[at + 1..]).to_owned());
+    (String::from_utf8_lossy(key).into_owned(), value)
+}
+
+/// What QEMU chooses for its dirty bitmaps.
+const DEFAULT_GRANULARITY: u64 = 64 << 10;
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn parse(text: &str) -> Result<DiskSpec, String> {
+        super::parse(OsStr::new(text))
+    }
+
+    #[test]
+    fn a_path_may_have_commas_and_equals_signs() {
+        let spec = parse("vda=/a,,b=c,,,granularity=4k,state=/s,,t").unwrap();
+        assert_eq!(spec.name.as_str(), "vda");
+        assert_eq!(spec.path, Path::new("/a,b=c,"));
+        assert_eq!(spec.granularity.bytes(), 4096);
+        assert_eq!(spec.state.as_deref(), Some(Path::new("/s,t")));
+        assert!(!spec.raw && !spec.read_only);
+    }
+
+    #[test]
+    fn read_only_has_the_spellings_that_people_know() {
+        for on in ["read-only", "readonly", "read-only=on", "readonly=on"] {
+            let spec = parse(&format!("a=/a,format=raw,{on}")).unwrap();
+            assert!(spec.raw && spec.read_only, "{on}");
+        }
+        assert!(!parse("a=/a,readonly=off").unwrap().read_only);
+    }
+
+    #[test]
+    fn refusals_say_what_there_is_instead() {
+        for (text, expected) in [
+            ("/a", "NAME=PATH"),
+            ("=/a", "1 to 64"),
+            ("a/b=/a", "A-Z"),
+            ("a=", "no path"),
+            ("a=,format=raw", "no path"),
+            ("a=/a,format=qcow2", "only raw"),
+            ("a=/a,format", "needs a value"),
+            ("a=/a,state=", "needs a value"),
+            (
+                "a=/a,size=1",
+                "the keys are format, granularity, state, read-only",
+            ),
+            ("a=/a,", "the keys are"),
+            ("a=/a,granularity=3k", "3072"),
+            ("a=/a,granularity=x", "size"),
+            ("a=/a,readonly,read-only", "twice"),
+            ("a=/a,readonly=maybe", "on or off"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,448 @@
+//! The command line.
+//!
+//! `serve` is the server. Every other command is a client of its control socket, and of nothing
+//! else.
+
+mod client;
+mod disk_option;
+mod problem;
+mod run_dir;
+mod serve;
+mod show;
+mod table;
+mod units;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
+
+use crate::control::answers::{BackupAnswer, BackupState, CheckpointAnswer, Mode};
+use client::Client;
+use problem::{Problem, exit};
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() => {
+            // What could not be parsed cannot be asked whether JSON is wanted.
+            let is_json = std::env::args_os().any(|argument| argument == "--json");
+            return Problem::usage_from(&error).report("command line", is_json);
+        }
+        Err(help) => return print(&help.render().to_string()),
+    };
+    let (is_json, what) = (cli.json, cli.command.name());
+    match cli.run() {
+        Ok(Done { text, exit }) => {
+            if print(&text) == ExitCode::SUCCESS {
+                ExitCode::from(exit)
+            } else {
+                ExitCode::FAILURE
+            }
+        }
+        Err(problem) => problem.report(what, is_json),
+    }
+}
+
+/// Serves disks over NBD and freezes instants of them, for backups that are pulled while the disks
+/// are being written.
+#[derive(Debug, Parser)]
+#[command(name = "stillpoint", version)]
+struct Cli {
+    /// Print JSON: the answer, or {"error":{"code","message","hint"}}.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Where the server's sockets are, if not in `$STILLPOINT_RUN_DIR`, nor in the default place:
+    /// `/run/stillpoint` for root, `$XDG_RUNTIME_DIR/stillpoint` for anyone else.
+    #[arg(long, global = true, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+impl Command {
+    /// The words that it is typed with.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Serve(_) => "serve",
+            Self::Status { .. } => "status",
+            Self::Checkpoint(command) => command.name(),
+            Self::Backup(command) => command.name(),
+            Self::Qmp { .. } => "qmp",
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve disks until stopped.
+    Serve(serve::ServeArgs),
+    /// Show the server, its disks and its backups.
+    Status {
+        /// Wait until the server answers, for at most this long.
+        #[arg(long, value_name = "SECONDS", value_parser = units::parse_seconds)]
+        wait: Option<Duration>,
+    },
+    /// Points in time from which changes are known.
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
+    /// Instants that are kept for as long as they are copied.
+    #[command(subcommand)]
+    Backup(BackupCommand),
+    /// Execute one control command and print what it returns.
+    Qmp {
+        /// The command, such as '{"execute":"query-status"}'.
+        #[arg(value_name = "JSON")]
+        command: String,
+    },
+}
+
+impl CheckpointCommand {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Create { .. } => "checkpoint create",
+            Self::List => "checkpoint list",
+            Self::Show { .. } => "checkpoint show",
+            Self::Delete { .. } => "checkpoint delete",
+        }
+    }
+}
+
+impl BackupCommand {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Begin { .. } => "backup begin",
+            Self::List => "backup list",
+            Self::Show { .. } => "backup show",
+            Self::Commit { .. } => "backup commit",
+            Self::Abort { .. } => "backup abort",
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum CheckpointCommand {
+    /// Name this instant of all disks, or of some.
+    Create {
+        /// What to call it.
+        name: String,
+        #[command(flatten)]
+        disks: Disks,
+    },
+    /// Show all checkpoints, with how much has changed since each.
+    List,
+    /// Show one checkpoint.
+    Show {
+        /// Its name.
+        name: String,
+    },
+    /// Forget a checkpoint; what changed since any other one stays known.
+    Delete {
+        /// Its name.
+        name: String,
+        // There is nothing yet that would need it.
+        #[arg(long, hide = true)]
+        force: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum BackupCommand {
+    /// Freeze one instant of all disks, or of some, and show where to copy it from.
+    Begin {
+        /// What to call it; asked again for an open backup with the same arguments, it is that one
+        /// [default: the next of b1, b2, ...].
+        #[arg(long, value_name = "ID")]
+        id: Option<String>,
+        #[command(flatten)]
+        disks: Disks,
+        /// Show what changed since this checkpoint, given by name or uuid.
+        #[arg(long, value_name = "CHECKPOINT")]
+        since: Option<String>,
+        /// Make this checkpoint of the instant; it exists when the backup is committed.
+        #[arg(long, value_name = "NAME")]
+        checkpoint: Option<String>,
+    },
+    /// Show all open backups.
+    List,
+    /// Show one open backup.
+    Show {
+        /// Its id.
+        id: String,
+    },
+    /// The copy is complete: keep the checkpoint, let go of the instant.
+    Commit {
+        /// Its id.
+        id: String,
+    },
+    /// The copy failed: as if the backup had never begun.
+    Abort {
+        /// Its id.
+        id: String,
+    },
+}
+
+#[derive(Args, Debug)]
+struct Disks {
+    /// Only this disk; may be given more than once.
+    #[arg(long = "disk", value_name = "DISK")]
+    disks: Vec<String>,
+}
+
+/// A command that has done what it was asked.
+#[derive(Default)]
+struct Done {
+    /// For stdout.
+    text: String,
+    exit: u8,
+}
+
+impl Cli {
+    fn run(self) -> Result<Done, Problem> {
+        let run_dir = run_dir::find(self.run_dir)?;
+        let answers = Answers { is_json: self.json };
+        match self.command {
+            Command::Serve(args) => {
+                serve::serve(args, run_dir)?;
+                Ok(Done::default())
+            }
+            Command::Status { wait } => {
+                let mut client = match wait {
+                    None => Client::connect(&run_dir)?,
+                    Some(patience) => Client::wait_for(&run_dir, patience)?,
+                };
+                answers.show(&client.execute("query-status", &NONE)?, show::status)
+            }
+            Command::Checkpoint(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
+            Command::Backup(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
+            Command::Qmp { command } => {
+                let command: Box<RawValue> = serde_json::from_str(&command)
+                    .map_err(|error| Problem::usage(format!("the command is no JSON: {error}")))?;
+                let answer = Client::connect(&run_dir)?.execute_raw(&command)?;
+                Ok(Answers::raw(&answer))
+            }
+        }
+    }
+}
+
+impl CheckpointCommand {
+    fn run(self, client: &mut Client, answers: &Answers) -> Result<Done, Problem> {
+        match self {
+            Self::Create { name, disks } => {
+                let disks = disks.arguments();
+                let arguments = Named { name: &name, disks };
+                let answer = client.execute("checkpoint-create", &arguments)?;
+                answers.show(&answer, show::checkpoint_created)
+            }
+            Self::List => {
+                let answer = client.execute("query-checkpoints", &NONE)?;
+                answers.show(&answer, |list: &Vec<_>| show::checkpoints(list))
+            }
+            Self::Show { name } => {
+                let all = client.execute("query-checkpoints", &NONE)?;
+                let found = pick(&all, |checkpoint: &CheckpointAnswer| {
+                    checkpoint.name.as_str() == name || checkpoint.uuid.to_string() == name
+                })?;
+                let found = found.ok_or_else(|| {
+                    Problem::new(
+                        "unknown-checkpoint",
+                        format!("there is no checkpoint '{name}'"),
+                    )
+                    .hint("see: stillpoint checkpoint list")
+                })?;
+                answers.show(&found, show::checkpoint)
+            }
+            Self::Delete { name, force } => {
+                let arguments = Deletion { name: &name, force };
+                let answer = client.execute("checkpoint-delete", &arguments)?;
+                Ok(answers.confirm(&answer, &format!("checkpoint {name} is deleted\n")))
+            }
+        }
+    }
+}
+
+impl BackupCommand {
+    fn run(self, client: &mut Client, answers: &Answers) -> Result<Done, Problem> {
+        match self {
+            Self::Begin {
+                id,
+                disks,
+                since,
+                checkpoint,
+            } => {
+                let is_incremental_wanted = since.is_some();
+                let disks = disks.arguments();
+                let arguments = Beginning {
+                    id,
+                    disks,
+                    since,
+                    checkpoint,
+                };
+                let answer = client.execute("backup-begin", &arguments)?;
+                let mut done = answers.show(&answer, show::backup_begun)?;
+                let backup: BackupAnswer = client::parse(&answer)?;
+                let is_full = backup.disks.iter().any(|disk| disk.mode == Mode::Full);
+                if is_incremental_wanted && is_full {
+                    done.exit = exit::FULL;
+                }
+                Ok(done)
+            }
+            Self::List => {
+                let answer = client.execute("query-backups", &NONE)?;
+                answers.show(&answer, |list: &Vec<_>| show::backups(list))
+            }
+            Self::Show { id } => {
+                let answer = client.execute("query-backups", &Identified { id: &id })?;
+                let found = pick(&answer, |backup: &BackupAnswer| backup.id.as_str() == id)?;
+                let found = found.ok_or_else(|| {
+                    Problem::new("unknown-backup", format!("there is no open backup '{id}'"))
+                })?;
+                let mut done = answers.show(&found, show::backup)?;
+                let backup: BackupAnswer = client::parse(&found)?;
+                if backup.state == BackupState::Broken {
+                    done.exit = exit::BROKEN;
+                }
+                Ok(done)
+            }
+            Self::Commit { id } => {
+                let answer = client.execute("backup-commit", &Identified { id: &id })?;
+                Ok(answers.confirm(&answer, &format!("backup {id} is committed\n")))
+            }
+            Self::Abort { id } => {
+                let answer = client.execute("backup-abort", &Identified { id: &id })?;
+                Ok(answers.confirm(&answer, &format!("backup {id} is aborted\n")))
+            }
+        }
+    }
+}
+
+impl Disks {
+    fn arguments(self) -> Option<Vec<String>> {
+        Some(self.disks).filter(|disks| !disks.is_empty())
+    }
+}
+
+/// How answers are printed.
+struct Answers {
+    is_json: bool,
+}
+
+impl Answers {
+    fn show<T: DeserializeOwned>(
+        &self,
+        answer: &RawValue,
+        human: impl FnOnce(&T) -> String,
+    ) -> Result<Done, Problem> {
+        if self.is_json {
+            return Ok(Self::raw(answer));
+        }
+        let text = human(&client::parse(answer)?);
+        Ok(Done { text, exit: 0 })
+    }
+
+    fn confirm(&self, answer: &RawValue, text: &str) -> Done {
+        if self.is_json {
+            return Self::raw(answer);
+        }
+        let text = text.to_owned();
+        Done { text, exit: 0 }
+    }
+
+    fn raw(answer: &RawValue) -> Done {
+        let text = format!("{answer}\n");
+        Done { text, exit: 0 }
+    }
+}
+
+/// The member of a list that `is_wanted`, as it came.
+fn pick<T: DeserializeOwned>(
+    list: &RawValue,
+    is_wanted: impl Fn(&T) -> bool,
+) -> Result<Option<Box<RawValue>>, Problem> {
+    let members: Vec<Box<RawValue>> = client::parse(list)?;
+    for member in members {
+        if is_wanted(&client::parse(&member)?) {
+            return Ok(Some(member));
+        }
+    }
+    Ok(None)
+}
+
+fn print(text: &str) -> ExitCode {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever closed the pipe has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            Problem::new("cannot-print", format!("cannot print: {error}")).report("output", false)
+        }
+    }
+}
+
+/// The arguments of a command that has none.
+const NONE: NoArguments = NoArguments {};
+
+#[derive(Serialize)]
+struct NoArguments {}
+
+#[derive(Serialize)]
+struct Named<'a> {
+    name: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disks: Option<Vec<String>>,
+}
+
+#[derive(Serialize)]
+struct Deletion<'a> {
+    name: &'a str,
+    force: bool,
+}
+
+#[derive(Serialize)]
+struct Identified<'a> {
+    id: &'a str,
+}
+
+#[derive(Serialize)]
+struct Beginning {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disks: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    since: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    checkpoint: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_put_together_well() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn json_and_the_run_directory_stand_anywhere() {
+        for line in [
+            "stillpoint --json --run-dir /x backup show b1",
+            "stillpoint backup --json show --run-dir=/x b1",
+            "stillpoint backup show b1 --run-dir /x --json",
+        ] {
+            let cli = Cli::try_parse_from(line.split(' ')).unwrap();
+            assert!(cli.json, "{line}");
+            assert_eq!(cli.run_dir, Some("/x".into()), "{line}");
+        }
+    }
+}

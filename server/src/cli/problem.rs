@@ -1,0 +1,136 @@
+//! How a command says that it failed.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use crate::control::answers::Fault;
+use crate::failure::Failure;
+
+/// Exit codes.
+pub(super) mod exit {
+    /// It failed.
+    pub(crate) const FAILED: u8 = 1;
+    /// The command line is wrong.
+    pub(crate) const USAGE: u8 = 2;
+    /// Done, but a disk for which an incremental was asked came out full.
+    pub(crate) const FULL: u8 = 3;
+    /// The backup is broken; its base is intact.
+    pub(crate) const BROKEN: u8 = 4;
+}
+
+/// Why a command failed, for whoever typed it.
+#[derive(Debug)]
+pub(super) struct Problem {
+    fault: Report,
+    exit: u8,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    code: String,
+    message: String,
+    hint: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Envelope<'a> {
+    error: &'a Report,
+}
+
+impl Problem {
+    /// Something failed.
+    pub(super) fn new(code: impl Into<String>, message: impl Into<String>) -> Self {
+        let fault = Report {
+            code: code.into(),
+            message: message.into(),
+            hint: None,
+        };
+        let exit = match fault.code.as_str() {
+            "backup-broken" => exit::BROKEN,
+            _ => exit::FAILED,
+        };
+        Self { fault, exit }
+    }
+
+    /// The command line is wrong.
+    pub(super) fn usage(message: impl Into<String>) -> Self {
+        Self {
+            exit: exit::USAGE,
+            ..Self::new("usage", message)
+        }
+    }
+
+    /// The same for what the parser found, in one line.
+    pub(super) fn usage_from(error: &clap::Error) -> Self {
+        let text = error.render().to_string();
+        let mut paragraphs = text.split("\n\n").map(|paragraph| {
+            let words: Vec<_> = paragraph.split_whitespace().collect();
+            words.join(" ")
+        });
+        let first = paragraphs.next().unwrap_or_default();
+        let message = first.strip_prefix("error: ").unwrap_or(&first);
+        let tip = paragraphs.find_map(|p| p.strip_prefix("tip: ").map(str::to_owned));
+        let hint = tip.unwrap_or_else(|| "see: stillpoint --help".to_owned());
+        Self::usage(message).hint(hint)
+    }
+
+    /// With what to do about it.
+    pub(super) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.fault.hint = Some(hint.into());
+        self
+    }
+
+    /// The word that scripts compare.
+    pub(super) fn code(&self) -> &str {
+        &self.fault.code
+    }
+
+    /// Prints it, as what came of `what`, and says how to exit.
+    pub(super) fn report(&self, what: &str, is_json: bool) -> ExitCode {
+        let Report { message, hint, .. } = &self.fault;
+        // When even this cannot be printed, the exit code still says it.
+        let _ = if is_json {
+            let envelope = Envelope { error: &self.fault };
+            let text = serde_json::to_string(&envelope).expect("texts can be JSON");
+            writeln!(std::io::stdout(), "{text}")
+        } else {
+            let hint = hint.as_ref().map(|hint| format!("\nhint: {hint}"));
+            let hint = hint.unwrap_or_default();
+            writeln!(
+                std::io::stderr(),
+                "stillpoint: error: {what}: {message}{hint}"
+            )
+        };
+        ExitCode::from(self.exit)
+    }
+}
+
+impl From<Failure> for Problem {
+    fn from(failure: Failure) -> Self {
+        let mut problem = Self::new(failure.code, failure.message);
+        problem.fault.hint = failure.hint;
+        problem
+    }
+}
+
+impl From<Fault> for Problem {
+    fn from(fault: Fault) -> Self {
+        let mut problem = Self::new(fault.code, fault.desc);
+        problem.fault.hint = fault.hint;
+        problem
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_codes_tell_apart_who_has_to_do_something() {
+        assert_eq!(Problem::new("unknown-disk", "").exit, 1);
+        assert_eq!(Problem::usage("").exit, 2);
+        assert_eq!(Problem::from(Failure::new("backup-broken", "")).exit, 4);
+    }
+}

@@ -1,0 +1,133 @@
+//! `stillpoint serve`: from the command line to what the server needs to know.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use tracing_subscriber::EnvFilter;
+
+use super::disk_option;
+use super::problem::Problem;
+use super::units::parse_duration;
+use crate::address::Address;
+use crate::serve::{ServeOptions, run};
+use crate::served::DiskSpec;
+
+#[derive(Args, Debug)]
+pub(super) struct ServeArgs {
+    /// Serve the image PATH as disk NAME; may be given more than once. Keys: format=raw,
+    /// granularity=64k (a power of two, 4k to 2M), state=DIR, read-only. A comma in PATH is doubled.
+    #[arg(
+        long = "disk",
+        value_name = "NAME=PATH[,key=value]...",
+        required = true,
+        value_parser = OsStringValueParser::new().try_map(|text| disk_option::parse(&text))
+    )]
+    disks: Vec<DiskSpec>,
+    /// Where to keep what backups need of overwritten blocks [default: with each disk's state].
+    #[arg(long, value_name = "DIR")]
+    scratch_dir: Option<PathBuf>,
+    /// Offer live exports here too: unix:PATH or tcp:HOST[:PORT].
+    #[arg(long, value_name = "ADDR")]
+    live_listen: Vec<Address>,
+    /// Offer frozen exports here too: unix:PATH or tcp:HOST[:PORT].
+    #[arg(long, value_name = "ADDR")]
+    backup_listen: Vec<Address>,
+    /// Who may connect to the Unix sockets, in octal.
+    #[arg(long, value_name = "MODE", default_value = "0600", value_parser = parse_mode)]
+    socket_mode: u32,
+    /// The group that the Unix sockets belong to.
+    #[arg(long, value_name = "GROUP")]
+    socket_group: Option<String>,
+    /// Let the disks' contents go over networks unencrypted.
+    #[arg(long)]
+    allow_plaintext: bool,
+    /// How long an instant may wait for writes in flight, such as 500ms or 1s.
+    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = parse_duration)]
+    freeze_timeout: Duration,
+}
+
+/// Serves until stopped.
+pub(super) fn serve(args: ServeArgs, run_dir: PathBuf) -> Result<(), Problem> {
+    let options = options(args, run_dir)?;
+    let filter = EnvFilter::try_from_env("STILLPOINT_LOG").unwrap_or_else(|_| "info".into());
+    tracing_subscriber::fmt()
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .init();
+    Ok(run(options)?)
+}
+
+fn options(args: ServeArgs, run_dir: PathBuf) -> Result<ServeOptions, Problem> {
+    let mut names = BTreeSet::new();
+    if let Some(twice) = args.disks.iter().find(|disk| !names.insert(&disk.name)) {
+        let message = format!("two disks are called '{}'", twice.name);
+        return Err(Problem::usage(message).hint("each --disk needs a name of its own"));
+    }
+    Ok(ServeOptions {
+        disks: args.disks,
+        run_dir,
+        scratch_dir: args.scratch_dir,
+        live_listen: args.live_listen,
+        backup_listen: args.backup_listen,
+        socket_mode: args.socket_mode,
+        socket_group: args.socket_group,
+        allow_plaintext: args.allow_plaintext,
+        freeze_timeout: args.freeze_timeout,
+    })
+}
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err("not an octal mode such as 0660".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: ServeArgs,
+    }
+
+    fn parse(line: &str) -> Result<ServeOptions, String> {
+        let words = std::iter::once("serve").chain(line.split(' '));
+        let line = Line::try_parse_from(words).map_err(|error| error.to_string())?;
+        options(line.args, "/run/x".into()).map_err(|problem| format!("{problem:?}"))
+    }
+
+    #[test]
+    fn options_have_sensible_defaults() {
+        let options = parse("--disk vda=/a").unwrap();
+        assert_eq!(options.socket_mode, 0o600);
+        assert_eq!(options.freeze_timeout, Duration::from_secs(1));
+        assert!(options.live_listen.is_empty() && options.scratch_dir.is_none());
+        let options = parse(
+            "--disk vda=/a --disk vdb=/b --socket-mode 660 --freeze-timeout 500ms \
+             --live-listen tcp:[::1]:0 --live-listen unix:/x",
+        )
+        .unwrap();
+        assert_eq!((options.disks.len(), options.live_listen.len()), (2, 2));
+        assert_eq!(options.socket_mode, 0o660);
+        assert_eq!(options.freeze_timeout, Duration::from_millis(500));
+    }
+
+    #[test]
+    fn two_disks_of_one_name_and_no_disk_are_refused() {
+        assert!(parse("--disk vda=/a --disk vda=/b").is_err());
+        assert!(parse("--socket-mode 600").is_err());
+        assert!(parse("--disk vda=/a --socket-mode 1777").is_err());
+        assert!(parse("--disk vda=/a --live-listen nowhere").is_err());
+    }
+}

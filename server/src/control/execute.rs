@@ -1,0 +1,269 @@
+//! What each command does, and what it answers.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use serde::Serialize;
+use serde_json::value::{RawValue, to_raw_value};
+
+use super::Control;
+use super::answers::{
+    BackupAnswer, BackupDisk, BackupState, CheckpointAnswer, CheckpointDisk, CommandName,
+    Difference, DiskAnswer, ExportUse, Mode, Sockets, Status, Version, path_text, time_text, uris,
+};
+use super::request::{COMMANDS, Command};
+use crate::export::{Export, difference_name, frozen_name};
+use crate::failure::Failure;
+use crate::names::Name;
+use crate::served::ServedDisk;
+use crate::service::{Backup, Base, Checkpoint, FrozenDisk, Outcome, Service, Usage};
+
+/// Carries out `command`, from begin to end.
+pub(crate) async fn execute(
+    control: Rc<Control>,
+    command: Command,
+) -> Result<Box<RawValue>, Failure> {
+    let service = &control.service;
+    match command {
+        Command::Version => answer(&Version::current()),
+        Command::Commands => answer(&COMMANDS.map(|name| CommandName { name })),
+        Command::Status => answer(&control.status()),
+        Command::Disks => answer(&control.disks()),
+        Command::Checkpoints { disk } => answer(&checkpoints(service, disk).await?),
+        Command::Backups { id } => answer(&control.backups(id.as_ref())?),
+        Command::CreateCheckpoint { name, disks } => {
+            let checkpoint = service.create_checkpoint(name, disks).await?;
+            answer(&describe_checkpoint(Arc::clone(service), checkpoint, None).await?)
+        }
+        Command::DeleteCheckpoint { name, disks } => {
+            service.delete_checkpoint(&name, disks).await?;
+            nothing()
+        }
+        Command::Begin(request) => {
+            let backup = service.begin_backup(request).await?;
+            answer(&control.backup(&backup))
+        }
+        Command::Commit { id } => {
+            service.commit_backup(&id).await?;
+            nothing()
+        }
+        Command::Abort { id } => {
+            service.abort_backup(&id).await?;
+            nothing()
+        }
+        // What these do, they do to the conversation.
+        Command::Capabilities | Command::Quit => nothing(),
+    }
+}
+
+impl Control {
+    fn status(&self) -> Status {
+        let backups = self.all_backups();
+        let parts = backups.iter().flat_map(|backup| &backup.disks);
+        let texts = |addresses: &[crate::address::Address]| {
+            addresses.iter().map(ToString::to_string).collect()
+        };
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            run_dir: path_text(&self.run_dir),
+            disks: self.disks(),
+            checkpoints: self.service.book().checkpoints.len(),
+            scratch_used_bytes: parts.filter_map(|part| part.scratch_used_bytes).sum(),
+            backups,
+            longest_guest_stall_us: self.service.longest_pause().as_micros() as u64,
+            sockets: Sockets {
+                live: texts(&self.live_addresses),
+                backup: texts(&self.backup_addresses),
+                control: path_text(&self.run_dir.join(super::SOCKET)),
+            },
+        }
+    }
+
+    fn disks(&self) -> Vec<DiskAnswer> {
+        let describe = |served: &Arc<ServedDisk>| DiskAnswer {
+            disk: served.name.clone(),
+            uuid: served.uuid,
+            path: path_text(&std::path::absolute(&served.path).unwrap_or(served.path.clone())),
+            format: "raw".to_owned(),
+            size: served.disk.size(),
+            granularity: served.disk.map().granularity().bytes(),
+            read_only: served.read_only,
+            live_export: served.name.to_string(),
+            live_uris: uris(&self.live_addresses, served.name.as_str()),
+        };
+        self.service.disks().values().map(describe).collect()
+    }
+
+    fn backups(&self, id: Option<&Name>) -> Result<Vec<BackupAnswer>, Failure> {
+        let Some(id) = id else {
+            return Ok(self.all_backups());
+        };
+        let backup = match self.service.open_backup(id.as_str()) {
+            Ok(backup) => backup,
+            Err(unknown) => return Err(self.ended(id).unwrap_or(unknown)),
+        };
+        Ok(vec![self.backup_in_use(&backup)])
+    }
+
+    fn all_backups(&self) -> Vec<BackupAnswer> {
+        let open = self.service.book().backups.clone();
+        open.iter()
+            .map(|backup| self.backup_in_use(backup))
+            .collect()
+    }
+
+    fn ended(&self, id: &Name) -> Option<Failure> {
+        let how = match self.service.book().ended.get(id)? {
+            Outcome::Committed => "committed",
+            Outcome::Aborted => "aborted",
+        };
+        let message = format!("backup '{id}' is not open any more: it was {how}");
+        Some(Failure::new("unknown-backup", message))
+    }
+
+    fn backup_in_use(&self, backup: &Backup) -> BackupAnswer {
+        let mut answer = self.backup(backup);
+        answer.guest_stall_us = Some(backup.pause.as_micros() as u64);
+        for (answer, part) in answer.disks.iter_mut().zip(backup.disks.values()) {
+            answer.exports = Some(export_uses(part));
+            answer.scratch_used_bytes = Some(part.frozen.snapshot().scratch_used());
+        }
+        answer
+    }
+
+    fn backup(&self, backup: &Backup) -> BackupAnswer {
+        let broken_reason = backup.broken();
+        let state = match broken_reason {
+            None => BackupState::Open,
+            Some(_) => BackupState::Broken,
+        };
+        let parts = backup.disks.values();
+        BackupAnswer {
+            id: backup.id.clone(),
+            uuid: backup.uuid,
+            state,
+            broken_reason,
+            frozen_at: time_text(backup.frozen_at),
+            since: backup.since.as_ref().map(|(name, _)| name.clone()),
+            since_uuid: backup.since.as_ref().map(|(_, uuid)| *uuid),
+            checkpoint: backup.checkpoint.as_ref().map(|(name, _)| name.clone()),
+            checkpoint_uuid: backup.checkpoint.as_ref().map(|(_, uuid)| *uuid),
+            consumer: None,
+            guest_stall_us: None,
+            disks: parts.map(|part| self.backup_disk(part)).collect(),
+        }
+    }
+
+    fn backup_disk(&self, part: &Arc<FrozenDisk>) -> BackupDisk {
+        let (mode, reason) = match &part.base {
+            Base::Checkpoint { .. } => (Mode::Incremental, None),
+            Base::Unusable(reason) => (Mode::Full, Some(reason.clone())),
+            Base::None => (Mode::Full, None),
+        };
+        let difference = base_difference(part).map(|export| Difference {
+            uris: uris(&self.backup_addresses, &export),
+            export,
+        });
+        let export = frozen_name(part);
+        BackupDisk {
+            disk: part.disk.name.clone(),
+            disk_uuid: part.disk.uuid,
+            size: part.frozen.size(),
+            mode,
+            reason,
+            changed_bytes: part.changed_bytes,
+            uncertain_bytes: 0,
+            uris: uris(&self.backup_addresses, &export),
+            export,
+            contexts: Export::Frozen(Arc::clone(part)).contexts(&self.service),
+            difference,
+            exports: None,
+            scratch_used_bytes: None,
+        }
+    }
+}
+
+/// The name of the export that shows the difference from the checkpoint that was asked for.
+fn base_difference(part: &FrozenDisk) -> Option<String> {
+    match &part.base {
+        Base::Checkpoint { name, .. } => Some(difference_name(part, name.as_str())),
+        Base::None | Base::Unusable(_) => None,
+    }
+}
+
+fn export_uses(part: &FrozenDisk) -> Vec<ExportUse> {
+    let describe = |export, usage: &Usage| ExportUse {
+        export,
+        bytes_read: usage.bytes_read.load(Ordering::Relaxed),
+        clients: usage.clients.load(Ordering::Relaxed),
+    };
+    let whole = describe(frozen_name(part), &part.whole);
+    let difference = base_difference(part).map(|name| describe(name, &part.difference));
+    std::iter::once(whole).chain(difference).collect()
+}
+
+async fn checkpoints(
+    service: &Arc<Service>,
+    disk: Option<Name>,
+) -> Result<Vec<CheckpointAnswer>, Failure> {
+    if let Some(disk) = &disk {
+        service.disk(disk)?;
+    }
+    let mut known = service.book().checkpoints.clone();
+    known.retain(|checkpoint| {
+        disk.as_ref()
+            .is_none_or(|disk| checkpoint.eras.contains_key(disk))
+    });
+    let mut answers = Vec::new();
+    for checkpoint in known {
+        answers.push(describe_checkpoint(Arc::clone(service), checkpoint, disk.clone()).await?);
+    }
+    Ok(answers)
+}
+
+/// Describes `checkpoint` for `only` one disk or for all of its disks.
+///
+/// Counting what changed on a large disk takes a while, which the other clients do not feel.
+async fn describe_checkpoint(
+    service: Arc<Service>,
+    checkpoint: Checkpoint,
+    only: Option<Name>,
+) -> Result<CheckpointAnswer, Failure> {
+    let count = move || {
+        let eras = checkpoint.eras.iter();
+        let wanted = eras.filter(|(name, _)| only.as_ref().is_none_or(|only| only == *name));
+        let disks = wanted.filter_map(|(name, era)| {
+            let served = service.disks().get(name)?;
+            Some(CheckpointDisk {
+                disk: name.clone(),
+                disk_uuid: served.uuid,
+                dirty_bytes: served.disk.map().changed_bytes(*era),
+                uncertain_bytes: 0,
+            })
+        });
+        CheckpointAnswer {
+            disks: disks.collect(),
+            name: checkpoint.name,
+            uuid: checkpoint.uuid,
+            created_at: time_text(checkpoint.created),
+            pending: checkpoint.pending_of.is_some(),
+            backup: checkpoint.pending_of,
+        }
+    };
+    tokio::task::spawn_blocking(count)
+        .await
+        .map_err(|error| Failure::new("internal", format!("counting what changed failed: {error}")))
+}
+
+fn nothing() -> Result<Box<RawValue>, Failure> {
+    #[derive(Serialize)]
+    struct Nothing {}
+    answer(&Nothing {})
+}
+
+fn answer(value: &impl Serialize) -> Result<Box<RawValue>, Failure> {
+    to_raw_value(value)
+        .map_err(|error| Failure::new("internal", format!("the answer is no JSON: {error}")))
+}

@@ -1,0 +1,398 @@
+//! What a client asks for, from JSON that nobody believes yet.
+
+use serde_json::{Map, Value};
+
+use super::answers::Reply;
+use crate::failure::Failure;
+use crate::names::Name;
+use crate::service::BeginRequest;
+
+/// Something to do.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) enum Command {
+    /// `qmp_capabilities`.
+    Capabilities,
+    /// `query-version`.
+    Version,
+    /// `query-commands`.
+    Commands,
+    /// `query-status`.
+    Status,
+    /// `query-disks`.
+    Disks,
+    /// `query-checkpoints`.
+    Checkpoints {
+        /// Only those of this disk.
+        disk: Option<Name>,
+    },
+    /// `query-backups`.
+    Backups {
+        /// Only this one.
+        id: Option<Name>,
+    },
+    /// `checkpoint-create`.
+    CreateCheckpoint {
+        /// What it is to be called.
+        name: Name,
+        /// Of which disks; of all without.
+        disks: Option<Vec<Name>>,
+    },
+    /// `checkpoint-delete`.
+    DeleteCheckpoint {
+        /// Which.
+        name: Name,
+        /// On which disks; on all without.
+        disks: Option<Vec<Name>>,
+    },
+    /// `backup-begin`.
+    Begin(BeginRequest),
+    /// `backup-commit`.
+    Commit {
+        /// Which.
+        id: Name,
+    },
+    /// `backup-abort`.
+    Abort {
+        /// Which.
+        id: Name,
+    },
+    /// `quit`.
+    Quit,
+}
+
+/// A request that can be answered, whether or not it can be carried out.
+#[derive(Debug)]
+pub(crate) struct Request {
+    /// What the client calls it.
+    pub(crate) id: Option<Value>,
+    /// What it is, or why it is nothing.
+    pub(crate) command: Result<Command, Refusal>,
+}
+
+/// Why something is not even tried.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) enum Refusal {
+    /// There is no such command, or not yet, or not any more.
+    NotFound(String),
+    /// It makes no sense.
+    Failure(Failure),
+}
+
+impl Request {
+    /// Reads one JSON value.
+    pub(crate) fn parse(text: &[u8]) -> Self {
+        let nameless = |reason: String| Self {
+            id: None,
+            command: Err(bad_request(reason)),
+        };
+        let mut members = match serde_json::from_slice(text) {
+            Ok(Value::Object(members)) => members,
+            Ok(_) => return nameless("QMP input must be a JSON object".to_owned()),
+            Err(error) => return nameless(format!("JSON parse error, {error}")),
+        };
+        Self {
+            id: members.remove("id"),
+            command: command(members),
+        }
+    }
+}
+
+impl Refusal {
+    /// What the client is told.
+    pub(crate) fn reply(&self, id: Option<Value>) -> Reply {
+        match self {
+            Self::NotFound(reason) => Reply::not_found(reason, id),
+            Self::Failure(failure) => Reply::failure(failure, id),
+        }
+    }
+}
+
+/// The commands, by the names that clients use.
+pub(crate) const COMMANDS: [&str; 13] = [
+    "qmp_capabilities",
+    "query-version",
+    "query-commands",
+    "query-status",
+    "query-disks",
+    "query-checkpoints",
+    "query-backups",
+    "checkpoint-create",
+    "checkpoint-delete",
+    "backup-begin",
+    "backup-commit",
+    "backup-abort",
+    "quit",
+];
+
+fn command(mut members: Map<String, Value>) -> Result<Command, Refusal> {
+    let name = match members.remove("execute") {
+        Some(Value::String(name)) => name,
+        Some(_) => return Err(bad_request("QMP input member 'execute' must be a string")),
+        None => return Err(bad_request("QMP input lacks member 'execute'")),
+    };
+    let arguments = match members.remove("arguments") {
+        None => Map::new(),
+        Some(Value::Object(arguments)) => arguments,
+        Some(_) => {
+            return Err(bad_request(
+                "QMP input member 'arguments' must be an object",
+            ));
+        }
+    };
+    if let Some(member) = members.keys().next() {
+        let member = shortened(member);
+        return Err(bad_request(format!(
+            "QMP input member '{member}' is unexpected"
+        )));
+    }
+    let mut arguments = Arguments(arguments);
+    let command = named_command(&name, &mut arguments)?;
+    arguments.finish()?;
+    Ok(command)
+}
+
+fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refusal> {
+    Ok(match name {
+        "qmp_capabilities" => {
+            arguments.no_capability()?;
+            Command::Capabilities
+        }
+        "query-version" => Command::Version,
+        "query-commands" => Command::Commands,
+        "query-status" => Command::Status,
+        "query-disks" => Command::Disks,
+        "query-checkpoints" => Command::Checkpoints {
+            disk: arguments.name("disk")?,
+        },
+        "query-backups" => Command::Backups {
+            id: arguments.name("id")?,
+        },
+        "checkpoint-create" => Command::CreateCheckpoint {
+            name: arguments.required_name("name")?,
+            disks: arguments.names("disks")?,
+        },
+        "checkpoint-delete" => {
+            // Only a consumer's last checkpoint needs force, and there are no consumers.
+            arguments.flag("force")?;
+            Command::DeleteCheckpoint {
+                name: arguments.required_name("name")?,
+                disks: arguments.names("disks")?,
+            }
+        }
+        "backup-begin" => Command::Begin(BeginRequest {
+            id: arguments.name("id")?,
+            disks: arguments.names("disks")?,
+            since: arguments.text("since")?,
+            checkpoint: arguments.name("checkpoint")?,
+        }),
+        "backup-commit" => Command::Commit {
+            id: arguments.required_name("id")?,
+        },
+        "backup-abort" => Command::Abort {
+            id: arguments.required_name("id")?,
+        },
+        "quit" => Command::Quit,
+        _ => {
+            let name = shortened(name);
+            return Err(Refusal::NotFound(format!(
+                "The command {name} has not been found"
+            )));
+        }
+    })
+}
+
+/// What has not been looked at of a command's arguments.
+struct Arguments(Map<String, Value>);
+
+impl Arguments {
+    fn text(&mut self, key: &str) -> Result<Option<String>, Refusal> {
+        match self.0.remove(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(_) => Err(wrong_type(key, "string")),
+        }
+    }
+
+    fn name(&mut self, key: &str) -> Result<Option<Name>, Refusal> {
+        self.text(key)?.as_deref().map(parse_name).transpose()
+    }
+
+    fn required_name(&mut self, key: &str) -> Result<Name, Refusal> {
+        self.name(key)?
+            .ok_or_else(|| bad_argument(format!("Parameter '{key}' is missing")))
+    }
+
+    fn names(&mut self, key: &str) -> Result<Option<Vec<Name>>, Refusal> {
+        let members = match self.0.remove(key) {
+            None | Some(Value::Null) => return Ok(None),
+            Some(Value::Array(members)) => members,
+            Some(_) => return Err(wrong_type(key, "array")),
+        };
+        let name = |member: Value| match member {
+            Value::String(text) => parse_name(&text),
+            _ => Err(wrong_type(key, "array of strings")),
+        };
+        members
+            .into_iter()
+            .map(name)
+            .collect::<Result<_, _>>()
+            .map(Some)
+    }
+
+    fn flag(&mut self, key: &str) -> Result<bool, Refusal> {
+        match self.0.remove(key) {
+            None | Some(Value::Null) => Ok(false),
+            Some(Value::Bool(flag)) => Ok(flag),
+            Some(_) => Err(wrong_type(key, "boolean")),
+        }
+    }
+
+    /// Clients may name the capabilities that they want, of which there are none.
+    fn no_capability(&mut self) -> Result<(), Refusal> {
+        match self.0.remove("enable") {
+            None => Ok(()),
+            Some(Value::Array(wanted)) => match wanted.first() {
+                None => Ok(()),
+                Some(capability) => {
+                    let capability = shortened(capability.as_str().unwrap_or_default());
+                    Err(bad_argument(format!(
+                        "Capability '{capability}' is not available"
+                    )))
+                }
+            },
+            Some(_) => Err(wrong_type("enable", "array")),
+        }
+    }
+
+    fn finish(self) -> Result<(), Refusal> {
+        match self.0.keys().next() {
+            None => Ok(()),
+            Some(key) => {
+                let key = shortened(key);
+                Err(bad_argument(format!("Parameter '{key}' is unexpected")))
+            }
+        }
+    }
+}
+
+fn parse_name(text: &str) -> Result<Name, Refusal> {
+    Name::parse(text)
+        .map_err(|error| Refusal::Failure(Failure::new("invalid-name", error.to_string())))
+}
+
+fn wrong_type(key: &str, expected: &str) -> Refusal {
+    bad_argument(format!(
+        "Invalid parameter type for '{key}', expected: {expected}"
+    ))
+}
+
+fn bad_argument(reason: impl Into<String>) -> Refusal {
+    Refusal::Failure(Failure::new("bad-argument", reason))
+}
+
+fn bad_request(reason: impl Into<String>) -> Refusal {
+    Refusal::Failure(Failure::new("bad-request", reason))
+}
+
+/// Enough of what a client said to know it again.
+fn shortened(text: &str) -> String {
+    text.chars().take(80).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Command, String> {
+        Request::parse(text.as_bytes())
+            .command
+            .map_err(|refusal| match refusal {
+                Refusal::NotFound(reason) => reason,
+                Refusal::Failure(failure) => failure.message,
+            })
+    }
+
+    fn name(text: &str) -> Name {
+        Name::parse(text).unwrap()
+    }
+
+    #[test]
+    fn a_request_keeps_its_id_even_when_it_makes_no_sense() {
+        let request = Request::parse(br#"{"execute":"nonsense","id":{"a":[1]}}"#);
+        assert_eq!(request.id, Some(serde_json::json!({"a": [1]})));
+        assert!(matches!(request.command, Err(Refusal::NotFound(_))));
+    }
+
+    #[test]
+    fn arguments_become_a_command() {
+        let begin = r#"{"execute":"backup-begin",
+            "arguments":{"id":"b1","disks":["vda"],"since":"cp1","checkpoint":"cp2"}}"#;
+        let expected = BeginRequest {
+            id: Some(name("b1")),
+            disks: Some(vec![name("vda")]),
+            since: Some("cp1".to_owned()),
+            checkpoint: Some(name("cp2")),
+        };
+        assert_eq!(parse(begin), Ok(Command::Begin(expected)));
+        let capabilities = r#"{"execute":"qmp_capabilities","arguments":{"enable":[]}}"#;
+        assert_eq!(parse(capabilities), Ok(Command::Capabilities));
+    }
+
+    #[test]
+    fn refusals_say_what_is_wrong_as_qemu_does() {
+        for (text, expected) in [
+            ("[]", "QMP input must be a JSON object"),
+            ("{}", "QMP input lacks member 'execute'"),
+            (
+                r#"{"execute":1}"#,
+                "QMP input member 'execute' must be a string",
+            ),
+            (
+                r#"{"execute":"quit","x":1}"#,
+                "QMP input member 'x' is unexpected",
+            ),
+            (
+                r#"{"execute":"quit","arguments":[]}"#,
+                "QMP input member 'arguments' must be an object",
+            ),
+            (
+                r#"{"execute":"quit","arguments":{"x":1}}"#,
+                "Parameter 'x' is unexpected",
+            ),
+            (
+                r#"{"execute":"backup-commit"}"#,
+                "Parameter 'id' is missing",
+            ),
+            (
+                r#"{"execute":"backup-commit","arguments":{"id":1}}"#,
+                "Invalid parameter type for 'id', expected: string",
+            ),
+            (
+                r#"{"execute":"nonsense"}"#,
+                "The command nonsense has not been found",
+            ),
+            (
+                r#"{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}"#,
+                "Capability 'oob' is not available",
+            ),
+        ] {
+            assert_eq!(parse(text), Err(expected.to_owned()), "{text}");
+        }
+        assert!(
+            parse("{nonsense}")
+                .unwrap_err()
+                .starts_with("JSON parse error")
+        );
+    }
+
+    #[test]
+    fn every_command_that_is_listed_exists() {
+        for command in COMMANDS {
+            let request = Request::parse(format!(r#"{{"execute":"{command}"}}"#).as_bytes());
+            assert!(
+                !matches!(request.command, Err(Refusal::NotFound(_))),
+                "{command}"
+            );
+        }
+    }
+}

@@ -1,0 +1,71 @@
+use std::sync::Arc;
+
+use proto::{BlockSize, Catalog, Denied, ExportInfo, Listed, TransmissionFlags};
+
+use crate::export::{self, Context, Export, Role};
+use crate::service::Service;
+
+/// The exports that one socket offers.
+pub(super) struct Exports {
+    service: Arc<Service>,
+    role: Role,
+}
+
+impl Exports {
+    pub(super) fn new(service: Arc<Service>, role: Role) -> Self {
+        Self { service, role }
+    }
+}
+
+impl Catalog for Exports {
+    type Export = Export;
+    type Context = Context;
+
+    fn list(&self) -> Vec<Listed> {
+        let all = export::list(&self.service, self.role);
+        all.into_iter()
+            .map(|(name, description)| Listed {
+                name,
+                description: Some(description),
+            })
+            .collect()
+    }
+
+    fn open(&self, name: &str) -> Result<(Export, ExportInfo), Denied> {
+        let found = export::find(&self.service, self.role, name).ok_or(Denied::Unknown)?;
+        let info = ExportInfo {
+            name: name.to_owned(),
+            description: Some(found.description()),
+            size: found.size(),
+            flags: flags(&found),
+            block_size: BlockSize::default(),
+        };
+        Ok((found, info))
+    }
+
+    fn listed_contexts(&self, export: &Export) -> Vec<String> {
+        export.contexts(&self.service)
+    }
+
+    fn find_context(&self, export: &Export, name: &str) -> Option<Context> {
+        export.context(&self.service, name)
+    }
+}
+
+/// A flush covers what any connection was told is written, as all of them share one descriptor; so
+/// clients may use several.
+fn flags(export: &Export) -> TransmissionFlags {
+    let all = TransmissionFlags::HAS_FLAGS
+        | TransmissionFlags::SEND_FLUSH
+        | TransmissionFlags::SEND_FUA
+        | TransmissionFlags::SEND_DF
+        | TransmissionFlags::SEND_CACHE
+        | TransmissionFlags::CAN_MULTI_CONN;
+    if export.read_only() {
+        all | TransmissionFlags::READ_ONLY
+    } else {
+        all | TransmissionFlags::SEND_TRIM
+            | TransmissionFlags::SEND_WRITE_ZEROES
+            | TransmissionFlags::SEND_FAST_ZERO
+    }
+}

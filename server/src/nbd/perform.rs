@@ -1,0 +1,269 @@
+//! One request, from what was asked to the bytes of its reply.
+
+use std::io;
+use std::ops::Range;
+
+use block::Zeroing;
+use bytes::BytesMut;
+use proto::{Command, ContextId, Cookie, Errno, Extents, Replies};
+
+use crate::disk::Disk;
+use crate::export::{Context, Export, ExportError};
+use crate::files::Files;
+
+/// What all requests of a connection are about.
+pub(super) struct Target {
+    pub(super) export: Export,
+    pub(super) contexts: Vec<(ContextId, Context)>,
+    pub(super) replies: Replies,
+}
+
+impl Target {
+    /// Does what `command` says and returns `reply` with the answer appended.
+    pub(super) async fn perform(
+        &self,
+        cookie: Cookie,
+        command: Command,
+        mut reply: BytesMut,
+    ) -> BytesMut {
+        let begun = reply.len();
+        let outcome = match command {
+            Command::Read {
+                range,
+                do_not_fragment,
+            } => self.read(cookie, range, do_not_fragment, &mut reply).await,
+            Command::BlockStatus { range, one } => {
+                self.block_status(cookie, range, one, &mut reply).await
+            }
+            other => self
+                .change(other)
+                .await
+                .map(|()| self.replies.ok(&mut reply, cookie)),
+        };
+        if let Err(error) = outcome {
+            // Whatever of the answer there was is worth nothing.
+            reply.truncate(begun);
+            let errno = errno_of(&error);
+            // Here the cause is known for the last time.
+            tracing::warn!(%error, ?errno, "a request failed");
+            self.replies
+                .error(&mut reply, cookie, errno, &error.to_string());
+        }
+        reply
+    }
+
+    async fn read(
+        &self,
+        cookie: Cookie,
+        range: Range<u64>,
+        do_not_fragment: bool,
+        reply: &mut BytesMut,
+    ) -> Result<(), ExportError> {
+        let (begun, length) = (reply.len(), (range.end - range.start) as usize);
+        self.replies
+            .begin_data(reply, cookie, range.start, length as u64, true);
+        let head = reply.len();
+        reply.resize(head + length, 0);
+        self.export.read(range.start, &mut reply[head..]).await?;
+        if self.replies.may_fragment() && !do_not_fragment && length >= SPARSE_MIN {
+            let runs = zero_runs(range.start, &reply[head..]);
+            if runs.iter().any(|run| run.zero) {
+                let data = reply.split_off(head).freeze();
+                reply.truncate(begun);
+                self.fragments(cookie, range.start, &data, &runs, reply);
+            }
+        }
+        Ok(())
+    }
+
+    fn fragments(
+        &self,
+        cookie: Cookie,
+        start: u64,
+        data: &[u8],
+        runs: &[ZeroRun],
+        reply: &mut BytesMut,
+    ) {
+        for (at, run) in runs.iter().enumerate() {
+            let last = at + 1 == runs.len();
+            let offset = start + run.range.start as u64;
+            if run.zero {
+                self.replies
+                    .hole(reply, cookie, offset, run.range.len() as u64, last);
+            } else {
+                self.replies
+                    .begin_data(reply, cookie, offset, run.range.len() as u64, last);
+                reply.extend_from_slice(&data[run.range.clone()]);
+            }
+        }
+    }
+
+    async fn block_status(
+        &self,
+        cookie: Cookie,
+        range: Range<u64>,
+        one: bool,
+        reply: &mut BytesMut,
+    ) -> Result<(), ExportError> {
+        let mut answers = Vec::with_capacity(self.contexts.len());
+        // No context needs to say more than the one that says least.
+        let mut end = range.end;
+        for (id, context) in &self.contexts {
+            let mut extents = Extents::new(end - range.start, one);
+            while !extents.is_full() {
+                let at = range.start + extents.covered();
+                for status in self.export.status(*context, at..end, STATUS_BATCH).await? {
+                    extents.push(status.length, status.flags);
+                }
+            }
+            end = range.start + extents.covered();
+            answers.push((*id, extents));
+        }
+        self.replies.block_status(reply, cookie, &mut answers);
+        Ok(())
+    }
+
+    async fn change(&self, command: Command) -> Result<(), ExportError> {
+        let disk = match &self.export {
+            Export::Live(disk) => &disk.disk,
+            Export::Frozen(_) | Export::Difference(..) => return self.keep(command).await,
+        };
+        match command {
+            Command::Write { range, data, fua } => {
+                disk.write(range.start, data).await?;
+                flush_if(disk, fua).await?;
+            }
+            Command::WriteZeroes {
+                range,
+                fua,
+                no_hole,
+                fast,
+            } => {
+                let how = match (no_hole, fast) {
+                    (false, false) => Zeroing::MayUnmap,
+                    (true, false) => Zeroing::Keep,
+                    (false, true) => Zeroing::FastMayUnmap,
+                    (true, true) => Zeroing::FastKeep,
+                };
+                disk.zero(range, how).await?;
+                flush_if(disk, fua).await?;
+            }
+            Command::Trim { range, fua } => {
+                match disk.zero(range, Zeroing::FastMayUnmap).await {
+                    // A trim is advice: storage that cannot take it keeps its bytes.
+                    Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+                    other => other?,
+                }
+                flush_if(disk, fua).await?;
+            }
+            Command::Flush => disk.flush().await?,
+            Command::Cache { range } => self.prefetch(range).await?,
+            // The two that answer more than yes or no are performed above.
+            Command::Read { .. } | Command::BlockStatus { .. } => {}
+        }
+        Ok(())
+    }
+
+    /// What can be asked of an export that never changes.
+    async fn keep(&self, command: Command) -> Result<(), ExportError> {
+        match command {
+            Command::Cache { range } => self.prefetch(range).await,
+            Command::Flush => Ok(()),
+            // Admission lets no change through to a read-only export; nothing is changed here.
+            _ => Err(io::Error::from(io::ErrorKind::PermissionDenied).into()),
+        }
+    }
+
+    async fn prefetch(&self, range: Range<u64>) -> Result<(), ExportError> {
+        let mut buffer = vec![0; PREFETCH_PIECE.min((range.end - range.start) as usize)];
+        let mut at = range.start;
+        while at < range.end {
+            let length = buffer.len().min((range.end - at) as usize);
+            self.export.prefetch(at, &mut buffer[..length]).await?;
+            at += length as u64;
+        }
+        Ok(())
+    }
+}
+
+async fn flush_if(disk: &Disk<Files>, fua: bool) -> io::Result<()> {
+    if fua { disk.flush().await } else { Ok(()) }
+}
+
+fn errno_of(error: &ExportError) -> Errno {
+    match error {
+        ExportError::Ended => Errno::Shutdown,
+        ExportError::Broken(_) => Errno::Io,
+        ExportError::Io(error) => match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Errno::NoSpc,
+            io::ErrorKind::Unsupported => Errno::NotSup,
+            io::ErrorKind::PermissionDenied => Errno::Perm,
+            io::ErrorKind::OutOfMemory => Errno::NoMem,
+            _ => Errno::Io,
+        },
+    }
+}
+
+/// A stretch of a buffer that is wholly zero, or is not.
+struct ZeroRun {
+    range: Range<usize>,
+    zero: bool,
+}
+
+/// Cuts `data`, which begins at byte `start` of an export, at blocks that are wholly zero.
+fn zero_runs(start: u64, data: &[u8]) -> Vec<ZeroRun> {
+    let mut runs: Vec<ZeroRun> = Vec::new();
+    let mut at = 0;
+    while at < data.len() {
+        let in_block = (start + at as u64) as usize % ZERO_BLOCK;
+        let end = (at + ZERO_BLOCK - in_block).min(data.len());
+        let zero = data[at..end]
+            .chunks(256)
+            .all(|c| c.iter().fold(0, |all, byte| all | byte) == 0);
+        match runs.last_mut() {
+            Some(last) if last.zero == zero => last.range.end = end,
+            _ => runs.push(ZeroRun {
+                range: at..end,
+                zero,
+            }),
+        }
+        at = end;
+    }
+    runs
+}
+
+/// Shorter reads are answered in one piece: a hole saves less than it costs to find.
+const SPARSE_MIN: usize = 32 << 10;
+
+/// Shorter zeroes are sent as data: a chunk's head is 32 bytes, and receivers like blocks.
+const ZERO_BLOCK: usize = 4096;
+
+/// How much is read at a time when nobody waits for the bytes.
+const PREFETCH_PIECE: usize = 256 << 10;
+
+/// How many stretches of a context are asked for at a time.
+const STATUS_BATCH: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zero_runs_begin_and_end_at_blocks_of_the_export() {
+        let mut data = vec![0; 5 * ZERO_BLOCK];
+        data[0] = 1;
+        data[3 * ZERO_BLOCK] = 1;
+        let found: Vec<_> = zero_runs(512, &data)
+            .into_iter()
+            .map(|run| (run.range, run.zero))
+            .collect();
+        let border = ZERO_BLOCK - 512;
+        let expected = [
+            (0..border, false),
+            (border..border + 2 * ZERO_BLOCK, true),
+            (border + 2 * ZERO_BLOCK..border + 3 * ZERO_BLOCK, false),
+            (border + 3 * ZERO_BLOCK..5 * ZERO_BLOCK, true),
+        ];
+        assert_eq!(found, expected);
+    }
+}

@@ -1,0 +1,280 @@
+//! Requests and replies, once an export has been chosen.
+
+use std::cell::{Cell, RefCell};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use bytes::BytesMut;
+use proto::{Admission, Command, Cookie, Errno, Incoming, Replies, Request, RequestDecoder};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+
+use super::catalog::Exports;
+use super::perform::Target;
+use super::{Ended, INPUT_PIECE};
+
+/// Serves requests until the client leaves or the server stops; returns when all that was begun has
+/// ended.
+pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+    session: proto::Session<Exports>,
+    input: BytesMut,
+    stop: watch::Receiver<bool>,
+) -> Result<(), Ended> {
+    let admission = session.admission();
+    let target = Rc::new(Target {
+        replies: session.replies(),
+        contexts: session.contexts,
+        export: session.export,
+    });
+    let _connected = Connected::to(Rc::clone(&target));
+    let connection = Connection {
+        target,
+        admission,
+        decoder: RequestDecoder::default(),
+        input,
+        output: BytesMut::new(),
+        under_way: Rc::default(),
+        last_words: false,
+    };
+    connection.run(stream, stop).await
+}
+
+/// Waits until `moment`, or for ever where there is none.
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}
+
+struct Connection {
+    target: Rc<Target>,
+    admission: Admission,
+    decoder: RequestDecoder,
+    input: BytesMut,
+    /// Replies that have not been sent yet.
+    output: BytesMut,
+    under_way: Rc<UnderWay>,
+    /// Nothing more is taken in; what is under way is answered.
+    last_words: bool,
+}
+
+/// The requests of a connection that have been begun and not been answered.
+#[derive(Default)]
+struct UnderWay {
+    count: Cell<usize>,
+    /// Bytes that they hold, or will hold when they end.
+    bytes: Cell<usize>,
+    /// The replies of those that have ended.
+    ended: RefCell<Vec<BytesMut>>,
+    news: Notify,
+}
+
+impl Connection {
+    async fn run<S: AsyncRead + AsyncWrite + Unpin>(
+        mut self,
+        stream: S,
+        stop: watch::Receiver<bool>,
+    ) -> Result<(), Ended> {
+        let under_way = Rc::clone(&self.under_way);
+        let result = self.exchange(stream, stop).await;
+        // Nobody hears the answers any more, but what was begun is ended.
+        while under_way.count.get() > 0 {
+            under_way.news.notified().await;
+        }
+        result
+    }
+
+    async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
+        &mut self,
+        stream: S,
+        mut stop: watch::Receiver<bool>,
+    ) -> Result<(), Ended> {
+        let (mut reader, mut writer) = tokio::io::split(stream);
+        let under_way = Rc::clone(&self.under_way);
+        let mut give_up = None;
+        loop {
+            self.take_requests()?;
+            self.collect_replies();
+            if self.last_words && self.output.is_empty() && under_way.count.get() == 0 {
+                // A client that sees the end has seen every answer.
+                let _ = writer.shutdown().await;
+                return Ok(());
+            }
+            let listens = !self.last_words && self.has_room();
+            if self.input.capacity() - self.input.len() < INPUT_PIECE / 4 {
+                self.input.reserve(INPUT_PIECE);
+            }
+            tokio::select! {
+                sent = writer.write_buf(&mut self.output), if !self.output.is_empty() => {
+                    sent?;
+                }
+                received = reader.read_buf(&mut self.input), if listens => {
+                    self.last_words |= received? == 0;
+                }
+                () = under_way.news.notified(), if under_way.count.get() > 0 => {}
+                _ = stop.wait_for(|stop| *stop), if give_up.is_none() => {
+                    self.last_words = true;
+                    give_up = Some(Instant::now() + GOODBYE_MAX);
+                }
+                () = until(give_up) => return Ok(()),
+            }
+        }
+    }
+
+    /// Begins every request that has arrived whole, as far as there is room.
+    fn take_requests(&mut self) -> Result<(), Ended> {
+        while !self.last_words && self.has_room() {
+            match self.decoder.decode(&mut self.input)? {
+                None => break,
+                Some(Incoming::Disconnect) => self.last_words = true,
+                Some(Incoming::Request(request)) => self.begin(request),
+            }
+        }
+        Ok(())
+    }
+
+    fn has_room(&self) -> bool {
+        self.under_way.count.get() < REQUESTS_MAX
+            && self.under_way.bytes.get() + self.output.len() < BYTES_MAX
+    }
+
+    fn begin(&mut self, request: Request) {
+        let cookie = request.cookie;
+        match self.admission.admit(request) {
+            Ok(command) => self.perform(cookie, command),
+            Err(refusal) => {
+                tracing::debug!(%refusal, "a request was refused");
+                let replies = self.target.replies;
+                replies.error(&mut self.output, cookie, refusal.errno, refusal.reason);
+            }
+        }
+    }
+
+    /// Performs a request: at once if it need not wait, else beside the others.
+    fn perform(&mut self, cookie: Cookie, command: Command) {
+        let weight = weight(&command);
+        // The reply is written behind the others, and is one with them if it is ready at once.
+        self.output.reserve(REPLY_HEAD_MAX);
+        let reply = self.output.split_off(self.output.len());
+        let target = Rc::clone(&self.target);
+        let mut work: Pin<Box<dyn Future<Output = BytesMut>>> =
+            Box::pin(async move { target.perform(cookie, command, reply).await });
+        // Whoever is not ready is polled again by its own task, with a waker that wakes.
+        match work.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(reply) => self.output.unsplit(reply),
+            Poll::Pending => {
+                let pending = Pending::new(&self.under_way, self.target.replies, cookie, weight);
+                tokio::task::spawn_local(async move { pending.answer(work.await) });
+            }
+        }
+    }
+
+    fn collect_replies(&mut self) {
+        for reply in self.under_way.ended.borrow_mut().drain(..) {
+            if self.output.is_empty() {
+                self.output = reply;
+            } else {
+                self.output.unsplit(reply);
+            }
+        }
+    }
+}
+
+/// A request begun and not yet answered.
+///
+/// It is answered exactly once: by [`answer`](Self::answer), or with an I/O error if whoever held
+/// it gave up. No client waits for ever.
+#[must_use = "dropping a request answers it with an error"]
+struct Pending {
+    under_way: Rc<UnderWay>,
+    replies: Replies,
+    cookie: Cookie,
+    weight: usize,
+    reply: Option<BytesMut>,
+}
+
+impl Pending {
+    fn new(under_way: &Rc<UnderWay>, replies: Replies, cookie: Cookie, weight: usize) -> Self {
+        under_way.count.set(under_way.count.get() + 1);
+        under_way.bytes.set(under_way.bytes.get() + weight);
+        Self {
+            under_way: Rc::clone(under_way),
+            replies,
+            cookie,
+            weight,
+            reply: None,
+        }
+    }
+
+    fn answer(mut self, reply: BytesMut) {
+        self.reply = Some(reply);
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        let reply = self.reply.take().unwrap_or_else(|| {
+            let mut reply = BytesMut::new();
+            self.replies.error(
+                &mut reply,
+                self.cookie,
+                Errno::Io,
+                "the request was given up",
+            );
+            reply
+        });
+        self.under_way.count.set(self.under_way.count.get() - 1);
+        self.under_way
+            .bytes
+            .set(self.under_way.bytes.get() - self.weight);
+        self.under_way.ended.borrow_mut().push(reply);
+        self.under_way.news.notify_one();
+    }
+}
+
+/// A client that is counted for as long as this lives.
+struct Connected(Rc<Target>);
+
+impl Connected {
+    fn to(target: Rc<Target>) -> Self {
+        if let Some(usage) = target.export.usage() {
+            usage.clients.fetch_add(1, Ordering::Relaxed);
+        }
+        Self(target)
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        if let Some(usage) = self.0.export.usage() {
+            usage.clients.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// How many bytes a request holds, or its reply will.
+fn weight(command: &Command) -> usize {
+    match command {
+        Command::Read { range, .. } => (range.end - range.start) as usize,
+        Command::Write { data, .. } => data.len(),
+        _ => 0,
+    }
+}
+
+/// How long a server that stops waits for clients to read what they asked for.
+const GOODBYE_MAX: Duration = Duration::from_secs(1);
+
+/// More than any client keeps in flight.
+const REQUESTS_MAX: usize = 256;
+
+/// Two of the largest requests; one is always taken.
+const BYTES_MAX: usize = 64 << 20;
+
+/// Room for a reply without data, so that most find their place behind the others.
+const REPLY_HEAD_MAX: usize = 8 << 10;

@@ -1,0 +1,347 @@
+//! A server from start to stop.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, UnixListener};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::LocalSet;
+
+use crate::address::Address;
+use crate::control::{Control, converse};
+use crate::export::Role;
+use crate::failure::Failure;
+use crate::listen::{self, Group};
+use crate::lock_file::LockFile;
+use crate::nbd::{Client, Stream, Workers};
+use crate::notify;
+use crate::served::{DiskSpec, ServedDisk};
+use crate::service::Service;
+
+/// How to serve.
+#[derive(Clone, Debug)]
+pub(crate) struct ServeOptions {
+    /// The disks; at least one.
+    pub(crate) disks: Vec<DiskSpec>,
+    /// Where the sockets are.
+    pub(crate) run_dir: PathBuf,
+    /// Where scratch goes, if not beside each disk's state.
+    pub(crate) scratch_dir: Option<PathBuf>,
+    /// More places where live exports are offered.
+    pub(crate) live_listen: Vec<Address>,
+    /// More places where frozen exports are offered.
+    pub(crate) backup_listen: Vec<Address>,
+    /// Who may connect to the Unix sockets.
+    pub(crate) socket_mode: u32,
+    /// The group that the Unix sockets belong to.
+    pub(crate) socket_group: Option<String>,
+    /// Data may go over networks unencrypted.
+    pub(crate) allow_plaintext: bool,
+    /// How long a freeze waits for writes in flight.
+    pub(crate) freeze_timeout: Duration,
+}
+
+/// Serves until told to stop, by a signal or over the control socket.
+pub(crate) fn run(options: ServeOptions) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| cannot("start", &error))?;
+    LocalSet::new().block_on(&runtime, serve(options))
+}
+
+/// Everything that listens.
+struct Listeners {
+    data: Vec<(Listener, Role)>,
+    control: UnixListener,
+    control_path: PathBuf,
+    live: Vec<Address>,
+    backup: Vec<Address>,
+}
+
+enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+async fn serve(options: ServeOptions) -> Result<(), Failure> {
+    refuse_plaintext(&options)?;
+    // From here on a signal is a wish, also one that comes before the first client.
+    let signals = Signals::watch().map_err(|error| cannot("wait for signals", &error))?;
+    let scratch_dir = options.scratch_dir.as_deref();
+    let _run_dir = claim_run_dir(&options.run_dir)?;
+    let mut disks = Vec::new();
+    for spec in &options.disks {
+        disks.push(ServedDisk::open(spec, scratch_dir)?);
+    }
+    let service = Arc::new(Service::new(disks, options.freeze_timeout));
+    let listeners = bind(&options).await?;
+    let (stop, stopping) = watch::channel(false);
+    let workers = Workers::start(worker_count(), &service, &stopping)
+        .map_err(|error| cannot("start worker threads", &error))?;
+
+    let control = Rc::new(Control {
+        service: Arc::clone(&service),
+        live_addresses: listeners.live.clone(),
+        backup_addresses: listeners.backup.clone(),
+        run_dir: options.run_dir.clone(),
+        stop,
+    });
+    print_table(&control, &listeners.control_path).map_err(|error| cannot("print", &error))?;
+    notify::ready();
+    let workers = accept(listeners, workers, &control, stopping, signals).await;
+
+    notify::stopping();
+    for address in control
+        .live_addresses
+        .iter()
+        .chain(&control.backup_addresses)
+    {
+        if let Address::Unix(path) = address {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+    // Nobody finds the server any more from here on; a file that is gone already is as good.
+    let _ = std::fs::remove_file(options.run_dir.join("control.sock"));
+    // The workers have been told; joining them blocks nobody but this thread.
+    workers.join();
+    for disk in service.disks().values() {
+        if let Err(error) = disk.disk.flush().await {
+            let message = format!("disk '{}': the image cannot be synced: {error}", disk.name);
+            return Err(Failure::new("image-failed", message));
+        }
+    }
+    Ok(())
+}
+
+/// Hands every client to where it is served, until the server is to stop.
+async fn accept(
+    listeners: Listeners,
+    mut workers: Workers,
+    control: &Rc<Control>,
+    mut stopping: watch::Receiver<bool>,
+    mut signals: Signals,
+) -> Workers {
+    let (queue, mut clients) = mpsc::channel(CLIENTS_WAITING_MAX);
+    let mut loops = tokio::task::JoinSet::new();
+    for (listener, role) in listeners.data {
+        loops.spawn_local(accept_data(listener, role, queue.clone()));
+    }
+    let mut conversations = tokio::task::JoinSet::new();
+    loop {
+        tokio::select! {
+            Some(client) = clients.recv() => workers.serve(client),
+            accepted = listeners.control.accept() => match accepted {
+                Ok((stream, _)) => {
+                    conversations.spawn_local(converse(stream, Rc::clone(control)));
+                }
+                Err(error) => pause_after(&error).await,
+            },
+            Some(_) = conversations.join_next() => {}
+            () = signals.stop() => break,
+            _ = stopping.wait_for(|stop| *stop) => break,
+        }
+    }
+    tracing::info!("stopping");
+    loops.shutdown().await;
+    // Whoever is being told something on the control socket hears the end of it.
+    control.stop.send_replace(true);
+    while conversations.join_next().await.is_some() {}
+    workers
+}
+
+/// The signals that ask a server to stop.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn watch() -> io::Result<Self> {
+        let terminate = signal(SignalKind::terminate())?;
+        Ok(Self {
+            terminate,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+async fn accept_data(listener: Listener, role: Role, queue: mpsc::Sender<Client>) {
+    loop {
+        let client = match &listener {
+            Listener::Unix(listener) => accept_unix(listener, role).await,
+            Listener::Tcp(listener) => accept_tcp(listener, role).await,
+        };
+        match client {
+            Ok(client) => {
+                if queue.send(client).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) => pause_after(&error).await,
+        }
+    }
+}
+
+async fn accept_unix(listener: &UnixListener, role: Role) -> io::Result<Client> {
+    let (stream, _) = listener.accept().await?;
+    let peer = match stream.peer_cred() {
+        Ok(cred) => format!("uid {}, pid {}", cred.uid(), cred.pid().unwrap_or(0)),
+        Err(_) => "unknown".to_owned(),
+    };
+    Ok(Client {
+        stream: Stream::Unix(stream.into_std()?),
+        role,
+        peer,
+    })
+}
+
+async fn accept_tcp(listener: &TcpListener, role: Role) -> io::Result<Client> {
+    let (stream, peer) = listener.accept().await?;
+    Ok(Client {
+        stream: Stream::Tcp(stream.into_std()?),
+        role,
+        peer: peer.to_string(),
+    })
+}
+
+/// Without descriptors to accept with, trying again at once would only burn time.
+async fn pause_after(error: &io::Error) {
+    tracing::warn!(%error, "cannot accept a client");
+    tokio::time::sleep(ACCEPT_PAUSE).await;
+}
+
+async fn bind(options: &ServeOptions) -> Result<Listeners, Failure> {
+    let group = options
+        .socket_group
+        .as_deref()
+        .map(Group::find)
+        .transpose()?;
+    let unix = |path: &Path| listen::unix(path, options.socket_mode, group);
+    let control_path = options.run_dir.join("control.sock");
+    let control = unix(&control_path)?;
+    let mut data = Vec::new();
+    let mut bound = Vec::new();
+    for (role, file, more) in [
+        (Role::Live, "live.sock", &options.live_listen),
+        (Role::Backup, "backup.sock", &options.backup_listen),
+    ] {
+        let own = Address::Unix(options.run_dir.join(file));
+        let mut addresses = Vec::new();
+        for address in std::iter::once(&own).chain(more) {
+            let (listener, address) = match address {
+                Address::Unix(path) => (Listener::Unix(unix(path)?), address.clone()),
+                Address::Tcp { host, port } => {
+                    let (listener, port) = listen::tcp(host, *port).await?;
+                    (
+                        Listener::Tcp(listener),
+                        Address::Tcp {
+                            host: host.clone(),
+                            port,
+                        },
+                    )
+                }
+            };
+            data.push((listener, role));
+            addresses.push(address);
+        }
+        bound.push(addresses);
+    }
+    let backup = bound.pop().unwrap_or_default();
+    let live = bound.pop().unwrap_or_default();
+    Ok(Listeners {
+        data,
+        control,
+        control_path,
+        live,
+        backup,
+    })
+}
+
+fn refuse_plaintext(options: &ServeOptions) -> Result<(), Failure> {
+    let all = options.live_listen.iter().chain(&options.backup_listen);
+    let open = all.into_iter().find(|address| !address.is_loopback());
+    let Some(open) = open.filter(|_| !options.allow_plaintext) else {
+        return Ok(());
+    };
+    let message = format!("{open} would carry the disks' contents unencrypted");
+    let hint = "listen on a loopback address, or say --allow-plaintext if the network is yours";
+    Err(Failure::new("plaintext", message).hint(hint))
+}
+
+fn claim_run_dir(dir: &Path) -> Result<LockFile, Failure> {
+    listen::check_length(&dir.join("control.sock"))?;
+    std::fs::create_dir_all(dir).map_err(|error| {
+        Failure::new(
+            "cannot-write",
+            format!("cannot make '{}': {error}", dir.display()),
+        )
+    })?;
+    let path = dir.join("lock");
+    let lock = LockFile::take(&path).map_err(|error| {
+        Failure::new(
+            "cannot-write",
+            format!("cannot write '{}': {error}", path.display()),
+        )
+    })?;
+    lock.map_err(|holder| {
+        let message = format!(
+            "the run directory '{}' is in use by another server{holder}",
+            dir.display()
+        );
+        let hint = "one server per run directory: choose another with --run-dir";
+        Failure::new("locked", message).hint(hint)
+    })
+}
+
+/// What a person needs next: what to paste where.
+fn print_table(control: &Control, control_path: &Path) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    for disk in control.service.disks().values() {
+        let size = disk.disk.size();
+        writeln!(
+            out,
+            "disk {}  {}  {size} bytes",
+            disk.name,
+            disk.path.display()
+        )?;
+        for address in &control.live_addresses {
+            writeln!(out, "  live     {}", address.uri(disk.name.as_str()))?;
+        }
+        for address in &control.backup_addresses {
+            writeln!(
+                out,
+                "  backups  {}",
+                address.uri(&format!("{}@ID", disk.name))
+            )?;
+        }
+    }
+    writeln!(out, "control  {}", control_path.display())?;
+    writeln!(out, "ready")?;
+    out.flush()
+}
+
+fn worker_count() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+fn cannot(what: &str, error: &io::Error) -> Failure {
+    Failure::new("system", format!("cannot {what}: {error}"))
+}
+
+/// Clients that have been accepted and not yet been given to a worker.
+const CLIENTS_WAITING_MAX: usize = 16;
+
+/// Long enough that a full descriptor table does not make a busy loop.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);

@@ -1,0 +1,48 @@
+//! Loop devices. They need root, or a `sudo` that asks for nothing.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::process::{Output, run};
+use crate::tools::path;
+
+/// A loop device that is detached when dropped.
+#[derive(Debug)]
+pub struct LoopDevice {
+    device: PathBuf,
+}
+
+impl LoopDevice {
+    /// Attaches a device to a file.
+    #[track_caller]
+    pub fn new(file: &Path) -> Self {
+        let output = losetup(&["--find", "--show", path(file)]);
+        let hint = "tests of block devices need root, or `sudo -n losetup`";
+        assert_eq!(output.code(), 0, "{hint}\n{output}");
+        Self {
+            device: output.stdout.trim().into(),
+        }
+    }
+
+    /// The device.
+    pub fn path(&self) -> &Path {
+        &self.device
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let output = losetup(&["--detach", path(&self.device)]);
+        if output.code() != 0 {
+            eprintln!("{output}");
+        }
+    }
+}
+
+fn losetup(args: &[&str]) -> Output {
+    if rustix::process::geteuid().is_root() {
+        run(Command::new("losetup").args(args))
+    } else {
+        run(Command::new("sudo").args(["-n", "losetup"]).args(args))
+    }
+}

@@ -1,0 +1,185 @@
+use std::rc::Rc;
+use std::sync::Arc;
+
+use bitmap::Era;
+use scratch::{Snapshot, SnapshotFiles};
+use stillpoint::disk::{Freeze, freeze};
+
+use super::executor::pause;
+use super::sim::Place;
+use super::stage::{Instant, Kept, Moment, Stage, Subject};
+use super::storage::SimStorage;
+use super::world::{SimPages, SimWorld};
+
+/// Takes checkpoints, begins backups and ends them, one after the other.
+pub(super) async fn steward(stage: Rc<Stage>) {
+    for _ in 0..2 + stage.sim.below(8) {
+        for _ in 0..stage.sim.below(60) {
+            pause(&stage.sim).await;
+        }
+        let open = stage.open();
+        if !open.is_empty() && (open.len() >= OPEN_MAX || stage.sim.one_in(4)) {
+            let ended: Rc<Kept> = stage.sim.one_of(&open);
+            end(&stage, &ended);
+        } else {
+            instant(&stage).await;
+        }
+    }
+}
+
+/// Commit and abort are alike to a disk: nobody needs the instant any more.
+fn end(stage: &Stage, kept: &Kept) {
+    kept.ended.set(true);
+    stage.disks[kept.disk].disk.forget(kept.snapshot());
+}
+
+/// A snapshot that is about to begin.
+struct Planned {
+    snapshot: Arc<Snapshot<SimWorld>>,
+    index: usize,
+    scratch: SimStorage,
+    states: SimPages,
+    aside: SimPages,
+}
+
+/// Freezes one disk or all of them, to keep the instant or only to begin an era.
+async fn instant(stage: &Stage) {
+    let sim = &stage.sim;
+    let frozen: Vec<&Subject> = if sim.one_in(3) {
+        vec![&stage.disks[sim.below(stage.disks.len() as u64) as usize]]
+    } else {
+        stage.disks.iter().collect()
+    };
+    if frozen.iter().any(|subject| subject.disk.sync_failed()) {
+        return;
+    }
+    let begun = sim.tick();
+    let keep = !sim.one_in(3);
+    let mut plans = Vec::new();
+    let mut freezes = Vec::new();
+    let first = stage.snapshots.borrow().len();
+    for (place, subject) in frozen.iter().enumerate() {
+        let era = subject.last_era.get() + 1 + sim.below(2) as u32;
+        subject.last_era.set(era);
+        let planned = keep.then(|| plan(stage, subject, era, first + place));
+        let snapshot = planned
+            .as_ref()
+            .map(|planned| Arc::clone(&planned.snapshot));
+        freezes.push(Freeze {
+            disk: Arc::clone(&subject.disk),
+            next: subject
+                .disk
+                .tracking()
+                .followed_by(Era::from_number(era), snapshot),
+        });
+        plans.push((*subject, era, planned));
+    }
+    let images = plans
+        .iter()
+        .map(|(subject, era, _)| (subject.image.clone(), *era));
+    stage.capture.borrow_mut().arm(sim.seed, images.collect());
+    let before: Vec<_> = frozen
+        .iter()
+        .map(|subject| subject.disk.tracking().era)
+        .collect();
+
+    let result = freeze(freezes, patience(stage)).await;
+
+    let copies = stage.capture.borrow_mut().disarm();
+    if result.is_err() {
+        let after: Vec<_> = frozen
+            .iter()
+            .map(|subject| subject.disk.tracking().era)
+            .collect();
+        assert!(
+            copies.is_empty() && before == after,
+            "seed {}: half a freeze",
+            sim.seed
+        );
+        return stage.count(|tally| tally.busy += 1);
+    }
+    assert_eq!(
+        copies.len(),
+        plans.len(),
+        "seed {}: a freeze without its moment",
+        sim.seed
+    );
+    let copies: Vec<_> = copies.into_iter().map(Rc::new).collect();
+    stage.count(|tally| tally.freezes += 1);
+    for ((subject, era, planned), copy) in plans.into_iter().zip(&copies) {
+        let instant = Instant {
+            era,
+            copy: Rc::clone(copy),
+        };
+        subject.instants.borrow_mut().push(instant.clone());
+        if let Some(planned) = planned {
+            let kept = Rc::new(planned.begin(subject, instant, begun));
+            stage.snapshots.borrow_mut().push(kept);
+            stage.count(|tally| tally.snapshots += 1);
+        }
+    }
+    stage.moments.borrow_mut().push(Moment {
+        begun,
+        returned: sim.tick(),
+        copies: frozen
+            .iter()
+            .map(|subject| subject.index)
+            .zip(copies)
+            .collect(),
+    });
+}
+
+fn plan(stage: &Stage, subject: &Subject, era: u32, index: usize) -> Planned {
+    let sim = &stage.sim;
+    let scratch = SimStorage::scratch(sim, index, subject.size);
+    let states = SimPages::new(sim, Place::States(index));
+    let aside = SimPages::new(sim, Place::Aside(index));
+    let files = SnapshotFiles {
+        scratch: scratch.clone(),
+        states: states.clone(),
+        eras: aside.clone(),
+    };
+    let live = Arc::clone(subject.disk.map());
+    #[expect(
+        clippy::arc_with_non_send_sync,
+        reason = "the server's API, on one thread here"
+    )]
+    let snapshot = Arc::new(Snapshot::new(live, Era::from_number(era), files));
+    Planned {
+        snapshot,
+        index,
+        scratch,
+        states,
+        aside,
+    }
+}
+
+impl Planned {
+    fn begin(self, subject: &Subject, instant: Instant, opened: u64) -> Kept {
+        Kept {
+            index: self.index,
+            disk: subject.index,
+            instant,
+            frozen: subject.disk.frozen(self.snapshot),
+            scratch: self.scratch,
+            states: self.states,
+            aside: self.aside,
+            opened,
+            ended: std::cell::Cell::new(false),
+        }
+    }
+}
+
+/// How long writes in flight may take to end: now and then hardly any time, or all there is.
+async fn patience(stage: &Stage) {
+    if stage.sim.one_in(3) {
+        std::future::pending::<()>().await;
+    }
+    let length = if stage.sim.one_in(4) { 10 } else { 2000 };
+    for _ in 0..stage.sim.below(length) {
+        pause(&stage.sim).await;
+    }
+}
+
+/// How many instants are kept at most.
+const OPEN_MAX: usize = 5;

@@ -33,6 +33,22 @@ impl<P: PageStore> Eras<P> {
         Self { pages, store }
     }
 
+    /// Brings every page into memory of which something may be in the store.
+    pub fn load_stored(&self) -> io::Result<()> {
+        let mut offset = 0;
+        while let Some(stored) = self.store.stored(offset)? {
+            let end = stored
+                .end
+                .div_ceil(PAGE_BYTES as u64)
+                .min(self.page_count());
+            for page in stored.start / PAGE_BYTES as u64..end {
+                self.load_page(page)?;
+            }
+            offset = stored.end;
+        }
+        Ok(())
+    }
+
     /// Brings page number `page` into memory as it is in the store, and says what it sums to
     /// (CRC-32).
     pub fn load_page(&self, page: u64) -> io::Result<u32> {
@@ -44,6 +60,25 @@ impl<P: PageStore> Eras<P> {
             era.store(number, Ordering::Release);
         }
         Ok(crc32fast::hash(&bytes))
+    }
+
+    /// Takes everything on page number `page` as never changed, in memory alone: what is there is
+    /// damaged, and is about to be marked.
+    pub fn disbelieve_page(&self, page: u64) {
+        let eras = self.pages[page as usize].get_or_init(empty_page);
+        eras.iter()
+            .for_each(|era| era.store(Era::NEVER.number(), Ordering::Release));
+    }
+
+    /// The highest era on page number `page`.
+    pub fn highest_on(&self, page: u64) -> Era {
+        let page = self.pages[page as usize].get();
+        let eras = page.into_iter().flat_map(|page| page.iter());
+        Era::from_number(
+            eras.map(|era| era.load(Ordering::Acquire))
+                .max()
+                .unwrap_or(0),
+        )
     }
 
     /// What page number `page` sums to (CRC-32), as it is in memory.
@@ -61,9 +96,10 @@ impl<P: PageStore> Eras<P> {
 
     /// The highest era that any chunk has.
     pub fn highest(&self) -> Era {
-        let pages = self.pages.iter().filter_map(OnceLock::get);
-        let eras = pages.flat_map(|page| page.iter().map(|era| era.load(Ordering::Acquire)));
-        Era::from_number(eras.max().unwrap_or(0))
+        (0..self.page_count())
+            .map(|page| self.highest_on(page))
+            .max()
+            .unwrap_or(Era::NEVER)
     }
 
     /// How many pages there can be.
@@ -71,9 +107,9 @@ impl<P: PageStore> Eras<P> {
         self.pages.len() as u64
     }
 
-    /// The chunks of page number `page`, of `count` in all.
-    pub fn chunks_of_page(page: u64, count: u64) -> Chunks {
-        (page * ERAS_PER_PAGE).min(count)..((page + 1) * ERAS_PER_PAGE).min(count)
+    /// The chunks of page number `page`.
+    pub fn chunks_of_page(page: u64) -> Chunks {
+        page * ERAS_PER_PAGE..(page + 1) * ERAS_PER_PAGE
     }
 
     /// The era of `chunk`.
@@ -154,7 +190,7 @@ fn empty_page() -> Box<Page> {
 type Page = [AtomicU32; ERAS_PER_PAGE as usize];
 
 /// A page of eras is a page of memory and of the file: 4 KiB.
-pub(crate) const ERAS_PER_PAGE: u64 = 1024;
+pub const ERAS_PER_PAGE: u64 = 1024;
 const ERA_BYTES: u64 = 4;
 const PAGE_BYTES: usize = (ERAS_PER_PAGE * ERA_BYTES) as usize;
 
@@ -195,6 +231,9 @@ mod tests {
             }
             fn load(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
                 Ok(())
+            }
+            fn stored(&self, _: u64) -> io::Result<Option<std::ops::Range<u64>>> {
+                Ok(None)
             }
         }
         let eras = Eras::new(10, Full);

@@ -28,6 +28,18 @@ impl<P: PageStore> FrozenEras<P> {
         }
     }
 
+    /// The same after a restart: what was put aside is in `store`.
+    pub fn reopen(live: Arc<EraMap<P>>, frozen_in: Era, store: P) -> io::Result<Self> {
+        let frozen = Self::new(live, frozen_in, store);
+        frozen.aside.load_stored()?;
+        Ok(frozen)
+    }
+
+    /// What was put aside, to be synced.
+    pub fn store(&self) -> &P {
+        self.aside.store()
+    }
+
     /// The era that began at this moment: what carries it, or a later one, changed afterwards.
     pub fn frozen_in(&self) -> Era {
         self.frozen_in
@@ -64,6 +76,35 @@ impl<P: PageStore> FrozenEras<P> {
     /// How many bytes had changed in `since` or later by then.
     pub fn changed_bytes(&self, since: Era) -> u64 {
         dirty_bytes(self.changes(0..self.live.size(), since))
+    }
+
+    /// How many of those bytes carried one of `presumed`: eras in which nothing was written, but
+    /// marked after a power cut or for damage.
+    pub fn presumed_bytes(&self, since: Era, presumed: &[Era]) -> u64 {
+        if presumed.is_empty() {
+            return 0;
+        }
+        let (granularity, size) = (self.live.granularity(), self.live.size());
+        let bytes = |chunk: u64| {
+            let range = granularity.range(&(chunk..chunk + 1), size);
+            range.end - range.start
+        };
+        let dirty = self.changes(0..size, since).filter(|run| run.dirty);
+        let chunks = dirty.flat_map(|run| granularity.chunks(&run.range));
+        chunks
+            .filter(|chunk| presumed.contains(&self.era(*chunk)))
+            .map(bytes)
+            .sum()
+    }
+
+    /// The era that `chunk` had; never for what is missing.
+    fn era(&self, chunk: u64) -> Era {
+        let live = self.live.era(chunk);
+        if live < self.frozen_in {
+            live
+        } else {
+            self.aside.era(chunk)
+        }
     }
 
     fn had_changed(&self, chunk: u64, since: Era) -> bool {

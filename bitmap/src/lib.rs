@@ -16,7 +16,7 @@ mod run;
 mod store;
 
 pub use era::{Chunks, Era, Granularity, GranularityError};
-pub use eras::{EraRun, Eras};
+pub use eras::{ERAS_PER_PAGE, EraRun, Eras};
 pub use frozen::FrozenEras;
 pub use map::EraMap;
 pub use pages::{PageRecord, PageTable};

@@ -87,8 +87,36 @@ impl<P: PageStore> EraMap<P> {
         dirty_bytes(self.changes(0..self.size, since))
     }
 
-    pub(crate) fn eras(&self) -> &Eras<P> {
+    /// What is stored, page by page.
+    pub fn eras(&self) -> &Eras<P> {
         &self.eras
+    }
+
+    /// How many bytes changed in `since` or later, as far as is known, in one of `presumed`: eras in
+    /// which nothing was written, but marked after a power cut or for damage.
+    pub fn presumed_bytes(&self, since: Era, presumed: &[Era]) -> u64 {
+        if presumed.is_empty() {
+            return 0;
+        }
+        let bytes = |chunk: u64| {
+            let range = self.granularity.range(&(chunk..chunk + 1), self.size);
+            range.end - range.start
+        };
+        let dirty = self.changes(0..self.size, since).filter(|run| run.dirty);
+        let chunks = dirty.flat_map(|run| self.granularity.chunks(&run.range));
+        chunks
+            .filter(|chunk| presumed.contains(&self.era(*chunk)))
+            .map(bytes)
+            .sum()
+    }
+
+    /// Marks in `era` every chunk that `range`, in bytes, touches and that is older.
+    pub fn presume(&self, range: &Range<u64>, era: Era) -> io::Result<()> {
+        let range = range.start.min(self.size)..range.end.min(self.size);
+        for run in self.older(&range, era) {
+            self.mark(&run.chunks, era)?;
+        }
+        Ok(())
     }
 }
 

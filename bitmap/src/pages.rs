@@ -94,6 +94,14 @@ impl<P: PageStore> PageTable<P> {
         Ok(())
     }
 
+    /// The same, and stores the sector even if nothing in it has changed.
+    pub fn rewrite(&self, page: u64, change: impl FnOnce(&mut PageRecord)) -> io::Result<()> {
+        let (number, place) = split(page);
+        let mut sector = self.sector(number);
+        change(&mut sector[place]);
+        self.store_sector(number, &sector)
+    }
+
     /// The store, to be synced.
     pub fn store(&self) -> &P {
         &self.store

@@ -1,4 +1,5 @@
 use std::io;
+use std::ops::Range;
 use std::sync::Mutex;
 
 /// Where eras go so that they outlive the process: a file, seen as an array of bytes.
@@ -10,6 +11,9 @@ pub trait PageStore: Send + Sync + 'static {
 
     /// Fills `bytes` with what was stored at `offset`.
     fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()>;
+
+    /// The first stretch at or after `offset` in which something may have been stored, if any.
+    fn stored(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
 }
 
 /// Pages in memory: for tests, and for what need not outlive the process.
@@ -37,6 +41,11 @@ impl PageStore for MemoryPages {
         bytes[..length].copy_from_slice(&stored[..length]);
         bytes[length..].fill(0);
         Ok(())
+    }
+
+    fn stored(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        let end = self.0.lock().expect("no one panics while storing").len() as u64;
+        Ok((offset < end).then_some(offset..end))
     }
 
     fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {

@@ -18,4 +18,4 @@ pub use frozen::{Frozen, FrozenError};
 pub use granules::GRANULE;
 pub use preserve::preserve;
 pub use snapshot::{Snapshot, SnapshotFiles};
-pub use world::{Pace, Step, Unpaced, World};
+pub use world::{Durable, Pace, Step, Unpaced, World};

@@ -45,6 +45,28 @@ impl<P: PageStore> Preserved<P> {
         Self { pages, store }
     }
 
+    /// The same after a restart, as far as `store` has it; and how many granules are in scratch.
+    pub(crate) fn reopen(count: u64, store: P) -> io::Result<(Self, u64)> {
+        let preserved = Self::new(count, store);
+        let (mut offset, mut in_scratch) = (STATES_OFFSET, 0);
+        while let Some(stored) = preserved.store.stored(offset)? {
+            let end = stored.end.min(STATES_OFFSET + count);
+            let mut at = stored.start.max(STATES_OFFSET);
+            while at < end {
+                let mut states = [0; 4096];
+                let length = states.len().min((end - at) as usize);
+                preserved.store.load(at, &mut states[..length])?;
+                for (granule, state) in (at - STATES_OFFSET..).zip(&states[..length]) {
+                    in_scratch += u64::from(*state == Kept::Data as u8);
+                    preserved.set(granule, u64::from(*state & 0b11));
+                }
+                at += length as u64;
+            }
+            offset = stored.end;
+        }
+        Ok((preserved, in_scratch))
+    }
+
     /// How `granule` is kept.
     pub(crate) fn kept(&self, granule: u64) -> Kept {
         let Some(page) = self.pages[(granule / GRANULES_PER_PAGE) as usize].get() else {
@@ -95,12 +117,19 @@ impl<P: PageStore> Preserved<P> {
             &vec![run.kept as u8; length],
         )?;
         for granule in run.granules.clone() {
-            let page = self.pages[(granule / GRANULES_PER_PAGE) as usize]
-                .get_or_init(|| Box::new([const { AtomicU64::new(0) }; WORDS_PER_PAGE as usize]));
-            let (word, shift) = place(granule);
-            page[word].fetch_or((run.kept as u64) << shift, Ordering::Release);
+            self.set(granule, run.kept as u64);
         }
         Ok(())
+    }
+
+    fn set(&self, granule: u64, bits: u64) {
+        if bits == 0 {
+            return;
+        }
+        let page = self.pages[(granule / GRANULES_PER_PAGE) as usize]
+            .get_or_init(|| Box::new([const { AtomicU64::new(0) }; WORDS_PER_PAGE as usize]));
+        let (word, shift) = place(granule);
+        page[word].fetch_or(bits << shift, Ordering::Release);
     }
 
     /// The store, whose first [`STATES_OFFSET`] bytes are the snapshot's own.

@@ -8,7 +8,7 @@ use tokio::sync::Notify;
 
 use crate::granules::{GRANULE, granules};
 use crate::preserved::Preserved;
-use crate::world::World;
+use crate::world::{Durable, World};
 
 /// What is kept of one disk at one instant: old bytes, and old eras.
 ///
@@ -52,6 +52,36 @@ impl<W: World> Snapshot<W> {
             breaking: Notify::new(),
             scratch_used: AtomicU64::new(0),
         }
+    }
+
+    /// The same instant after a restart within one life of the machine, from what is in `files`.
+    pub fn reopen(
+        live: Arc<EraMap<W::Pages>>,
+        frozen_in: Era,
+        files: SnapshotFiles<W>,
+    ) -> io::Result<Self> {
+        let count = granules(&(0..live.size())).end;
+        let (preserved, in_scratch) = Preserved::reopen(count, files.states)?;
+        let snapshot = Self {
+            scratch: files.scratch,
+            preserved,
+            eras: FrozenEras::reopen(live, frozen_in, files.eras)?,
+            broken: OnceLock::new(),
+            breaking: Notify::new(),
+            scratch_used: AtomicU64::new(in_scratch * GRANULE),
+        };
+        if let Some(reason) = snapshot.recorded_break()? {
+            snapshot.lose(reason);
+        }
+        Ok(snapshot)
+    }
+
+    fn recorded_break(&self) -> io::Result<Option<String>> {
+        let mut record = [0; REASON_MAX + 2];
+        self.preserved.store().load(BREAK_OFFSET, &mut record)?;
+        let length = usize::from(u16::from_le_bytes([record[0], record[1]]));
+        let reason = &record[2..2 + length.min(REASON_MAX)];
+        Ok((length > 0).then(|| String::from_utf8_lossy(reason).into_owned()))
     }
 
     /// How much of the states file belongs to the snapshot's own record.
@@ -124,9 +154,11 @@ impl<W: World> Snapshot<W> {
         self.breaking.notify_waiters();
     }
 
-    /// Makes durable what is in scratch.
+    /// Makes durable what is kept.
     pub async fn sync(&self) -> io::Result<()> {
-        self.scratch.sync().await
+        self.scratch.sync().await?;
+        self.preserved.store().sync().await?;
+        self.eras.store().sync().await
     }
 
     /// How many bytes of old contents are in scratch.

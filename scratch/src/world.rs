@@ -1,3 +1,5 @@
+use std::io;
+
 use bitmap::PageStore;
 use block::Storage;
 
@@ -8,9 +10,15 @@ pub trait World: 'static {
     /// Where before-images go.
     type Scratch: Storage;
     /// Where eras and preserved bits go.
-    type Pages: PageStore;
+    type Pages: Durable;
     /// Who may step in between.
     type Pace: Pace;
+}
+
+/// Pages that can be made to outlive the machine.
+pub trait Durable: PageStore {
+    /// Makes durable what was stored before the call.
+    fn sync(&self) -> impl Future<Output = io::Result<()>>;
 }
 
 /// Who may step in between two steps of an order that matters.
@@ -19,11 +27,16 @@ pub trait World: 'static {
 pub trait Pace: 'static {
     /// A point between two steps.
     fn step(&self, before: Step) -> impl Future<Output = ()>;
+
+    /// The time on the machine's clock, in seconds since 1970, as file systems stamp it.
+    fn now(&self) -> u64;
 }
 
 /// What comes next.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Step {
+    /// A write stores that a region is active.
+    Activate,
     /// A write looks at the map.
     Look,
     /// A write puts its era into the map.
@@ -38,6 +51,8 @@ pub enum Step {
     Release,
     /// A write changes the disk.
     Write,
+    /// It is recorded that a region is inactive.
+    Retire,
     /// A freeze gives the next disk its new tracking.
     Swap,
     /// A reader of the past, who has read the disk, looks at the preserved bits.
@@ -50,4 +65,8 @@ pub struct Unpaced;
 
 impl Pace for Unpaced {
     async fn step(&self, _: Step) {}
+
+    fn now(&self) -> u64 {
+        0
+    }
 }

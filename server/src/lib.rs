@@ -13,6 +13,7 @@ mod export;
 mod service;
 
 mod served;
+mod state;
 
 pub mod disk;
 mod failure;

@@ -76,9 +76,15 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     let _run_dir = claim_run_dir(&options.run_dir)?;
     let mut disks = Vec::new();
     for spec in &options.disks {
-        disks.push(ServedDisk::open(spec, scratch_dir)?);
+        disks.push(ServedDisk::open(spec, scratch_dir).await?);
     }
-    let service = Arc::new(Service::new(disks, options.freeze_timeout));
+    let service = Service::new(disks, options.freeze_timeout)
+        .map_err(|error| cannot("restore backups", &error))?;
+    let mut keepers = tokio::task::JoinSet::new();
+    for disk in service.disks().values() {
+        let disk = Arc::clone(disk);
+        keepers.spawn_local(async move { disk.look_after().await });
+    }
     let listeners = bind(&options).await?;
     let (stop, stopping) = watch::channel(false);
     let workers = Workers::start(worker_count(), &service, &stopping)
@@ -109,10 +115,14 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     let _ = std::fs::remove_file(options.run_dir.join("control.sock"));
     // The workers have been told; joining them blocks nobody but this thread.
     workers.join();
+    keepers.shutdown().await;
     for disk in service.disks().values() {
-        if let Err(error) = disk.disk.flush().await {
-            let message = format!("disk '{}': the image cannot be synced: {error}", disk.name);
-            return Err(Failure::new("image-failed", message));
+        if let Err(error) = disk.close().await {
+            let message = format!(
+                "disk '{}': not everything could be made durable: {error}",
+                disk.name
+            );
+            return Err(Failure::new("not-durable", message));
         }
     }
     Ok(())

@@ -6,16 +6,18 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bitmap::{Era, EraMap, Granularity};
+use bitmap::{Era, Granularity};
 use block::{FileStorage, ImageLock, Storage};
+use tokio::sync::Mutex;
 use uuid::Uuid;
 
-use crate::disk::Disk;
+use crate::disk::{Disk, Ending};
 use crate::failure::Failure;
-use crate::files::{CellPages, Files};
+use crate::files::Files;
 use crate::hooks::Hooks;
 use crate::lock_file::LockFile;
 use crate::names::Name;
+use crate::state::{Lost, Record, State};
 
 /// Which image to serve, and how.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -26,8 +28,8 @@ pub(crate) struct DiskSpec {
     pub(crate) path: PathBuf,
     /// The user said that it is raw, whatever it looks like.
     pub(crate) raw: bool,
-    /// The chunk size of the era map.
-    pub(crate) granularity: Granularity,
+    /// The chunk size of the era map, if the user has one in mind.
+    pub(crate) granularity: Option<Granularity>,
     /// Where its state goes, if not to the default place.
     pub(crate) state: Option<PathBuf>,
     /// Nobody may write it.
@@ -46,18 +48,110 @@ pub(crate) struct ServedDisk {
     pub(crate) read_only: bool,
     /// The disk itself.
     pub(crate) disk: Arc<Disk<Files>>,
+    /// The eras in which nothing was written, but presumed.
+    pub(crate) presumed: Vec<Era>,
+    /// Checkpoints that are of no use any more, and why.
+    pub(crate) lost: Option<Lost>,
+    /// Whoever holds this appends to the journal.
+    pub(crate) state: Mutex<State>,
     scratch_dir: PathBuf,
     _locks: Vec<LockFile>,
 }
 
+/// What a disk's state says of the time before.
+pub(crate) struct Past {
+    /// What happened, in order.
+    pub(crate) records: Vec<Record>,
+    /// Whether backups that were open can go on.
+    pub(crate) ending: Ending,
+}
+
 impl ServedDisk {
     /// Opens and locks the image, and begins to track it.
-    pub(crate) fn open(spec: &DiskSpec, scratch_root: Option<&Path>) -> Result<Self, Failure> {
+    pub(crate) async fn open(
+        spec: &DiskSpec,
+        scratch_root: Option<&Path>,
+    ) -> Result<(Self, Past), Failure> {
         let context = |failure: Failure| Failure {
             message: format!("disk '{}': {}", spec.name, failure.message),
             ..failure
         };
-        open_disk(spec, scratch_root).map_err(context)
+        open_disk(spec, scratch_root).await.map_err(context)
+    }
+
+    /// Makes `record` durable in the journal.
+    pub(crate) async fn record(&self, record: &Record) -> io::Result<()> {
+        self.state.lock().await.record(record).await
+    }
+
+    /// How much changed in `era` or later, and how much of that is only presumed: all of it, where
+    /// nothing is known.
+    pub(crate) fn dirty_bytes(&self, era: Era) -> (u64, u64) {
+        if self.why_lost(era).is_some() {
+            return (self.disk.size(), self.disk.size());
+        }
+        let map = self.disk.map();
+        (
+            map.changed_bytes(era),
+            map.presumed_bytes(era, &self.presumed),
+        )
+    }
+
+    /// Why a checkpoint of era `era` is of no use, if it is.
+    pub(crate) fn why_lost(&self, era: Era) -> Option<&str> {
+        self.lost
+            .as_ref()
+            .filter(|lost| era <= lost.era)
+            .map(|lost| lost.reason.as_str())
+    }
+
+    /// Removes what is left of backups other than `open`.
+    pub(crate) fn remove_leftovers(&self, open: &[&Name]) {
+        let Ok(entries) = fs::read_dir(&self.scratch_dir) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            if open.iter().any(|id| name == *id.as_str()) {
+                continue;
+            }
+            if let Err(error) = fs::remove_dir_all(entry.path()) {
+                let path = entry.path();
+                tracing::warn!(path = %path.display(), %error, "scratch files are left behind");
+            }
+        }
+    }
+
+    /// Keeps some regions free, and records what must be known after a kill, for as long as the
+    /// disk is served.
+    pub(crate) async fn look_after(&self) {
+        loop {
+            tokio::select! {
+                () = self.disk.crowded() => {}
+                () = self.disk.sync_fails() => {
+                    let recorded = self.state.lock().await.record_failed_sync().await;
+                    tracing::error!(disk = %self.name, ?recorded, "a sync of the image failed");
+                    return;
+                }
+            }
+            if let Err(error) = self.disk.retire_some().await {
+                tracing::error!(disk = %self.name, %error, "regions cannot be retired");
+            }
+        }
+    }
+
+    /// Makes everything durable, and records that it is. Nobody writes any more.
+    pub(crate) async fn close(&self) -> io::Result<()> {
+        self.disk.flush().await?;
+        self.disk.retire_all().await?;
+        self.disk.sync_tracking().await?;
+        for snapshot in &self.disk.tracking().snapshots {
+            if let Err(error) = snapshot.sync().await {
+                snapshot.break_with(format!("scratch cannot be synced: {error}"))?;
+            }
+        }
+        let era = self.disk.tracking().era;
+        self.state.lock().await.close(era, self.disk.image()).await
     }
 
     /// The folder for this disk's share of a backup.
@@ -66,7 +160,10 @@ impl ServedDisk {
     }
 }
 
-fn open_disk(spec: &DiskSpec, scratch_root: Option<&Path>) -> Result<ServedDisk, Failure> {
+async fn open_disk(
+    spec: &DiskSpec,
+    scratch_root: Option<&Path>,
+) -> Result<(ServedDisk, Past), Failure> {
     let file = open_image(spec)?;
     ImageLock::take(&file).map_err(|error| {
         Failure::new(
@@ -90,19 +187,27 @@ fn open_disk(spec: &DiskSpec, scratch_root: Option<&Path>) -> Result<ServedDisk,
         }
         None => state.join("backups"),
     };
-    remove_leftovers(&scratch_dir)?;
-    let pages = CellPages::create(&state.join("eras"))
-        .map_err(|error| cannot_write(&state.join("eras"), &error))?;
-    let map = EraMap::new(image.size(), spec.granularity, pages);
-    Ok(ServedDisk {
+    let opened = State::open(&state, spec.granularity, &image).await?;
+    let disk = Disk::new(image, opened.map, Some(opened.intents), opened.era, Hooks);
+    let served = ServedDisk {
         name: spec.name.clone(),
-        uuid: Uuid::new_v4(),
+        uuid: opened.uuid,
         path: spec.path.clone(),
         read_only: spec.read_only,
-        disk: Arc::new(Disk::new(image, map, Era::FIRST, Hooks)),
+        disk: Arc::new(disk),
+        presumed: opened.presumed,
+        lost: opened.lost,
+        state: Mutex::new(opened.state),
         scratch_dir,
         _locks: locks,
-    })
+    };
+    Ok((
+        served,
+        Past {
+            records: opened.records,
+            ending: opened.ending,
+        },
+    ))
 }
 
 fn open_image(spec: &DiskSpec) -> Result<File, Failure> {
@@ -220,14 +325,6 @@ fn refuse_foreign_folder(dir: &Path, lock: &Path, what: &str) -> Result<(), Fail
         dir.display()
     );
     Err(Failure::new("foreign-directory", message).hint("name an empty directory, or a new one"))
-}
-
-/// What a server that was killed left of its backups is of no use to this one.
-fn remove_leftovers(dir: &Path) -> Result<(), Failure> {
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(cannot_write(dir, &error)),
-        _ => Ok(()),
-    }
 }
 
 fn cannot_open(path: &Path, error: &io::Error) -> Failure {

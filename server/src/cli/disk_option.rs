@@ -26,7 +26,7 @@ pub(super) fn parse(text: &OsStr) -> Result<DiskSpec, String> {
         name,
         path: path.into(),
         raw: false,
-        granularity: Granularity::new(DEFAULT_GRANULARITY).map_err(|error| error.to_string())?,
+        granularity: None,
         state: None,
         read_only: false,
     };
@@ -57,7 +57,7 @@ fn set(spec: &mut DiskSpec, key: &str, value: Option<OsString>) -> Result<(), St
         }
         ("granularity", Some(size)) => {
             let bytes = parse_size(size)?;
-            spec.granularity = Granularity::new(bytes).map_err(|error| error.to_string())?;
+            spec.granularity = Some(Granularity::new(bytes).map_err(|error| error.to_string())?);
         }
         ("state", Some(dir)) if !dir.is_empty() => spec.state = value.map(Into::into),
         ("read-only", None | Some("on" | "true" | "yes")) => spec.read_only = true,
@@ -97,9 +97,6 @@ fn split_key(part: &OsStr) -> (String, Option<OsString>) {
     (String::from_utf8_lossy(key).into_owned(), value)
 }
 
-/// What QEMU chooses for its dirty bitmaps.
-const DEFAULT_GRANULARITY: u64 = 64 << 10;
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -115,7 +112,7 @@ mod tests {
         let spec = parse("vda=/a,,b=c,,,granularity=4k,state=/s,,t").unwrap();
         assert_eq!(spec.name.as_str(), "vda");
         assert_eq!(spec.path, Path::new("/a,b=c,"));
-        assert_eq!(spec.granularity.bytes(), 4096);
+        assert_eq!(spec.granularity.map(Granularity::bytes), Some(4096));
         assert_eq!(spec.state.as_deref(), Some(Path::new("/s,t")));
         assert!(!spec.raw && !spec.read_only);
     }

@@ -174,7 +174,7 @@ impl Control {
             mode,
             reason,
             changed_bytes: part.changed_bytes,
-            uncertain_bytes: 0,
+            uncertain_bytes: part.uncertain_bytes,
             uris: uris(&self.backup_addresses, &export),
             export,
             contexts: Export::Frozen(Arc::clone(part)).contexts(&self.service),
@@ -236,11 +236,12 @@ async fn describe_checkpoint(
         let wanted = eras.filter(|(name, _)| only.as_ref().is_none_or(|only| only == *name));
         let disks = wanted.filter_map(|(name, era)| {
             let served = service.disks().get(name)?;
+            let (dirty_bytes, uncertain_bytes) = served.dirty_bytes(*era);
             Some(CheckpointDisk {
                 disk: name.clone(),
                 disk_uuid: served.uuid,
-                dirty_bytes: served.disk.map().changed_bytes(*era),
-                uncertain_bytes: 0,
+                dirty_bytes,
+                uncertain_bytes,
             })
         });
         CheckpointAnswer {

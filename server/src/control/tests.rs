@@ -17,7 +17,7 @@ struct Client {
 impl Client {
     fn connect() -> Self {
         let control = Rc::new(Control {
-            service: Arc::new(Service::new(Vec::new(), Duration::from_secs(1))),
+            service: Service::new(Vec::new(), Duration::from_secs(1)).expect("nothing to restore"),
             backup_addresses: Vec::new(),
             live_addresses: Vec::new(),
             run_dir: "/run/stillpoint".into(),

@@ -1,10 +1,13 @@
 //! A disk that knows what changes on it, and can be frozen.
 //!
-//! A guest write takes one path: gate, mark, preserve, write. What it must not do out of order, and
+//! A guest write takes one path: reserve, gate, mark, preserve, write. What it must not do out of order, and
 //! what each step leaves behind when the process is killed after it, stands at [`Disk::change`].
 
 mod freeze;
 mod gate;
+mod intents;
+mod lease;
+mod recovery;
 mod tracking;
 
 use std::io;
@@ -15,16 +18,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bitmap::{Era, EraMap};
 use block::{Extent, SharedSync, Storage, Zeroing};
 use bytes::Bytes;
-use scratch::{Claims, Frozen, Pace, Snapshot, Step, World, preserve};
+use scratch::{Claims, Durable, Frozen, Pace, Snapshot, Step, World, preserve};
+
+use tokio::sync::Notify;
 
 pub use freeze::{Busy, Freeze, freeze};
 pub use gate::{Closed, Gate, Pass};
+pub use intents::{ACTIVE_MAX, Intents};
+pub use lease::{Lease, LeaseRecord};
+pub use recovery::{Ending, Recovered, Recovery};
 pub use tracking::Tracking;
 
 /// One image, served live: every change goes through here.
 pub struct Disk<W: World> {
     image: Arc<W::Image>,
     map: Arc<EraMap<W::Pages>>,
+    /// None where the map need not survive the machine.
+    intents: Option<Intents<W>>,
     /// Entered for as long as a write is under way. Closed and empty, it is therefore a moment when
     /// no write is half done: a point in time.
     gate: Gate<Tracking<W>>,
@@ -35,6 +45,7 @@ pub struct Disk<W: World> {
     /// Set for good once a sync of the image has failed: what was acknowledged before it may be
     /// lost, and a later sync that succeeds proves nothing.
     sync_failed: AtomicBool,
+    failing: Notify,
 }
 
 /// What a change does to a range.
@@ -45,15 +56,23 @@ enum Change {
 
 impl<W: World> Disk<W> {
     /// A disk in era `era`, of which nobody keeps any instant yet.
-    pub fn new(image: W::Image, map: EraMap<W::Pages>, era: Era, pace: W::Pace) -> Self {
+    pub fn new(
+        image: W::Image,
+        map: Arc<EraMap<W::Pages>>,
+        intents: Option<Intents<W>>,
+        era: Era,
+        pace: W::Pace,
+    ) -> Self {
         Self {
             image: Arc::new(image),
-            map: Arc::new(map),
+            map,
+            intents,
             gate: Gate::new(Tracking::new(era)),
             claims: Claims::default(),
             pace: Arc::new(pace),
             syncs: SharedSync::default(),
             sync_failed: AtomicBool::new(false),
+            failing: Notify::new(),
         }
     }
 
@@ -130,6 +149,7 @@ impl<W: World> Disk<W> {
         let result = self.image.sync().await;
         if let Err(error) = &result {
             self.sync_failed.store(true, Ordering::Release);
+            self.failing.notify_one();
             self.give_up(&format!("a sync of the image failed: {error}"));
         }
         result
@@ -142,6 +162,78 @@ impl<W: World> Disk<W> {
         }
     }
 
+    /// Waits until more regions are active than should be.
+    pub async fn crowded(&self) {
+        match &self.intents {
+            Some(intents) => intents.crowded().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Retires some regions that nobody writes in.
+    pub async fn retire_some(&self) -> io::Result<()> {
+        self.retire(intents::RETIRED_AT_ONCE).await
+    }
+
+    /// Retires every region, if nobody writes; then the map is exact also for the next machine.
+    pub async fn retire_all(&self) -> io::Result<()> {
+        self.retire(usize::MAX).await
+    }
+
+    /// The image and the map are durable, both by syncs that began after the last writer left;
+    /// then it is recorded that the region is inactive, unless someone has entered it meanwhile. A
+    /// record that is lost costs nothing: the region is found active, and retired again.
+    async fn retire(&self, count: usize) -> io::Result<()> {
+        let Some(intents) = &self.intents else {
+            return Ok(());
+        };
+        let regions = intents.regions();
+        let retiring = regions.begin_retiring(count);
+        if retiring.is_empty() {
+            return Ok(());
+        }
+        let synced = match self.flush().await {
+            Ok(()) => self.map.eras().store().sync().await,
+            failed => failed,
+        };
+        let mut outcome = synced;
+        for region in retiring {
+            self.pace.step(Step::Retire).await;
+            let checksum = || self.map.eras().checksum(region.page());
+            outcome = outcome.and_then(|()| regions.retire(region, checksum));
+            if outcome.is_err() {
+                regions.cancel_retiring(region);
+            }
+        }
+        outcome
+    }
+
+    /// Makes durable what the map and the table of regions say.
+    pub async fn sync_tracking(&self) -> io::Result<()> {
+        self.map.eras().store().sync().await?;
+        match &self.intents {
+            Some(intents) => intents.sync().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until a sync of the image has failed.
+    pub async fn sync_fails(&self) {
+        self.failing.notified().await;
+    }
+
+    /// What it is on.
+    pub fn image(&self) -> &W::Image {
+        &self.image
+    }
+
+    /// Keeps an instant that was kept before a restart. Must not run while one is being taken.
+    pub fn keep_on(&self, snapshot: Arc<Snapshot<W>>) {
+        let tracking = self.tracking();
+        self.gate
+            .replace(Arc::new(tracking.followed_by(tracking.era, Some(snapshot))));
+    }
+
     /// Whether a sync of the image has failed, so that no instant of it can be relied on.
     pub fn sync_failed(&self) -> bool {
         self.sync_failed.load(Ordering::Acquire)
@@ -149,10 +241,16 @@ impl<W: World> Disk<W> {
 
     /// Changes one piece of the disk. The whole contract of tracking is the order of these lines.
     ///
-    /// A process that is killed leaves, after the mark: a chunk marked that did not change, which is
+    /// A process that is killed leaves, after reserving: regions active that need not be, which the
+    /// next server retires. After the mark: a chunk marked that did not change, which is
     /// harmless. After preserving: old bytes kept that the disk still has, likewise. After the
     /// write: a change that is marked and whose before-image is kept.
     async fn change(&self, range: Range<u64>, change: Change) -> io::Result<()> {
+        // Outside the gate, where a freeze does not wait for it.
+        let _inside = match &self.intents {
+            Some(intents) => Some(intents.enter(&range, &self.pace).await?),
+            None => None,
+        };
         let pass = self.gate.enter().await;
         self.pace.step(Step::Look).await;
         self.mark(&range, &pass).await?;
@@ -170,7 +268,7 @@ impl<W: World> Disk<W> {
             Change::Write(data) => self.image.write(range.start, &data).await,
             Change::Zero(how) => self.image.zero(range, how).await,
         }
-        // The pass is given back here, when the outcome is known.
+        // The pass is given back here, when the outcome is known; then the regions are left.
     }
 
     async fn mark(&self, range: &Range<u64>, tracking: &Tracking<W>) -> io::Result<()> {

@@ -95,6 +95,8 @@ pub(crate) struct FrozenDisk {
     pub(crate) base: Base,
     /// How much of it changed since its base; all of it without one.
     pub(crate) changed_bytes: u64,
+    /// How much of that is only presumed to have changed.
+    pub(crate) uncertain_bytes: u64,
     /// Whether the disk's own name means this export, until the backup ends.
     pub(crate) has_disk_name: bool,
     /// Use of `DISK@ID`.
@@ -103,7 +105,8 @@ pub(crate) struct FrozenDisk {
     pub(crate) difference: Usage,
     pub(super) ended: AtomicBool,
     pub(super) ending: Notify,
-    pub(super) dir: SnapshotDir,
+    /// None of a disk of which nothing is left.
+    pub(super) dir: Option<SnapshotDir>,
 }
 
 /// What a frozen disk can be compared with.
@@ -153,7 +156,8 @@ impl Book {
         let visible = self.checkpoints.iter().filter(|c| c.pending_of.is_none());
         visible.filter_map(move |checkpoint| {
             let era = *checkpoint.eras.get(&frozen.disk.name)?;
-            (era < frozen_in).then_some((&checkpoint.name, era))
+            let usable = era < frozen_in && frozen.disk.why_lost(era).is_none();
+            usable.then_some((&checkpoint.name, era))
         })
     }
 }
@@ -169,6 +173,39 @@ impl Backup {
 }
 
 impl FrozenDisk {
+    /// Counts what changed, which for a large disk takes a moment.
+    pub(super) fn new(
+        disk: Arc<ServedDisk>,
+        backup: Name,
+        frozen: Frozen<Files>,
+        base: Base,
+        has_disk_name: bool,
+        dir: Option<SnapshotDir>,
+    ) -> Self {
+        let eras = frozen.snapshot().eras();
+        let (changed_bytes, uncertain_bytes) = match &base {
+            Base::Checkpoint { era, .. } => (
+                eras.changed_bytes(*era),
+                eras.presumed_bytes(*era, &disk.presumed),
+            ),
+            Base::None | Base::Unusable(_) => (frozen.size(), 0),
+        };
+        Self {
+            disk,
+            backup,
+            frozen,
+            base,
+            changed_bytes,
+            uncertain_bytes,
+            has_disk_name,
+            whole: Usage::default(),
+            difference: Usage::default(),
+            ended: AtomicBool::new(false),
+            ending: Notify::new(),
+            dir,
+        }
+    }
+
     /// Whether the backup has been committed or aborted.
     pub(crate) fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
@@ -192,6 +229,8 @@ impl FrozenDisk {
         self.ended.store(true, Ordering::Release);
         self.ending.notify_waiters();
         self.disk.disk.forget(self.frozen.snapshot());
-        self.dir.remove();
+        if let Some(dir) = &self.dir {
+            dir.remove();
+        }
     }
 }

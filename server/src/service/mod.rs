@@ -4,17 +4,19 @@
 //! fail, freeze, enter in the book. Looking never waits for that.
 
 mod book;
+mod restore;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use bitmap::Era;
 use scratch::Snapshot;
 use time::OffsetDateTime;
-use tokio::sync::{Mutex, Notify, broadcast};
+use tokio::sync::{Mutex, broadcast};
 use uuid::Uuid;
 
 pub(crate) use book::{Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Outcome, Usage};
@@ -23,7 +25,8 @@ use crate::disk::{Freeze, Tracking, freeze};
 use crate::failure::Failure;
 use crate::files::{Files, SnapshotDir};
 use crate::names::Name;
-use crate::served::ServedDisk;
+use crate::served::{Past, ServedDisk};
+use crate::state::{BackupRecord, CheckpointRecord, Record};
 
 /// Disks, and what is known of their past.
 pub(crate) struct Service {
@@ -75,20 +78,34 @@ struct Prepared {
 }
 
 impl Service {
-    /// Serves `disks`; a freeze gives up when writes in flight take longer than `freeze_timeout`.
-    pub(crate) fn new(disks: Vec<ServedDisk>, freeze_timeout: Duration) -> Self {
-        let disks = disks
-            .into_iter()
-            .map(|disk| (disk.name.clone(), Arc::new(disk)))
-            .collect();
-        Self {
-            disks,
-            book: RwLock::default(),
+    /// Serves `disks`, with the checkpoints and backups that their journals tell of; a freeze gives
+    /// up when writes in flight take longer than `freeze_timeout`.
+    pub(crate) fn new(
+        disks: Vec<(ServedDisk, Past)>,
+        freeze_timeout: Duration,
+    ) -> io::Result<Arc<Self>> {
+        let (mut served, mut pasts) = (BTreeMap::new(), BTreeMap::new());
+        for (disk, past) in disks {
+            pasts.insert(disk.name.clone(), past);
+            served.insert(disk.name.clone(), Arc::new(disk));
+        }
+        let book = restore::book(&served, &pasts)?;
+        let open: Vec<&Name> = book.backups.iter().map(|backup| &backup.id).collect();
+        for disk in served.values() {
+            disk.remove_leftovers(&open);
+        }
+        let service = Arc::new(Self {
+            disks: served,
+            book: RwLock::new(book),
             instants: Mutex::default(),
             freeze_timeout,
             longest_pause_us: AtomicU64::new(0),
             events: broadcast::channel(EVENTS_MAX).0,
+        });
+        for backup in &service.book().backups {
+            service.watch(backup);
         }
+        Ok(service)
     }
 
     /// The disks by name.
@@ -145,6 +162,24 @@ impl Service {
             eras,
             pending_of: None,
         };
+        // After the swap, so that no mark of the time before can carry its era; durable before
+        // anyone is told.
+        for (disk, era) in &checkpoint.eras {
+            let record = Record::Checkpoint(CheckpointRecord {
+                name: checkpoint.name.clone(),
+                uuid: checkpoint.uuid,
+                created: restore::nanoseconds_of(created),
+                era: era.number(),
+            });
+            if let Err(error) = self.disks[disk].record(&record).await {
+                let undo = Record::Deleted {
+                    uuid: checkpoint.uuid,
+                };
+                self.record_where_possible(checkpoint.eras.keys(), &undo)
+                    .await;
+                return Err(not_recorded(disk, &error));
+            }
+        }
         self.book_mut().checkpoints.push(checkpoint.clone());
         Ok(checkpoint)
     }
@@ -161,29 +196,50 @@ impl Service {
             .into_iter()
             .map(|disk| disk.name.clone())
             .collect();
+        let checkpoint = self.deletable(name, &disks)?;
+        for disk in checkpoint.eras.keys().filter(|disk| disks.contains(*disk)) {
+            let record = Record::Deleted {
+                uuid: checkpoint.uuid,
+            };
+            let recorded = self.disks[disk].record(&record).await;
+            recorded.map_err(|error| not_recorded(disk, &error))?;
+        }
         let mut book = self.book_mut();
-        let at = position(&book, name)?;
-        let uuid = book.checkpoints[at].uuid;
-        if let Some(backup) = &book.checkpoints[at].pending_of {
+        let found = book
+            .checkpoints
+            .iter_mut()
+            .find(|c| c.uuid == checkpoint.uuid);
+        if let Some(found) = found {
+            found.eras.retain(|disk, _| !disks.contains(disk));
+        }
+        book.checkpoints
+            .retain(|checkpoint| !checkpoint.eras.is_empty());
+        Ok(())
+    }
+
+    /// The checkpoint of this name, unless a backup uses it on one of `disks`.
+    fn deletable(&self, name: &Name, disks: &BTreeSet<Name>) -> Result<Checkpoint, Failure> {
+        let book = self.book();
+        let checkpoint = book.checkpoint(name.as_str()).ok_or_else(|| {
+            Failure::new(
+                "unknown-checkpoint",
+                format!("there is no checkpoint '{name}'"),
+            )
+        })?;
+        if let Some(backup) = &checkpoint.pending_of {
             return Err(in_use(name, backup));
         }
-        let user = book.backups.iter().find(|backup| {
-            backup
+        let uses = |backup: &&Arc<Backup>| {
+            let since = backup
                 .since
                 .as_ref()
-                .is_some_and(|(_, since)| *since == uuid)
-                && backup.disks.keys().any(|disk| disks.contains(disk))
-        });
-        if let Some(backup) = user {
-            return Err(in_use(name, &backup.id));
+                .is_some_and(|(_, since)| *since == checkpoint.uuid);
+            since && backup.disks.keys().any(|disk| disks.contains(disk))
+        };
+        match book.backups.iter().find(uses) {
+            Some(backup) => Err(in_use(name, &backup.id)),
+            None => Ok(checkpoint.clone()),
         }
-        book.checkpoints[at]
-            .eras
-            .retain(|disk, _| !disks.contains(disk));
-        if book.checkpoints[at].eras.is_empty() {
-            book.checkpoints.remove(at);
-        }
-        Ok(())
     }
 
     /// Freezes one instant of some disks, or of all. Asked again for an open backup with the same
@@ -223,7 +279,14 @@ impl Service {
         let pause = self.freeze(prepared.iter().map(next).collect()).await?;
         let frozen_at = now();
 
-        let backup = self.enter(id, request, since, prepared, frozen_at, pause);
+        let backup = self.prepare_entry(id, request, since, prepared, frozen_at, pause);
+        if let Err((disk, error)) = self.record_begin(&backup).await {
+            let undo = Record::Aborted { uuid: backup.uuid };
+            self.record_where_possible(backup.disks.keys(), &undo).await;
+            backup.disks.values().for_each(|part| part.end());
+            return Err(not_recorded(&disk, &error));
+        }
+        self.enter(&backup);
         self.watch(&backup);
         self.announce(Event::Begun {
             id: backup.id.clone(),
@@ -248,6 +311,7 @@ impl Service {
         if let Some(reason) = backup.broken() {
             return Err(broken(id, &reason));
         }
+        self.record_commit(&backup).await?;
         self.end(&backup, Outcome::Committed);
         Ok(())
     }
@@ -258,7 +322,24 @@ impl Service {
         let Some(backup) = self.open_or_ended(id, Outcome::Aborted)? else {
             return Ok(());
         };
+        let record = Record::Aborted { uuid: backup.uuid };
+        self.record_where_possible(backup.disks.keys(), &record)
+            .await;
         self.end(&backup, Outcome::Aborted);
+        Ok(())
+    }
+
+    /// One record decides: a backup is committed when any of its disks says so, and scratch is not
+    /// touched before.
+    async fn record_commit(&self, backup: &Backup) -> Result<(), Failure> {
+        let record = Record::Committed { uuid: backup.uuid };
+        let mut disks = backup.disks.keys();
+        let Some(first) = disks.next() else {
+            return Ok(());
+        };
+        let decided = self.disks[first].record(&record).await;
+        decided.map_err(|error| not_recorded(first, &error))?;
+        self.record_where_possible(disks, &record).await;
         Ok(())
     }
 
@@ -396,8 +477,8 @@ impl Service {
         }
     }
 
-    /// Enters a backup, whose instant has been taken, in the book.
-    fn enter(
+    /// What will be entered in the book of a backup whose instant has been taken.
+    fn prepare_entry(
         &self,
         id: Name,
         request: BeginRequest,
@@ -406,11 +487,6 @@ impl Service {
         frozen_at: OffsetDateTime,
         pause: Duration,
     ) -> Arc<Backup> {
-        let eras = prepared
-            .iter()
-            .map(|part| (part.disk.name.clone(), part.era))
-            .collect();
-        // Counting what changed may take a while, and nobody waits for the book meanwhile.
         let freeze = |part: Prepared| {
             let name = part.disk.name.clone();
             let is_first = !self
@@ -429,19 +505,8 @@ impl Service {
             Some(Found::Checkpoint(base)) => Some((base.name, base.uuid)),
             Some(Found::Gone(_)) | None => None,
         };
-        let mut book = self.book_mut();
-        if let Some((name, uuid)) = checkpoint.clone() {
-            let pending_of = Some(id.clone());
-            book.checkpoints.push(Checkpoint {
-                name,
-                uuid,
-                created: frozen_at,
-                eras,
-                pending_of,
-            });
-        }
         let uuid = Uuid::new_v4();
-        let backup = Backup {
+        Arc::new(Backup {
             id,
             uuid,
             request,
@@ -450,10 +515,58 @@ impl Service {
             since,
             checkpoint,
             disks,
-        };
-        let backup = Arc::new(backup);
-        book.backups.push(Arc::clone(&backup));
+        })
+    }
+
+    /// Makes the beginning of a backup durable on each of its disks: then it is open.
+    async fn record_begin(&self, backup: &Backup) -> Result<(), (Name, io::Error)> {
+        for (name, part) in &backup.disks {
+            let sync_names = || part.dir.as_ref().map_or(Ok(()), SnapshotDir::sync_names);
+            let recorded = match sync_names() {
+                Ok(()) => {
+                    part.disk
+                        .record(&Record::Begun(Box::new(backup.record_of(part))))
+                        .await
+                }
+                failed => failed,
+            };
+            recorded.map_err(|error| (name.clone(), error))?;
+        }
         backup
+            .disks
+            .values()
+            .filter_map(|part| part.dir.as_ref())
+            .for_each(SnapshotDir::keep);
+        Ok(())
+    }
+
+    fn enter(&self, backup: &Arc<Backup>) {
+        let mut book = self.book_mut();
+        if let Some((name, uuid)) = backup.checkpoint.clone() {
+            let era = |part: &FrozenDisk| part.frozen.snapshot().eras().frozen_in();
+            book.checkpoints.push(Checkpoint {
+                name,
+                uuid,
+                created: backup.frozen_at,
+                eras: backup
+                    .disks
+                    .iter()
+                    .map(|(name, part)| (name.clone(), era(part)))
+                    .collect(),
+                pending_of: Some(backup.id.clone()),
+            });
+        }
+        book.backups.push(Arc::clone(backup));
+    }
+
+    /// For what need not be everywhere: what it undoes was not acknowledged, or one disk's word is
+    /// enough.
+    async fn record_where_possible(&self, disks: impl Iterator<Item = &Name>, record: &Record) {
+        for disk in disks {
+            if let Err(error) = self.disks[disk].record(record).await {
+                tracing::warn!(%disk, %error, "the journal cannot be written");
+            }
+        }
     }
 
     /// Tells everyone when the backup breaks.
@@ -559,9 +672,12 @@ fn prepare(id: &Name, disk: Arc<ServedDisk>, since: Option<&Found>) -> Result<Pr
             Base::Unusable(format!("no checkpoint with uuid {uuid} is known"))
         }
         Some(Found::Checkpoint(base)) => match base.eras.get(&disk.name) {
-            Some(&era) => Base::Checkpoint {
-                name: base.name.clone(),
-                era,
+            Some(&era) => match disk.why_lost(era) {
+                Some(why) => Base::Unusable(why.to_owned()),
+                None => Base::Checkpoint {
+                    name: base.name.clone(),
+                    era,
+                },
             },
             None => Base::Unusable(format!("checkpoint '{}' does not include it", base.name)),
         },
@@ -578,22 +694,37 @@ fn prepare(id: &Name, disk: Arc<ServedDisk>, since: Option<&Found>) -> Result<Pr
 impl Prepared {
     fn freeze(self, backup: &Name, has_disk_name: bool) -> FrozenDisk {
         let frozen = self.disk.disk.frozen(self.snapshot);
-        let changed_bytes = match &self.base {
-            Base::Checkpoint { era, .. } => frozen.snapshot().eras().changed_bytes(*era),
-            Base::None | Base::Unusable(_) => frozen.size(),
-        };
-        FrozenDisk {
-            disk: self.disk,
-            backup: backup.clone(),
+        let dir = Some(self.dir);
+        FrozenDisk::new(
+            self.disk,
+            backup.clone(),
             frozen,
-            base: self.base,
-            changed_bytes,
+            self.base,
             has_disk_name,
-            whole: Usage::default(),
-            difference: Usage::default(),
-            ended: AtomicBool::new(false),
-            ending: Notify::new(),
-            dir: self.dir,
+            dir,
+        )
+    }
+}
+
+impl Backup {
+    /// What the journal of one of its disks says of it.
+    fn record_of(&self, part: &FrozenDisk) -> BackupRecord {
+        BackupRecord {
+            id: self.id.clone(),
+            uuid: self.uuid,
+            frozen_at: restore::nanoseconds_of(self.frozen_at),
+            pause_us: self.pause.as_micros() as u64,
+            era: part.frozen.snapshot().eras().frozen_in().number(),
+            disks: self.disks.values().map(|part| part.disk.uuid).collect(),
+            has_disk_name: part.has_disk_name,
+            request: self.request.clone().into(),
+            since: self.since.clone(),
+            base: match &part.base {
+                Base::None => None,
+                Base::Checkpoint { era, .. } => Some(Ok(era.number())),
+                Base::Unusable(reason) => Some(Err(reason.clone())),
+            },
+            checkpoint: self.checkpoint.clone(),
         }
     }
 }
@@ -616,16 +747,9 @@ fn next_era(disk: &ServedDisk, tracking: &Tracking<Files>) -> Result<Era, Failur
     })
 }
 
-fn position(book: &Book, name: &Name) -> Result<usize, Failure> {
-    book.checkpoints
-        .iter()
-        .position(|checkpoint| checkpoint.name == *name)
-        .ok_or_else(|| {
-            Failure::new(
-                "unknown-checkpoint",
-                format!("there is no checkpoint '{name}'"),
-            )
-        })
+fn not_recorded(disk: &Name, error: &io::Error) -> Failure {
+    let message = format!("disk '{disk}': the journal cannot be written: {error}");
+    Failure::new("state", message).hint("nothing has changed: see to the storage and try again")
 }
 
 fn in_use(name: &Name, backup: &Name) -> Failure {

@@ -1,10 +1,11 @@
 use std::cell::RefCell;
 use std::io;
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bitmap::PageStore;
-use scratch::{Pace, Snapshot, Step, World};
+use scratch::{Durable, Pace, Snapshot, Step, World};
 
 use super::capture::Capture;
 use super::executor::pause;
@@ -84,6 +85,26 @@ impl PageStore for SimPages {
         self.put(offset, bytes);
         Ok(())
     }
+
+    fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        for (at, byte) in (offset..).zip(bytes) {
+            *byte = self.byte(at);
+        }
+        Ok(())
+    }
+
+    fn stored(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        let contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+        let end = contents.len() as u64;
+        Ok((offset < end).then_some(offset..end))
+    }
+}
+
+impl Durable for SimPages {
+    async fn sync(&self) -> io::Result<()> {
+        pause(&self.sim).await;
+        Ok(())
+    }
 }
 
 /// Everyone else steps in, at every step.
@@ -101,5 +122,9 @@ impl Pace for SimPace {
         self.capture.borrow_mut().take();
         pause(&self.sim).await;
         self.capture.borrow_mut().take();
+    }
+
+    fn now(&self) -> u64 {
+        0
     }
 }

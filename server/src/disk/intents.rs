@@ -1,0 +1,109 @@
+use std::io;
+use std::ops::Range;
+
+use bitmap::{Region, Regions};
+use block::SharedSync;
+use scratch::{Durable, Pace, Step, World};
+use tokio::sync::Notify;
+
+use super::lease::Lease;
+
+/// That a region is being written is durable before anything in it is.
+///
+/// So after a power cut, what may have changed unnoticed lies in the regions that were active.
+/// Everyone who waits shares one sync of the table; in a region that is active, nobody waits.
+pub struct Intents<W: World> {
+    regions: Regions<W::Pages>,
+    lease: Lease<W::Pages>,
+    syncs: SharedSync,
+    /// There are more active regions than there should be.
+    crowded: Notify,
+}
+
+/// A writer's place in every region that it touches, until this is dropped.
+pub(super) struct Inside<'a, W: World> {
+    intents: &'a Intents<W>,
+    range: Range<u64>,
+}
+
+impl<W: World> Intents<W> {
+    /// Over the regions that were active before, and are until they are retired.
+    pub fn new(regions: Regions<W::Pages>, lease: Lease<W::Pages>) -> Self {
+        Self {
+            regions,
+            lease,
+            syncs: SharedSync::default(),
+            crowded: Notify::new(),
+        }
+    }
+
+    /// Returns when every region that `range` touches is active, and will be until what is returned
+    /// is dropped.
+    ///
+    /// Asked by every write, also where the map has the current era already: the mark may be
+    /// durable and the region retired, and then the bytes would be without cover.
+    pub(super) async fn enter(
+        &self,
+        range: &Range<u64>,
+        pace: &W::Pace,
+    ) -> io::Result<Inside<'_, W>> {
+        self.lease.cover(pace.now()).await?;
+        let inside = Inside {
+            intents: self,
+            range: range.clone(),
+        };
+        let entered: Vec<Region> = self
+            .regions
+            .of(range)
+            .filter(|region| !self.regions.enter(*region))
+            .collect();
+        if entered.is_empty() {
+            return Ok(inside);
+        }
+        for region in &entered {
+            pace.step(Step::Activate).await;
+            self.regions.activate(*region)?;
+        }
+        // Begun after the last of these was stored, so it covers them.
+        self.syncs
+            .run(|| self.regions.table().store().sync())
+            .await?;
+        for region in entered {
+            self.regions.activated(region);
+        }
+        if self.regions.active() > ACTIVE_MAX {
+            self.crowded.notify_one();
+        }
+        Ok(inside)
+    }
+
+    /// Waits until there are too many active regions.
+    pub(super) async fn crowded(&self) {
+        self.crowded.notified().await;
+    }
+
+    /// The regions.
+    pub fn regions(&self) -> &Regions<W::Pages> {
+        &self.regions
+    }
+
+    /// Makes the table durable.
+    pub(super) async fn sync(&self) -> io::Result<()> {
+        self.syncs.run(|| self.regions.table().store().sync()).await
+    }
+}
+
+impl<W: World> Drop for Inside<'_, W> {
+    fn drop(&mut self) {
+        for region in self.intents.regions.of(&self.range) {
+            self.intents.regions.leave(region);
+        }
+    }
+}
+
+/// How many regions may be active before some are retired. What a power cut leaves in doubt is at
+/// most so many regions, and those that are being entered: with chunks of 64 KiB, 256 MiB.
+pub const ACTIVE_MAX: usize = 64;
+
+/// How many are retired at a time: one sync of the image for all of them.
+pub(super) const RETIRED_AT_ONCE: usize = ACTIVE_MAX / 2;

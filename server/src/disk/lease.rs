@@ -1,0 +1,133 @@
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bitmap::PageStore;
+use block::SharedSync;
+use scratch::Durable;
+
+/// Until when writes may be issued, so that the next server can tell its predecessor's last change
+/// of the image from someone else's.
+///
+/// Two times, in seconds since 1970. The end of the lease is durable: no write is issued at or after
+/// it, so after a power cut no change of ours is later. The clock is stored whenever a write is
+/// issued in a new second, and not synced: after a kill no change of ours is much later than it.
+#[derive(Debug)]
+pub struct Lease<P> {
+    store: P,
+    end: AtomicU64,
+    clock: AtomicU64,
+    syncs: SharedSync,
+}
+
+/// What a lease said when its server ended.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct LeaseRecord {
+    /// No write was issued at or after this time; `None` if that cannot be read.
+    pub end: Option<u64>,
+    /// A write was issued at this time, and none more than a second later.
+    pub clock: Option<u64>,
+}
+
+impl<P: Durable> Lease<P> {
+    /// A lease that has run out, and the record of the last one in `store`.
+    pub fn open(store: P) -> io::Result<(Self, LeaseRecord)> {
+        let record = LeaseRecord {
+            end: load(&store, END_SECTOR)?,
+            clock: load(&store, CLOCK_SECTOR)?,
+        };
+        let lease = Self {
+            store,
+            end: AtomicU64::new(0),
+            clock: AtomicU64::new(0),
+            syncs: SharedSync::default(),
+        };
+        Ok((lease, record))
+    }
+
+    /// Returns when a write may be issued at `now`.
+    pub(super) async fn cover(&self, now: u64) -> io::Result<()> {
+        if now + RENEWED_BEFORE_S >= self.end.load(Ordering::Acquire) {
+            let end = now + LEASE_S;
+            self.syncs
+                .run(|| async {
+                    save(&self.store, END_SECTOR, end)?;
+                    self.store.sync().await
+                })
+                .await?;
+            self.end.fetch_max(end, Ordering::AcqRel);
+        }
+        if self.clock.swap(now, Ordering::AcqRel) != now {
+            save(&self.store, CLOCK_SECTOR, now)?;
+        }
+        Ok(())
+    }
+}
+
+fn save<P: PageStore>(store: &P, sector: u64, time: u64) -> io::Result<()> {
+    let mut bytes = [0; 12];
+    bytes[..8].copy_from_slice(&time.to_le_bytes());
+    bytes[8..].copy_from_slice(&crc32fast::hash(&time.to_le_bytes()).to_le_bytes());
+    store.store(sector * SECTOR_BYTES, &bytes)
+}
+
+fn load<P: PageStore>(store: &P, sector: u64) -> io::Result<Option<u64>> {
+    let mut bytes = [0; 12];
+    store.load(sector * SECTOR_BYTES, &mut bytes)?;
+    let (time, sum) = bytes.split_at(8);
+    let whole = crc32fast::hash(time).to_le_bytes() == *sum;
+    Ok(time
+        .try_into()
+        .ok()
+        .filter(|_| whole)
+        .map(u64::from_le_bytes))
+}
+
+/// One sync a minute, of a file of one page, while something is written.
+const LEASE_S: u64 = 60;
+
+/// Renewed so long before it ends, so that a write which then waits is still issued within it. One
+/// that is not costs a full backup after a power cut, and nothing else.
+const RENEWED_BEFORE_S: u64 = 10;
+
+const END_SECTOR: u64 = 0;
+const CLOCK_SECTOR: u64 = 1;
+const SECTOR_BYTES: u64 = 512;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bitmap::MemoryPages;
+
+    struct Synced(MemoryPages);
+
+    impl PageStore for Synced {
+        fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+            self.0.store(offset, bytes)
+        }
+        fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+            self.0.load(offset, bytes)
+        }
+        fn stored(&self, offset: u64) -> io::Result<Option<std::ops::Range<u64>>> {
+            self.0.stored(offset)
+        }
+    }
+
+    impl Durable for Synced {
+        async fn sync(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_lease_covers_every_write_and_the_next_server_reads_it() {
+        let (lease, before) = Lease::open(Synced(MemoryPages::default())).unwrap();
+        assert_eq!(before, LeaseRecord::default());
+        for now in [1000, 1001, 1059, 1060] {
+            lease.cover(now).await.unwrap();
+            let stored = Synced(MemoryPages::from(lease.store.0.contents()));
+            let (_, record) = Lease::open(stored).unwrap();
+            assert!(record.end.unwrap() > now, "{record:?}");
+            assert_eq!(record.clock, Some(now));
+        }
+    }
+}

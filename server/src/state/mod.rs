@@ -1,0 +1,404 @@
+//! What is kept about a disk, so that it outlives the server.
+//!
+//! A state directory has a header (what it is about, and how the last server left it), the era map
+//! with its table of pages, a lease, and a journal. All of it is advice about one image: where the
+//! image is not the one that was left, or not as it was left, nothing that was known of it can be
+//! used, and the next backup is a full one with the reason.
+
+mod header;
+mod identity;
+mod journal;
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bitmap::{Era, EraMap, Granularity, PageTable};
+use block::{Cells, FileStorage, Storage};
+use uuid::Uuid;
+
+pub(crate) use journal::{BackupRecord, CheckpointRecord, Record, RequestRecord};
+
+use crate::disk::{Ending, Intents, Lease, LeaseRecord, Recovery};
+use crate::failure::Failure;
+use crate::files::{CellPages, Files};
+use header::{Format, Header, HeaderError, Life};
+use identity::ImageIdentity;
+use journal::{History, Journal};
+
+/// The state of a disk that is being served.
+pub(crate) struct State {
+    header: Header,
+    life: Life,
+    journal: Journal,
+}
+
+/// A state directory, opened.
+pub(crate) struct Opened {
+    /// To be told what happens.
+    pub(crate) state: State,
+    /// The disk's identity.
+    pub(crate) uuid: Uuid,
+    /// The map, with everything marked that may have changed.
+    pub(crate) map: Arc<EraMap<CellPages>>,
+    /// The regions and the lease.
+    pub(crate) intents: Intents<Files>,
+    /// The era that begins with this server.
+    pub(crate) era: Era,
+    /// The eras in which nothing was written, but presumed.
+    pub(crate) presumed: Vec<Era>,
+    /// Whether backups that were open can go on.
+    pub(crate) ending: Ending,
+    /// Checkpoints of this era and before are of no use, and why.
+    pub(crate) lost: Option<Lost>,
+    /// What happened before.
+    pub(crate) records: Vec<Record>,
+}
+
+/// What was known, and is of no use any more.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct Lost {
+    /// Everything of this era and before.
+    pub(crate) era: Era,
+    /// Why, in words.
+    pub(crate) reason: String,
+}
+
+/// What was found in a directory, before anything in it is changed.
+struct Found {
+    header: Header,
+    format: Format,
+    life: Option<Life>,
+}
+
+impl State {
+    /// Opens the state in `dir` of the disk on `image`, or begins one.
+    ///
+    /// What crash points leave behind: nothing here is believed before the header is there, and it
+    /// is renamed into place last. Afterwards the first thing that is stored is that this server
+    /// runs, so whoever comes after an interruption does all of this again.
+    pub(crate) async fn open(
+        dir: &Path,
+        granularity: Option<Granularity>,
+        image: &FileStorage,
+    ) -> Result<Opened, Failure> {
+        let mut lost = None;
+        let found = match find(dir)? {
+            Ok(Some(found)) => found,
+            Ok(None) => create(dir, granularity, image).await?,
+            Err(reason) => {
+                tracing::warn!(dir = %dir.display(), reason, "the state is begun anew");
+                lost = Some(reason);
+                create(dir, granularity, image).await?
+            }
+        };
+        refuse_other_granularity(dir, granularity, found.format.granularity)?;
+        let opened = begin(dir, found, image, lost).await;
+        opened.map_err(|error| cannot_use(dir, &error))
+    }
+
+    /// Makes `record` durable.
+    pub(crate) async fn record(&mut self, record: &Record) -> io::Result<()> {
+        self.journal.append(record).await
+    }
+
+    /// Records that a sync of the image has failed: the next start cannot believe what is newer.
+    pub(crate) async fn record_failed_sync(&mut self) -> io::Result<()> {
+        self.life.in_doubt = true;
+        self.header.store(&self.life)?;
+        self.header.sync().await
+    }
+
+    /// Records a clean end, after which nothing is written. All else has been synced before.
+    pub(crate) async fn close(&mut self, era: Era, image: &FileStorage) -> io::Result<()> {
+        self.life.clean = true;
+        self.life.era_high = era.number();
+        self.life.image = ImageIdentity::of(image.file(), image.size())?;
+        self.header.store(&self.life)?;
+        self.header.sync().await
+    }
+}
+
+/// Looks for a state; the inner error says why what is there is of no use.
+fn find(dir: &Path) -> Result<Result<Option<Found>, String>, Failure> {
+    let cells = match Cells::open(&dir.join(HEADER)) {
+        Ok(cells) => cells,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let others = [ERAS, PAGES, JOURNAL]
+                .iter()
+                .any(|name| dir.join(name).exists());
+            let reason = "the header of its state is missing".to_owned();
+            return Ok(if others { Err(reason) } else { Ok(None) });
+        }
+        Err(error) => return Err(cannot_use(dir, &error)),
+    };
+    match Header::open(cells) {
+        Ok((header, format, life)) => Ok(Ok(Some(Found {
+            header,
+            format,
+            life,
+        }))),
+        Err(HeaderError::Damaged) => Ok(Err("the header of its state is damaged".to_owned())),
+        Err(HeaderError::Newer(what)) => {
+            let message = format!(
+                "the state in '{}' {}",
+                dir.display(),
+                HeaderError::Newer(what)
+            );
+            let hint = "nothing there was changed: use the newer version, or another state=DIR";
+            Err(Failure::new("newer-state", message).hint(hint))
+        }
+        Err(HeaderError::Io(error)) => Err(cannot_use(dir, &error)),
+    }
+}
+
+/// Begins a state: everything else, synced; then the header, renamed into place.
+async fn create(
+    dir: &Path,
+    granularity: Option<Granularity>,
+    image: &FileStorage,
+) -> Result<Found, Failure> {
+    let granularity = granularity.unwrap_or(Granularity::DEFAULT);
+    let made = async {
+        let chunks = image.size().div_ceil(granularity.bytes());
+        Cells::create(&dir.join(ERAS))?.sync().await?;
+        let table = PageTable::create(pages_of(chunks), CellPages::create(&dir.join(PAGES))?)?;
+        scratch::Durable::sync(table.store()).await?;
+        Cells::create(&dir.join(JOURNAL))?.sync().await?;
+        Cells::create(&dir.join(LEASE))?.sync().await?;
+        let format = Format {
+            uuid: Uuid::new_v4(),
+            granularity,
+        };
+        let aside = dir.join(HEADER_ASIDE);
+        let mut header = Header::create(Cells::create(&aside)?, &format)?;
+        let life = Life {
+            image: ImageIdentity::of(image.file(), image.size())?,
+            ..Life::default()
+        };
+        let life = Life {
+            clean: true,
+            ..life
+        };
+        header.store(&life)?;
+        header.sync().await?;
+        std::fs::rename(&aside, dir.join(HEADER))?;
+        File::open(dir)?.sync_all()?;
+        Ok(Found {
+            header,
+            format,
+            life: Some(life),
+        })
+    };
+    made.await
+        .map_err(|error: io::Error| cannot_use(dir, &error))
+}
+
+async fn begin(
+    dir: &Path,
+    found: Found,
+    image: &FileStorage,
+    mut lost: Option<String>,
+) -> io::Result<Opened> {
+    let Found {
+        mut header,
+        format,
+        life,
+    } = found;
+    let (mut journal, History { records, damaged }) = Journal::open(open_or_create(dir, JOURNAL)?)?;
+    if damaged > 0 {
+        tracing::warn!(dir = %dir.display(), damaged, "blocks of the journal are damaged");
+    }
+    let lease_file = CellPages::from(open_or_create(dir, LEASE)?);
+    let (lease, lease_record) = Lease::open(lease_file)?;
+
+    let here = Life {
+        boot: identity::boot()?,
+        mounts: [
+            identity::mount(image.file())?,
+            identity::mount(&File::open(dir)?)?,
+        ],
+        image: ImageIdentity::of(image.file(), image.size())?,
+        ..Life::default()
+    };
+    let ending = match &life {
+        Some(life) => ending(life, &here, image).await,
+        None => Ending::PowerCut,
+    };
+    let before = life.unwrap_or_else(|| {
+        lost = Some("how its last server ended cannot be read".to_owned());
+        here.clone()
+    });
+    if let Some(why) = changed_image(&before, &here, ending, lease_record) {
+        lost = Some(why);
+    }
+
+    let known = before
+        .era_high
+        .max(before.lost_era)
+        .max(highest_recorded(&records));
+    let files = (
+        CellPages::from(open_or_create(dir, ERAS)?),
+        CellPages::from(open_or_create(dir, PAGES)?),
+    );
+    let plausible = Era::from_number(known.saturating_add(UNRECORDED_ERAS_MAX));
+    let recovery = Recovery::load(image.size(), format.granularity, files, plausible)?;
+    let (presumed, era) = next_eras(recovery.highest(), known)?;
+
+    let mut life = Life {
+        era_high: era.number(),
+        // Until everything in doubt is marked, whoever comes next has the same doubt.
+        in_doubt: ending == Ending::PowerCut,
+        ..here
+    };
+    (life.lost_era, life.lost_reason) = match lost {
+        Some(reason) => (presumed.number(), reason),
+        None => (before.lost_era, before.lost_reason),
+    };
+    header.store(&life)?;
+    header.sync().await?;
+    let started = Record::Started {
+        era: presumed.number(),
+    };
+    // This makes durable, too, whatever the last server appended and did not live to sync.
+    journal.append(&started).await?;
+    let recovered = recovery.finish(ending, presumed).await?;
+    if recovered.damaged_pages > 0 {
+        let pages = recovered.damaged_pages;
+        tracing::warn!(dir = %dir.display(), pages, "pages of the map are damaged, and dirty");
+    }
+
+    if life.in_doubt {
+        life.in_doubt = false;
+        header.store(&life)?;
+        header.sync().await?;
+    }
+    let started = records.iter().filter_map(|record| match record {
+        Record::Started { era } => Some(Era::from_number(*era)),
+        _ => None,
+    });
+    Ok(Opened {
+        presumed: started.chain([presumed]).collect(),
+        uuid: format.uuid,
+        map: recovered.map,
+        intents: Intents::new(recovered.regions, lease),
+        era,
+        ending,
+        lost: lost_before(&life),
+        state: State {
+            header,
+            life,
+            journal,
+        },
+        records,
+    })
+}
+
+fn lost_before(life: &Life) -> Option<Lost> {
+    let era = Era::from_number(life.lost_era);
+    (era > Era::NEVER).then(|| Lost {
+        era,
+        reason: life.lost_reason.clone(),
+    })
+}
+
+/// The eras that follow everything that is known: one for what is presumed, one for the guests.
+fn next_eras(highest_marked: Era, known: u32) -> io::Result<(Era, Era)> {
+    let highest = Era::from_number(known).max(highest_marked).max(Era::FIRST);
+    let used_up = || io::Error::other("all eras are used up: begin a new state");
+    let presumed = highest.next().ok_or_else(used_up)?;
+    Ok((presumed, presumed.next().ok_or_else(used_up)?))
+}
+
+/// Why the image is not the one that was left, or not as it was left, if so.
+fn changed_image(before: &Life, here: &Life, ending: Ending, lease: LeaseRecord) -> Option<String> {
+    let last_change = match ending {
+        Ending::Clean => None,
+        Ending::Killed => Some(lease.clock.map_or(0, |clock| clock + CLOCK_SLACK_S)),
+        Ending::PowerCut => Some(lease.end.unwrap_or(0)),
+    };
+    // Before the first write there is no lease; then the time of change is the one that was left.
+    let last_change = last_change.map(|last| last.max(before.image.changed_seconds()));
+    let same_boot = before.boot == here.boot || before.boot == [0; 16];
+    before.image.differs(&here.image, same_boot, last_change)
+}
+
+async fn ending(life: &Life, here: &Life, image: &FileStorage) -> Ending {
+    if life.clean {
+        return Ending::Clean;
+    }
+    let same_machine = life.boot == here.boot && life.mounts == here.mounts && !life.in_doubt;
+    // What the last server wrote may have failed to reach the disk since; a sync tells.
+    if same_machine && image.sync().await.is_ok() {
+        Ending::Killed
+    } else {
+        Ending::PowerCut
+    }
+}
+
+fn highest_recorded(records: &[Record]) -> u32 {
+    let era = |record: &Record| match record {
+        // The guests' era is the next.
+        Record::Started { era } => era.saturating_add(1),
+        Record::Checkpoint(checkpoint) => checkpoint.era,
+        Record::Begun(backup) => backup.era,
+        Record::Deleted { .. } | Record::Committed { .. } | Record::Aborted { .. } => 0,
+    };
+    records.iter().map(era).max().unwrap_or(0)
+}
+
+fn refuse_other_granularity(
+    dir: &Path,
+    wanted: Option<Granularity>,
+    found: Granularity,
+) -> Result<(), Failure> {
+    let Some(wanted) = wanted.filter(|wanted| *wanted != found) else {
+        return Ok(());
+    };
+    let message = format!(
+        "its state in '{}' has a granularity of {} bytes, not {}",
+        dir.display(),
+        found.bytes(),
+        wanted.bytes()
+    );
+    let hint = format!(
+        "say granularity={}, or remove the state to begin a new chain",
+        found.bytes()
+    );
+    Err(Failure::new("other-granularity", message).hint(hint))
+}
+
+/// A file that is missing is empty; whatever should be in it is found to be damaged.
+fn open_or_create(dir: &Path, name: &str) -> io::Result<Cells> {
+    let path: PathBuf = dir.join(name);
+    match Cells::open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Cells::create(&path),
+        other => other,
+    }
+}
+
+fn pages_of(chunks: u64) -> u64 {
+    chunks.div_ceil(bitmap::ERAS_PER_PAGE)
+}
+
+fn cannot_use(dir: &Path, error: &io::Error) -> Failure {
+    Failure::new(
+        "state",
+        format!("cannot use the state in '{}': {error}", dir.display()),
+    )
+}
+
+const HEADER: &str = "header";
+const HEADER_ASIDE: &str = "header.new";
+const ERAS: &str = "eras";
+const PAGES: &str = "pages";
+const JOURNAL: &str = "journal";
+const LEASE: &str = "lease";
+
+/// File systems stamp changes with a coarse clock, and a write of a process that was killed may
+/// land a moment later. A change by someone else within this time after a kill goes unnoticed.
+const CLOCK_SLACK_S: u64 = 2;
+
+/// Every era but those of instants that failed is in the journal; more of those than this is damage.
+const UNRECORDED_ERAS_MAX: u32 = 1 << 20;

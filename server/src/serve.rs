@@ -1,6 +1,7 @@
 //! A server from start to stop.
 
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -292,7 +293,7 @@ fn refuse_plaintext(options: &ServeOptions) -> Result<(), Failure> {
 
 fn claim_run_dir(dir: &Path) -> Result<LockFile, Failure> {
     listen::check_length(&dir.join("control.sock"))?;
-    std::fs::create_dir_all(dir).map_err(|error| {
+    make_run_dir(dir).map_err(|error| {
         Failure::new(
             "cannot-write",
             format!("cannot make '{}': {error}", dir.display()),
@@ -313,6 +314,16 @@ fn claim_run_dir(dir: &Path) -> Result<LockFile, Failure> {
         let hint = "one server per run directory: choose another with --run-dir";
         Failure::new("locked", message).hint(hint)
     })
+}
+
+/// The sockets say who may connect, so everyone may look for them, whatever the mask is. A directory
+/// that is there already is as its owner wants it.
+fn make_run_dir(dir: &Path) -> io::Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(dir)?;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(RUN_DIR_MODE))
 }
 
 /// What a person needs next: what to paste where.
@@ -349,6 +360,8 @@ fn worker_count() -> usize {
 fn cannot(what: &str, error: &io::Error) -> Failure {
     Failure::new("system", format!("cannot {what}: {error}"))
 }
+
+const RUN_DIR_MODE: u32 = 0o755;
 
 /// Clients that have been accepted and not yet been given to a worker.
 const CLIENTS_WAITING_MAX: usize = 16;

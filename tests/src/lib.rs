@@ -13,6 +13,7 @@ pub mod mount;
 pub mod process;
 pub mod raw_nbd;
 pub mod seeds;
+pub mod syncs;
 pub mod tools;
 
 pub mod simulation;
@@ -24,6 +25,7 @@ pub use mount::Mount;
 pub use process::Output;
 pub use raw_nbd::RawNbd;
 pub use server::Server;
+pub use syncs::Syncs;
 
 /// A stretch of an export with a property: offset, length, flags of the metadata context.
 pub type Extent = (u64, u64, u32);

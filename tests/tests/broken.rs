@@ -1,9 +1,9 @@
 //! A backup that loses its instant says so everywhere, and costs nothing but itself.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use stillpoint_tests::raw_nbd::errno;
 use stillpoint_tests::tools::{nbdcopy_sha256, nbdinfo_map, path, sha256, tool};
-use stillpoint_tests::{CHUNK, Guest, MIB, Mount, Server};
+use stillpoint_tests::{CHUNK, Guest, MIB, Mount, Server, Syncs};
 
 const SIZE: u64 = 16 * MIB;
 const EXPORTS: [&str; 5] = ["vda@b1", "vda", "vda@cp1..b1", "vdb@b1", "vdb@cp1..b1"];
@@ -66,9 +66,17 @@ fn full_scratch_breaks_the_backup_and_nothing_else(scratch: &Mount) {
     commit.exits(4);
     assert!(commit.stdout.contains("backup-broken"), "{commit}");
 
-    // The base is intact, and nothing that changed is forgotten.
-    server.abort("b1");
+    // Its space is free when it has ended and the last client has left.
     drop(open);
+    let is_used = |backup: &Value| {
+        let disks = backup["disks"].as_array().expect("disks").iter();
+        let mut exports = disks.flat_map(|disk| disk["exports"].as_array().expect("exports"));
+        exports.any(|export| export["clients"] != 0)
+    };
+    while is_used(&qmp.execute("query-backups", &json!({"id": "b1"}))[0]) {}
+    server.abort("b1");
+
+    // The base is intact, and nothing that changed is forgotten.
     let begun = server.begin("b2", &["--since", "cp1"]);
     assert_eq!(begun["disks"][0]["mode"], "incremental", "{begun}");
     assert_eq!(begun["disks"][0]["changed_bytes"], guest.expected_bytes());
@@ -131,4 +139,24 @@ fn a_backup_that_cannot_begin_for_want_of_space_changes_nothing() {
     std::fs::remove_file(&ballast).expect("our own file");
     server.begin("b1", &["--since", "cp1"]);
     server.commit("b1");
+}
+
+#[test]
+fn a_commit_first_makes_scratch_durable_and_an_abort_need_not() {
+    let server = Server::with_disk(SIZE);
+    let mut guest = Guest::new(&server, "vda");
+    guest.write(0, &[1; 4096]);
+    let syncs = Syncs::of(&server);
+    for id in ["aborted", "committed"] {
+        server.begin(id, &[]);
+        guest.write(0, &[2; 4096]);
+    }
+    let scratch = |id| {
+        let state = server.path("vda.raw.stillpoint/backups");
+        state.join(id).join("scratch")
+    };
+    server.abort("aborted");
+    server.commit("committed");
+    syncs.shows(&scratch("committed"), 1, "a commit");
+    syncs.shows(&scratch("aborted"), 0, "an abort");
 }

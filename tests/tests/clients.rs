@@ -251,3 +251,23 @@ fn clients_that_connect_and_stay_silent_keep_nobody_out() {
     scene.goes_on();
     drop(silent);
 }
+
+#[test]
+fn more_backup_clients_than_there_is_room_for_wait_and_nobody_else_does() {
+    let mut scene = Scene::new();
+    let silent: Vec<_> = (0..400)
+        .map(|_| RawNbd::connect_silently(&scene.server.frozen()))
+        .collect();
+    // The guest, a second one, and whoever begins a backup, which takes descriptors too.
+    scene.guest.write(0, &[5; 4096]);
+    assert_eq!(scene.server.open_live("vda").read(0, 1), Ok(vec![5]));
+    scene.server.begin("b2", &[]);
+    let descriptors = format!("/proc/{}/fd", scene.server.pid());
+    let count = std::fs::read_dir(descriptors)
+        .expect("a live process")
+        .count();
+    assert!(count < 350, "{count} descriptors");
+    drop(silent);
+    scene.server.abort("b2");
+    scene.goes_on();
+}

@@ -2,18 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixStream;
-use std::process::{ChildStderr, Command, Stdio};
-use std::time::Instant;
 
 use rand::Rng as _;
-use stillpoint_tests::process::{KilledOnDrop, PATIENCE};
 use stillpoint_tests::raw_nbd::{can, chunk, command, errno, flag, option, rep};
 use stillpoint_tests::seeds::{rng, seeds};
-use stillpoint_tests::tools::path;
-use stillpoint_tests::{CHUNK, KIB, MIB, RawNbd, Server};
+use stillpoint_tests::{CHUNK, KIB, MIB, RawNbd, Server, Syncs};
 
 const SIZE: u64 = 4 * MIB;
 
@@ -767,11 +763,12 @@ mod requests {
     #[test]
     fn a_flush_and_a_forced_write_reach_the_device() {
         let server = server();
-        let trace = Trace::of_syncs(&server);
+        let trace = Syncs::of(&server);
+        let image = server.image("vda");
         let (mut one, mut other) = (server.open_live("vda"), server.open_live("vda"));
         one.write(0, &[1; 512]).unwrap();
         other.flush().unwrap();
-        trace.shows(1, "a flush on the other connection");
+        trace.shows(&image, 1, "a flush on the other connection");
         let forced = [
             (command::WRITE, &[1; 4096][..]),
             (command::WRITE_ZEROES, &[]),
@@ -780,57 +777,7 @@ mod requests {
         for (done, (command, payload)) in forced.into_iter().enumerate() {
             let answer = one.call((command, flag::FUA), 0, 4096, payload);
             assert_eq!(answer.error, 0, "command {command}");
-            trace.shows(done + 2, &format!("command {command}"));
-        }
-    }
-
-    /// The syncs of a server's image, as the kernel sees them.
-    struct Trace {
-        log: std::path::PathBuf,
-        image: String,
-        _strace: KilledOnDrop,
-        /// It goes on telling of new threads, and must be able to.
-        _told: BufReader<ChildStderr>,
-    }
-
-    impl Trace {
-        fn of_syncs(server: &Server) -> Self {
-            let log = server.path("syncs");
-            let mut strace = Command::new("strace");
-            strace.args(["-f", "-y", "-e", "trace=fdatasync,fsync", "-o", path(&log)]);
-            strace.arg(format!("--attach={}", server.pid()));
-            let mut strace = KilledOnDrop::spawn(strace.stderr(Stdio::piped()));
-            // It says so when it has attached.
-            let told = strace.child.stderr.take().expect("it was asked for");
-            strace.wait_until_readable(&told);
-            let mut told = BufReader::new(told);
-            let mut attached = String::new();
-            told.read_line(&mut attached).expect("a line");
-            assert!(attached.contains("attached"), "{attached}");
-            let image = path(&server.image("vda")).to_owned();
-            Self {
-                log,
-                image,
-                _strace: strace,
-                _told: told,
-            }
-        }
-
-        /// Returns when so many have been seen, of which `strace` tells a moment later.
-        #[track_caller]
-        fn shows(&self, count: usize, why: &str) {
-            let begun = Instant::now();
-            while self.syncs() < count {
-                assert!(begun.elapsed() < PATIENCE, "no sync after {why}");
-                std::thread::yield_now();
-            }
-            assert_eq!(self.syncs(), count, "{why}");
-        }
-
-        fn syncs(&self) -> usize {
-            let log = fs::read_to_string(&self.log).unwrap();
-            let syncs = log.lines().filter(|line| line.contains(&self.image));
-            syncs.filter(|line| line.contains(" = 0")).count()
+            trace.shows(&image, done + 2, &format!("command {command}"));
         }
     }
 

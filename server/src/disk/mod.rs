@@ -26,7 +26,7 @@ pub use freeze::{Busy, Freeze, freeze};
 pub use gate::{Closed, Gate, Pass};
 pub use intents::{ACTIVE_MAX, Intents};
 pub use lease::{Lease, LeaseRecord};
-pub use recovery::{Ending, Recovered, Recovery};
+pub use recovery::{Chronicle, Ending, NewEras, Recovered, Recovery};
 pub use tracking::Tracking;
 
 /// One image, served live: every change goes through here.

@@ -187,6 +187,7 @@ impl<W: World> Disk<W> {
         let Some(intents) = &self.intents else {
             return Ok(());
         };
+        let _alone = intents.retire_alone().await;
         let regions = intents.regions();
         let retiring = regions.begin_retiring(count);
         if retiring.is_empty() {

@@ -152,8 +152,13 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
         recovered.eras.guests,
         MachinePace(Rc::clone(&machine)),
     );
+    #[expect(
+        clippy::arc_with_non_send_sync,
+        reason = "the server's API, on one thread here"
+    )]
+    let disk = Arc::new(disk);
     Life {
-        disk: Arc::new(disk),
+        disk,
         ending,
         stopping: Cell::new(false),
         machine,
@@ -197,7 +202,7 @@ impl Life {
 pub(super) async fn guest(life: Rc<Life>) {
     let machine = &*life.machine;
     let sim = &*machine.sim;
-    for _ in 0..1 + sim.below(16) {
+    for _ in 0..=sim.below(16) {
         if life.stopping.get() {
             return;
         }

@@ -88,8 +88,7 @@ impl Medium {
             let left = match habit {
                 0 => 0,
                 1 => last,
-                2 if sim.one_in(2) => 0,
-                2 => last,
+                2 => sim.one_of(&[0, last]),
                 _ => sim.below(states.len() as u64) as usize,
             };
             let whole = sector * self.unit..(sector + 1) * self.unit;

@@ -133,7 +133,7 @@ fn start(machine: &Rc<Machine>, patience: u64, tally: &mut PowerTally) -> Option
 fn serve(life: &Rc<Life>, tally: &mut PowerTally) {
     let sim = &life.machine.sim;
     let mut executor = Executor::new(sim);
-    for index in 0..1 + sim.below(4) {
+    for index in 0..=sim.below(4) {
         executor.spawn(format!("guest {index}"), life::guest(Rc::clone(life)));
     }
     let instants = sim.below(4);
@@ -141,7 +141,9 @@ fn serve(life: &Rc<Life>, tally: &mut PowerTally) {
         "steward".to_owned(),
         life::steward(Rc::clone(life), instants),
     );
-    executor.spawn("retirer".to_owned(), life::retirer(Rc::clone(life)));
+    for index in 0..=sim.below(2) {
+        executor.spawn(format!("retirer {index}"), life::retirer(Rc::clone(life)));
+    }
     let steps = sim.one_of(&[20, 100, 300, 1000]);
     executor.run_for(1 + sim.below(steps));
 

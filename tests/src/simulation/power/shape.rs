@@ -22,7 +22,7 @@ impl Shape {
             1 if size > PAGE => PAGE,
             _ => sim.below(size / REGION + 1) * REGION,
         };
-        let spots = (0..1 + sim.below(4)).map(spot).collect();
+        let spots = (0..=sim.below(4)).map(spot).collect();
         Self { size, spots }
     }
 

@@ -142,7 +142,7 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
             "seed {seed}: a power cut that nobody saw"
         );
         oracle.presumed = presumed.collect();
-        oracle.started(machine.sim.tick());
+        oracle.started(ending != Ending::PowerCut, machine.sim.tick());
     }
     *machine.map.borrow_mut() = Some(Arc::clone(&recovered.map));
     let disk = Disk::new(

@@ -136,7 +136,7 @@ fn serve(life: &Rc<Life>, tally: &mut PowerTally) {
     for index in 0..=sim.below(4) {
         executor.spawn(format!("guest {index}"), life::guest(Rc::clone(life)));
     }
-    let instants = sim.below(4);
+    let instants = sim.below(6);
     executor.spawn(
         "steward".to_owned(),
         life::steward(Rc::clone(life), instants),

@@ -23,7 +23,9 @@ pub(super) struct Oracle {
     pub(super) in_doubt: bool,
     /// Eras in which nothing is written.
     pub(super) presumed: Vec<Era>,
-    /// When the server that runs had started.
+    /// Whether nothing was in doubt when the server that runs started.
+    sure: bool,
+    /// When it had started.
     started: u64,
 }
 
@@ -58,6 +60,7 @@ impl Oracle {
             client: Client::default(),
             in_doubt: false,
             presumed: Vec::new(),
+            sure: true,
             started: 0,
         }
     }
@@ -111,8 +114,9 @@ impl Oracle {
         });
     }
 
-    pub(super) fn started(&mut self, now: u64) {
+    pub(super) fn started(&mut self, sure: bool, now: u64) {
         self.in_doubt = false;
+        self.sure = sure;
         self.started = now;
         // Its record is durable, so whoever asks is told of it.
         for checkpoint in self.checkpoints.values_mut() {
@@ -184,6 +188,10 @@ impl Oracle {
             assert!(
                 !presumed || self.issued[chunk] <= self.started,
                 "seed {seed}: chunk {chunk} was written, and counts as presumed"
+            );
+            assert!(
+                !self.sure || self.presumed.last() != Some(&era),
+                "seed {seed}: chunk {chunk} counts as presumed, when nothing was in doubt"
             );
             for (id, checkpoint) in &self.checkpoints {
                 let place = place(chunk, disk);

@@ -17,3 +17,13 @@ pub fn seeds(otherwise: &[u64]) -> Vec<u64> {
 pub fn rng(seed: u64) -> Rng {
     Rng::seed_from_u64(seed)
 }
+
+/// The number in `variable`, or another.
+pub fn number(variable: &str, otherwise: u64) -> u64 {
+    match env::var(variable) {
+        Ok(text) => text
+            .parse()
+            .unwrap_or_else(|_| panic!("{variable} is not a number: {text}")),
+        Err(_) => otherwise,
+    }
+}

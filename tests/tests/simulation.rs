@@ -4,12 +4,13 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
+use stillpoint_tests::seeds;
 use stillpoint_tests::simulation::{Tally, play};
 
 #[test]
 fn whatever_the_order_the_past_stays_as_it_was() {
-    let first = number("STILLPOINT_SEED", 1);
-    let count = number("STILLPOINT_SCHEDULES", 1000);
+    let first = seeds::number("STILLPOINT_SEED", 1);
+    let count = seeds::number("STILLPOINT_SCHEDULES", 1000);
     let mut total = Tally::default();
     for seed in first..first + count {
         match catch_unwind(AssertUnwindSafe(|| play(seed))) {
@@ -29,14 +30,5 @@ fn whatever_the_order_the_past_stays_as_it_was() {
     if count >= 1000 {
         assert!(total.freezes > count && total.reads > count && total.operations > 10 * count);
         assert!(total.breaks > count / 20 && total.busy > count / 20 && total.faults > count / 2);
-    }
-}
-
-fn number(name: &str, otherwise: u64) -> u64 {
-    match std::env::var(name) {
-        Ok(text) => text
-            .parse()
-            .unwrap_or_else(|_| panic!("{name} is not a number: {text}")),
-        Err(_) => otherwise,
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 use bitmap::{Region, Regions};
 use block::SharedSync;
 use scratch::{Durable, Pace, Step, World};
-use tokio::sync::Notify;
+use tokio::sync::{Mutex, MutexGuard, Notify};
 
 use super::lease::Lease;
 
@@ -16,6 +16,8 @@ pub struct Intents<W: World> {
     regions: Regions<W::Pages>,
     lease: Lease<W::Pages>,
     syncs: SharedSync,
+    /// Held by whoever retires regions.
+    retiring: Mutex<()>,
     /// There are more active regions than there should be.
     crowded: Notify,
 }
@@ -33,6 +35,7 @@ impl<W: World> Intents<W> {
             regions,
             lease,
             syncs: SharedSync::default(),
+            retiring: Mutex::default(),
             crowded: Notify::new(),
         }
     }
@@ -80,6 +83,12 @@ impl<W: World> Intents<W> {
     /// Waits until there are too many active regions.
     pub(super) async fn crowded(&self) {
         self.crowded.notified().await;
+    }
+
+    /// Returns when nobody else retires regions. A retirement that was taken back and begun again
+    /// by another would else be ended by the one that began it first, whose syncs are too old.
+    pub(super) async fn retire_alone(&self) -> MutexGuard<'_, ()> {
+        self.retiring.lock().await
     }
 
     /// The regions.

@@ -26,7 +26,7 @@ pub use freeze::{Busy, Freeze, freeze};
 pub use gate::{Closed, Gate, Pass};
 pub use intents::{ACTIVE_MAX, Intents};
 pub use lease::{Lease, LeaseRecord};
-pub use recovery::{Ending, Recovered, Recovery};
+pub use recovery::{Chronicle, Ending, NewEras, Recovered, Recovery};
 pub use tracking::Tracking;
 
 /// One image, served live: every change goes through here.
@@ -192,6 +192,7 @@ impl<W: World> Disk<W> {
         let Some(intents) = &self.intents else {
             return Ok(());
         };
+        let _alone = intents.retire_alone().await;
         let regions = intents.regions();
         let retiring = regions.begin_retiring(least);
         if retiring.is_empty() {

@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 pub(crate) use journal::{BackupRecord, CheckpointRecord, Record, RequestRecord};
 
-use crate::disk::{Ending, Intents, Lease, LeaseRecord, Recovery};
+use crate::disk::{Chronicle, Ending, Intents, Lease, LeaseRecord, NewEras, Recovery};
 use crate::failure::Failure;
 use crate::files::{CellPages, Files};
 use header::{Format, Header, HeaderError, Life};
@@ -202,11 +202,11 @@ async fn begin(
     mut lost: Option<String>,
 ) -> io::Result<Opened> {
     let Found {
-        mut header,
+        header,
         format,
         life,
     } = found;
-    let (mut journal, History { records, damaged }) = Journal::open(open_or_create(dir, JOURNAL)?)?;
+    let (journal, History { records, damaged }) = Journal::open(open_or_create(dir, JOURNAL)?)?;
     if damaged > 0 {
         tracing::warn!(dir = %dir.display(), damaged, "blocks of the journal are damaged");
     }
@@ -223,7 +223,10 @@ async fn begin(
         ..Life::default()
     };
     let ending = match &life {
-        Some(life) => ending(life, &here, image).await,
+        Some(life) => {
+            let same_machine = life.boot == here.boot && life.mounts == here.mounts;
+            Ending::of(life.clean, same_machine, life.in_doubt, image).await
+        }
         None => Ending::PowerCut,
     };
     let before = life.unwrap_or_else(|| {
@@ -244,46 +247,38 @@ async fn begin(
     );
     let plausible = Era::from_number(known.saturating_add(UNRECORDED_ERAS_MAX));
     let recovery = Recovery::load(image.size(), format.granularity, files, plausible)?;
-    let (presumed, era) = next_eras(recovery.highest(), known)?;
-
-    let mut life = Life {
-        era_high: era.number(),
-        // Until everything in doubt is marked, whoever comes next has the same doubt.
-        in_doubt: ending == Ending::PowerCut,
-        ..here
+    let mut start = Start {
+        life: Life {
+            lost_era: before.lost_era,
+            lost_reason: before.lost_reason,
+            ..here
+        },
+        header,
+        journal,
+        lost,
     };
-    (life.lost_era, life.lost_reason) = match lost {
-        Some(reason) => (presumed.number(), reason),
-        None => (before.lost_era, before.lost_reason),
-    };
-    header.store(&life)?;
-    header.sync().await?;
-    let started = Record::Started {
-        era: presumed.number(),
-    };
-    // This makes durable, too, whatever the last server appended and did not live to sync.
-    journal.append(&started).await?;
-    let recovered = recovery.finish(ending, presumed).await?;
+    let known = Era::from_number(known);
+    let recovered = recovery.start(ending, known, &mut start).await?;
     if recovered.damaged_pages > 0 {
         let pages = recovered.damaged_pages;
         tracing::warn!(dir = %dir.display(), pages, "pages of the map are damaged, and dirty");
     }
-
-    if life.in_doubt {
-        life.in_doubt = false;
-        header.store(&life)?;
-        header.sync().await?;
-    }
+    let Start {
+        header,
+        life,
+        journal,
+        ..
+    } = start;
     let started = records.iter().filter_map(|record| match record {
         Record::Started { era } => Some(Era::from_number(*era)),
         _ => None,
     });
     Ok(Opened {
-        presumed: started.chain([presumed]).collect(),
+        presumed: started.chain([recovered.eras.presumed]).collect(),
         uuid: format.uuid,
         map: recovered.map,
         intents: Intents::new(recovered.regions, lease),
-        era,
+        era: recovered.eras.guests,
         ending,
         lost: lost_before(&life),
         state: State {
@@ -295,20 +290,39 @@ async fn begin(
     })
 }
 
+/// A start, as it is recorded.
+struct Start {
+    header: Header,
+    life: Life,
+    journal: Journal,
+    /// Why nothing that was known is of use, if so.
+    lost: Option<String>,
+}
+
+impl Chronicle for Start {
+    async fn runs(&mut self, eras: NewEras, in_doubt: bool) -> io::Result<()> {
+        self.life.era_high = eras.guests.number();
+        self.life.in_doubt = in_doubt;
+        if let Some(reason) = self.lost.take() {
+            self.life.lost_era = eras.presumed.number();
+            self.life.lost_reason = reason;
+        }
+        self.header.store(&self.life)?;
+        self.header.sync().await
+    }
+
+    async fn started(&mut self, presumed: Era) -> io::Result<()> {
+        let era = presumed.number();
+        self.journal.append(&Record::Started { era }).await
+    }
+}
+
 fn lost_before(life: &Life) -> Option<Lost> {
     let era = Era::from_number(life.lost_era);
     (era > Era::NEVER).then(|| Lost {
         era,
         reason: life.lost_reason.clone(),
     })
-}
-
-/// The eras that follow everything that is known: one for what is presumed, one for the guests.
-fn next_eras(highest_marked: Era, known: u32) -> io::Result<(Era, Era)> {
-    let highest = Era::from_number(known).max(highest_marked).max(Era::FIRST);
-    let used_up = || io::Error::other("all eras are used up: begin a new state");
-    let presumed = highest.next().ok_or_else(used_up)?;
-    Ok((presumed, presumed.next().ok_or_else(used_up)?))
 }
 
 /// Why the image is not the one that was left, or not as it was left, if so.
@@ -322,19 +336,6 @@ fn changed_image(before: &Life, here: &Life, ending: Ending, lease: LeaseRecord)
     let last_change = last_change.map(|last| last.max(before.image.changed_seconds()));
     let same_boot = before.boot == here.boot || before.boot == [0; 16];
     before.image.differs(&here.image, same_boot, last_change)
-}
-
-async fn ending(life: &Life, here: &Life, image: &FileStorage) -> Ending {
-    if life.clean {
-        return Ending::Clean;
-    }
-    let same_machine = life.boot == here.boot && life.mounts == here.mounts && !life.in_doubt;
-    // What the last server wrote may have failed to reach the disk since; a sync tells.
-    if same_machine && image.sync().await.is_ok() {
-        Ending::Killed
-    } else {
-        Ending::PowerCut
-    }
 }
 
 fn highest_recorded(records: &[Record]) -> u32 {

@@ -65,6 +65,18 @@ impl Executor {
         panic!("seed {}: no end after {STEPS_MAX} steps", self.sim.seed);
     }
 
+    /// The same for so many steps at most. Says whether every task has ended.
+    pub(super) fn run_for(&mut self, steps: u64) -> bool {
+        for _ in 0..steps {
+            let Some(chosen) = self.choose() else {
+                self.stop_if_stalled();
+                return true;
+            };
+            self.step(chosen);
+        }
+        false
+    }
+
     fn choose(&mut self) -> Option<usize> {
         if self.sim.one_in(REWEIGH) {
             let task = self.sim.below(self.tasks.len() as u64) as usize;

@@ -11,6 +11,7 @@ mod capture;
 mod executor;
 mod guest;
 mod history;
+pub mod power;
 mod reader;
 mod sim;
 mod stage;

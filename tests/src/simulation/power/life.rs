@@ -1,0 +1,302 @@
+use std::cell::Cell;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use bitmap::Era;
+use block::Zeroing;
+use bytes::Bytes;
+use scratch::Durable;
+use stillpoint::disk::{
+    Chronicle, Disk, Ending, Freeze, Intents, Lease, NewEras, Recovery, freeze,
+};
+
+use super::machine::{Image, Machine, MachinePace, PowerWorld};
+use super::oracle::{CHECKPOINT, Record, STARTED, records};
+use super::shape::granularity;
+use crate::simulation::executor::pause;
+
+/// A server that has started.
+pub(super) struct Life {
+    pub(super) machine: Rc<Machine>,
+    disk: Arc<Disk<PowerWorld>>,
+    pub(super) ending: Ending,
+    /// It has been asked to end.
+    pub(super) stopping: Cell<bool>,
+}
+
+/// What the header of a state says of its server.
+#[derive(Clone, Copy)]
+pub(super) struct Header {
+    pub(super) clean: bool,
+    in_doubt: bool,
+    boot: u64,
+    era_high: u32,
+}
+
+impl Header {
+    /// Of a state that was made just now.
+    pub(super) const NEW: Self = Self {
+        clean: true,
+        in_doubt: false,
+        boot: 0,
+        era_high: 0,
+    };
+
+    fn read(machine: &Machine) -> Self {
+        let mut bytes = [0; 16];
+        machine.header.medium().load(0, &mut bytes);
+        let (numbers, flags) = bytes.split_at(12);
+        let (boot, era_high) = numbers.split_at(8);
+        Self {
+            clean: flags[0] != 0,
+            in_doubt: flags[1] != 0,
+            boot: boot.try_into().map_or(0, u64::from_le_bytes),
+            era_high: era_high.try_into().map_or(0, u32::from_le_bytes),
+        }
+    }
+
+    /// Two copies take turns, so it is stored whole or not at all.
+    pub(super) fn store(self, machine: &Machine) {
+        let mut bytes = Vec::with_capacity(16);
+        bytes.extend(self.boot.to_le_bytes());
+        bytes.extend(self.era_high.to_le_bytes());
+        bytes.extend([u8::from(self.clean), u8::from(self.in_doubt), 0, 0]);
+        machine.header.medium().store(0, &bytes);
+    }
+}
+
+/// How this start is recorded, as the server's state does it with files.
+struct Books<'a> {
+    machine: &'a Machine,
+}
+
+impl Chronicle for Books<'_> {
+    async fn runs(&mut self, eras: NewEras, in_doubt: bool) -> io::Result<()> {
+        let header = Header {
+            clean: false,
+            in_doubt,
+            boot: self.machine.boot.get(),
+            era_high: eras.guests.number(),
+        };
+        header.store(self.machine);
+        self.machine.header.sync().await
+    }
+
+    async fn started(&mut self, presumed: Era) -> io::Result<()> {
+        append(self.machine, STARTED, 0, presumed).await
+    }
+}
+
+async fn append(machine: &Machine, kind: u32, id: u32, era: Era) -> io::Result<()> {
+    let record = Record {
+        kind,
+        id,
+        era: era.number(),
+    };
+    let end = machine.journal.medium().now().len();
+    machine.journal.medium().store(end, &record.bytes());
+    machine.journal.sync().await
+}
+
+/// Starts a server on `machine`.
+pub(super) async fn start(machine: Rc<Machine>) -> Life {
+    let header = Header::read(&machine);
+    let same_boot = header.boot == machine.boot.get();
+    let image = Image(Rc::clone(&machine));
+    let ending = Ending::of(header.clean, same_boot, header.in_doubt, &image).await;
+
+    let journal = machine.journal.medium().now().to_vec();
+    let recorded = records(&journal).map(|record| match record.kind {
+        STARTED => record.era + 1,
+        _ => record.era,
+    });
+    let known = recorded.max().unwrap_or(0).max(header.era_high);
+    let (lease, _) = Lease::open(machine.lease.clone()).expect("nothing fails here");
+    let recovery = Recovery::load(
+        machine.shape.size,
+        granularity(),
+        (machine.eras.clone(), machine.table.clone()),
+        Era::from_number(known + 1000),
+    );
+    let recovery = recovery.expect("nothing fails here");
+    let mut books = Books { machine: &machine };
+    let recovered = recovery
+        .start(ending, Era::from_number(known), &mut books)
+        .await
+        .expect("nothing fails here");
+
+    let seed = machine.sim.seed;
+    assert_eq!(
+        recovered.damaged_pages, 0,
+        "seed {seed}: a crash is taken for damage"
+    );
+    let started = records(&journal).filter(|record| record.kind == STARTED);
+    let presumed = started
+        .map(|record| Era::from_number(record.era))
+        .chain([recovered.eras.presumed]);
+    {
+        let mut oracle = machine.oracle.borrow_mut();
+        assert!(
+            oracle.in_doubt || ending != Ending::PowerCut,
+            "seed {seed}: a power cut that nobody saw"
+        );
+        oracle.presumed = presumed.collect();
+        oracle.started(ending != Ending::PowerCut, machine.sim.tick());
+    }
+    *machine.map.borrow_mut() = Some(Arc::clone(&recovered.map));
+    let disk = Disk::new(
+        image,
+        recovered.map,
+        Some(Intents::new(recovered.regions, lease)),
+        recovered.eras.guests,
+        MachinePace(Rc::clone(&machine)),
+    );
+    #[expect(
+        clippy::arc_with_non_send_sync,
+        reason = "the server's API, on one thread here"
+    )]
+    let disk = Arc::new(disk);
+    Life {
+        disk,
+        ending,
+        stopping: Cell::new(false),
+        machine,
+    }
+}
+
+impl Life {
+    async fn pauses(&self, most: u64) {
+        for _ in 0..self.machine.sim.below(most) {
+            pause(&self.machine.sim).await;
+        }
+    }
+
+    /// So many pauses; `None` for ever.
+    async fn patience(&self, pauses: Option<u64>) {
+        match pauses {
+            Some(pauses) => {
+                for _ in 0..pauses {
+                    pause(&self.machine.sim).await;
+                }
+            }
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn until_stopping(&self) {
+        while !self.stopping.get() {
+            pause(&self.machine.sim).await;
+        }
+    }
+
+    /// Compares what this server says with the disk.
+    pub(super) fn check(&self) -> Option<u64> {
+        let image = self.machine.image.medium();
+        let oracle = self.machine.oracle.borrow();
+        oracle.check(self.disk.map(), image.now())
+    }
+}
+
+/// Writes, zeroes and flushes.
+pub(super) async fn guest(life: Rc<Life>) {
+    let machine = &*life.machine;
+    let sim = &*machine.sim;
+    for _ in 0..=sim.below(16) {
+        if life.stopping.get() {
+            return;
+        }
+        if sim.one_in(16) {
+            machine.seconds.set(machine.seconds.get() + 1);
+        }
+        if sim.one_in(10) {
+            life.disk.flush().await.expect("nothing fails here");
+            continue;
+        }
+        let range = machine.shape.stretch(sim);
+        let number = sim.tick();
+        machine.oracle.borrow_mut().begun(number, range.clone());
+        let result = if sim.one_in(6) {
+            life.disk.zero(range, Zeroing::MayUnmap).await
+        } else {
+            let word = (number as u32).to_le_bytes();
+            let data = word.repeat((range.end - range.start) as usize / 4);
+            life.disk.write(range.start, Bytes::from(data)).await
+        };
+        result.expect("nothing fails here");
+        machine.oracle.borrow_mut().ended(number);
+        life.pauses(6).await;
+    }
+}
+
+/// Takes checkpoints.
+pub(super) async fn steward(life: Rc<Life>, count: u64) {
+    let machine = &*life.machine;
+    let sim = &*machine.sim;
+    for _ in 0..count {
+        life.pauses(40).await;
+        if life.stopping.get() {
+            return;
+        }
+        let tracking = life.disk.tracking();
+        let era = tracking.era.next().expect("there are enough eras");
+        let id = sim.tick() as u32;
+        machine.oracle.borrow_mut().make(id, era);
+        let next = Freeze {
+            disk: Arc::clone(&life.disk),
+            next: tracking.followed_by(era, None),
+        };
+        let patience = sim.one_in(4).then_some(10);
+        let waits = life.patience(patience);
+        let frozen = freeze(vec![next], waits).await;
+        // Now and then it is given up after the swap.
+        if frozen.is_err() || sim.one_in(6) {
+            machine.oracle.borrow_mut().unmake(id);
+            continue;
+        }
+        append(machine, CHECKPOINT, id, era)
+            .await
+            .expect("nothing fails here");
+        machine.oracle.borrow_mut().told(id);
+    }
+}
+
+/// Retires regions, which is sometimes interrupted.
+pub(super) async fn retirer(life: Rc<Life>) {
+    let sim = &*life.machine.sim;
+    while !life.stopping.get() {
+        life.pauses(60).await;
+        let patience = sim.one_in(4).then_some(12);
+        let retire = async {
+            if sim.one_in(2) {
+                life.disk.retire_all().await
+            } else {
+                life.disk.retire_some().await
+            }
+        };
+        let interrupted = life.patience(patience);
+        tokio::select! {
+            biased;
+            () = life.until_stopping() => return,
+            () = interrupted => {}
+            retired = retire => retired.expect("nothing fails here"),
+        }
+    }
+}
+
+/// Ends in good order; nobody writes any more.
+pub(super) async fn close(life: Rc<Life>) {
+    let machine = &*life.machine;
+    let done = "nothing fails here";
+    life.disk.flush().await.expect(done);
+    life.disk.retire_all().await.expect(done);
+    life.disk.sync_tracking().await.expect(done);
+    let header = Header {
+        clean: true,
+        in_doubt: false,
+        boot: machine.boot.get(),
+        era_high: life.disk.tracking().era.number(),
+    };
+    header.store(machine);
+    machine.header.sync().await.expect(done);
+}

@@ -1,0 +1,255 @@
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::io;
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bitmap::{EraMap, PageStore, PageTable};
+use block::{Extent, Storage, Zeroing};
+use bytes::Bytes;
+use scratch::{Durable, Pace, Step, World};
+
+use super::medium::Medium;
+use super::oracle::Oracle;
+use super::shape::{SECTOR, Shape};
+use crate::simulation::executor::pause;
+use crate::simulation::sim::Sim;
+
+/// A machine with a disk and its state, which outlive the servers that run on it.
+pub(super) struct Machine {
+    pub(super) sim: Arc<Sim>,
+    pub(super) shape: Shape,
+    /// Four bytes for each sector of the disk: which write it is from.
+    pub(super) image: File,
+    pub(super) eras: File,
+    pub(super) table: File,
+    pub(super) lease: File,
+    pub(super) header: File,
+    pub(super) journal: File,
+    pub(super) boot: Cell<u64>,
+    pub(super) seconds: Cell<u64>,
+    /// Writes that were issued and have not ended: the sectors that have not changed yet.
+    in_flight: RefCell<BTreeMap<u64, (Range<u64>, u32)>>,
+    last_issued: Cell<u64>,
+    pub(super) oracle: RefCell<Oracle>,
+    /// The map of the server that runs.
+    pub(super) map: RefCell<Option<Arc<EraMap<File>>>>,
+}
+
+/// How a server ends that nobody asked to.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Crash {
+    Kill,
+    PowerCut,
+}
+
+impl Machine {
+    pub(super) fn new(sim: &Arc<Sim>) -> Self {
+        let shape = Shape::draw(sim);
+        let file = |unit, size| File {
+            sim: Arc::clone(sim),
+            medium: Arc::new(Mutex::new(Medium::new(unit, size))),
+        };
+        let pages = shape.pages();
+        let table = file(512, 0);
+        PageTable::create(pages, table.clone()).expect("nothing fails here");
+        table.medium().settle();
+        Self {
+            sim: Arc::clone(sim),
+            image: file(4, shape.sectors() as usize * 4),
+            eras: file(512, pages as usize * 4096),
+            table,
+            lease: file(512, 1024),
+            header: file(16, 16),
+            journal: file(16, 0),
+            boot: Cell::new(1),
+            seconds: Cell::new(1000),
+            in_flight: RefCell::default(),
+            last_issued: Cell::new(0),
+            oracle: RefCell::new(Oracle::new(sim.seed, &shape)),
+            map: RefCell::default(),
+            shape,
+        }
+    }
+
+    /// Everything that ran is gone. What was in flight lands now or never.
+    pub(super) fn crash(&self, crash: Crash) {
+        let habit = self.sim.below(3);
+        for (_, (sectors, value)) in std::mem::take(&mut *self.in_flight.borrow_mut()) {
+            for sector in sectors {
+                if habit == 0 || habit == 1 && self.sim.one_in(2) {
+                    self.put(sector, value);
+                }
+            }
+        }
+        self.oracle.borrow_mut().crashed(self.sim.tick());
+        *self.map.borrow_mut() = None;
+        self.seconds.set(self.seconds.get() + self.sim.below(100));
+        if crash == Crash::PowerCut {
+            self.boot.set(self.boot.get() + 1);
+            for file in [
+                &self.image,
+                &self.eras,
+                &self.table,
+                &self.lease,
+                &self.header,
+                &self.journal,
+            ] {
+                file.medium().lose_power(&self.sim);
+            }
+            self.check_lease();
+            let clean = self.header.medium().now()[12] != 0;
+            let active = self.shape.active(self.table.medium().now());
+            self.oracle.borrow_mut().power_cut(&active, clean);
+        }
+        self.oracle
+            .borrow_mut()
+            .found_journal(self.journal.medium().now());
+    }
+
+    /// A change of the image that is later than the lease would be taken for someone else's.
+    fn check_lease(&self) {
+        let mut end = [0; 8];
+        self.lease.medium().load(0, &mut end);
+        let end = u64::from_le_bytes(end);
+        // A write may wait for as long as the lease is renewed before its end.
+        let last = self.last_issued.get().saturating_sub(10);
+        let seed = self.sim.seed;
+        assert!(
+            last == 0 || end > last,
+            "seed {seed}: a write was issued beyond the lease"
+        );
+    }
+
+    fn put(&self, sector: u64, value: u32) {
+        let at = sector as usize * 4;
+        self.image.medium().store(at, &value.to_le_bytes());
+    }
+
+    /// What is kept when the gate is closed.
+    fn capture(&self) {
+        let map = self.map.borrow();
+        let map = map.as_ref().expect("a server runs");
+        let now = self.sim.tick();
+        let mut oracle = self.oracle.borrow_mut();
+        oracle.captured(map, self.image.medium().now(), now);
+    }
+}
+
+/// A file, or the image of the disk.
+#[derive(Clone)]
+pub(super) struct File {
+    sim: Arc<Sim>,
+    medium: Arc<Mutex<Medium>>,
+}
+
+impl File {
+    pub(super) fn medium(&self) -> MutexGuard<'_, Medium> {
+        self.medium.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl PageStore for File {
+    fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.medium().store(offset as usize, bytes);
+        Ok(())
+    }
+
+    fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.medium().load(offset as usize, bytes);
+        Ok(())
+    }
+
+    fn stored(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        let end = self.medium().now().len() as u64;
+        Ok((offset < end).then_some(offset..end))
+    }
+}
+
+impl Durable for File {
+    async fn sync(&self) -> io::Result<()> {
+        pause(&self.sim).await;
+        let begun = self.medium().begin_sync();
+        pause(&self.sim).await;
+        self.medium().end_sync(begun);
+        pause(&self.sim).await;
+        Ok(())
+    }
+}
+
+pub(super) struct PowerWorld;
+
+impl World for PowerWorld {
+    type Image = Image;
+    type Scratch = Image;
+    type Pages = File;
+    type Pace = MachinePace;
+}
+
+/// The disk, where every write takes a while.
+pub(super) struct Image(pub(super) Rc<Machine>);
+
+impl Image {
+    async fn change(&self, range: Range<u64>, value: u32) -> io::Result<()> {
+        let machine = &*self.0;
+        let sectors = range.start / SECTOR..range.end.div_ceil(SECTOR);
+        let id = machine.sim.tick();
+        machine.last_issued.set(machine.seconds.get());
+        machine.oracle.borrow_mut().issued(&range, id);
+        let left = (sectors.clone(), value);
+        machine.in_flight.borrow_mut().insert(id, left);
+        let middle = sectors.start + machine.sim.below(sectors.end - sectors.start + 1);
+        for part in [sectors.start..middle, middle..sectors.end] {
+            pause(&machine.sim).await;
+            let left = (part.end..sectors.end, value);
+            machine.in_flight.borrow_mut().insert(id, left);
+            part.for_each(|sector| machine.put(sector, value));
+        }
+        pause(&machine.sim).await;
+        machine.in_flight.borrow_mut().remove(&id);
+        Ok(())
+    }
+}
+
+impl Storage for Image {
+    fn size(&self) -> u64 {
+        self.0.shape.size
+    }
+
+    async fn read(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+        unreachable!("nobody reads here")
+    }
+
+    async fn write(&self, offset: u64, data: &Bytes) -> io::Result<()> {
+        let value = u32::from_le_bytes([data[0], data[1], data[2], data[3]]);
+        self.change(offset..offset + data.len() as u64, value).await
+    }
+
+    async fn zero(&self, range: Range<u64>, _: Zeroing) -> io::Result<()> {
+        self.change(range, 0).await
+    }
+
+    async fn sync(&self) -> io::Result<()> {
+        self.0.image.sync().await
+    }
+
+    async fn extents(&self, range: Range<u64>) -> io::Result<Vec<Extent>> {
+        Ok(vec![Extent { range, hole: false }])
+    }
+}
+
+pub(super) struct MachinePace(pub(super) Rc<Machine>);
+
+impl Pace for MachinePace {
+    async fn step(&self, before: Step) {
+        pause(&self.0.sim).await;
+        if before == Step::Swap {
+            self.0.capture();
+        }
+    }
+
+    fn now(&self) -> u64 {
+        self.0.seconds.get()
+    }
+}

@@ -1,0 +1,78 @@
+use std::ops::Range;
+
+use bitmap::Granularity;
+
+use crate::simulation::sim::Sim;
+
+/// How large the disk of one schedule is, and where its guests write.
+pub(super) struct Shape {
+    pub(super) size: u64,
+    /// Around these places.
+    spots: Vec<u64>,
+}
+
+impl Shape {
+    pub(super) fn draw(sim: &Sim) -> Self {
+        let size = match sim.below(3) {
+            0 => PAGE + REGION + sim.below(REGION / SECTOR) * SECTOR,
+            _ => REGION + SECTOR + sim.below(3 * REGION / SECTOR) * SECTOR,
+        };
+        let spot = |_| match sim.below(4) {
+            0 => sim.below(size),
+            1 if size > PAGE => PAGE,
+            _ => sim.below(size / REGION + 1) * REGION,
+        };
+        let spots = (0..=sim.below(4)).map(spot).collect();
+        Self { size, spots }
+    }
+
+    /// Where a guest writes next.
+    pub(super) fn stretch(&self, sim: &Sim) -> Range<u64> {
+        let spot = sim.one_of(&self.spots) / SECTOR;
+        let longest = if sim.one_in(24) {
+            REGION / SECTOR + 40
+        } else {
+            12
+        };
+        let start = (spot + sim.below(24)).saturating_sub(12);
+        let start = start.min(self.sectors() - 1);
+        let end = (start + 1 + sim.below(longest)).min(self.sectors());
+        start * SECTOR..end * SECTOR
+    }
+
+    pub(super) fn sectors(&self) -> u64 {
+        self.size / SECTOR
+    }
+
+    pub(super) fn chunks(&self) -> u64 {
+        self.size.div_ceil(CHUNK)
+    }
+
+    pub(super) fn pages(&self) -> u64 {
+        self.size.div_ceil(PAGE)
+    }
+
+    /// Of each chunk, whether a region is active that it is in, as `table` has it: records of eight
+    /// bytes, 63 to a sector after a head of eight, with a bit for each region at four.
+    pub(super) fn active(&self, table: &[u8]) -> Vec<bool> {
+        let active = |chunk: u64| {
+            let region = chunk * CHUNK / REGION;
+            let page = (region / 16) as usize;
+            let at = page / 63 * 512 + 8 + page % 63 * 8 + 4;
+            let bits = u16::from_le_bytes([table[at], table[at + 1]]);
+            bits >> (region % 16) & 1 == 1
+        };
+        (0..self.chunks()).map(active).collect()
+    }
+}
+
+/// The smallest granularity there is.
+pub(super) fn granularity() -> Granularity {
+    Granularity::new(CHUNK).expect("4 KiB is a granularity")
+}
+
+pub(super) const SECTOR: u64 = 512;
+pub(super) const CHUNK: u64 = 4096;
+/// What one page of the map tells of, and a sixteenth of that.
+const PAGE: u64 = bitmap::ERAS_PER_PAGE * CHUNK;
+pub(super) const REGION: u64 = PAGE / 16;

@@ -43,7 +43,12 @@ impl Header {
         era_high: 0,
     };
 
-    fn read(machine: &Machine) -> Self {
+    /// Whether the next server will believe what is not durable, if a sync succeeds.
+    pub(super) fn is_believed(self, machine: &Machine) -> bool {
+        !self.clean && !self.in_doubt && self.boot == machine.boot.get()
+    }
+
+    pub(super) fn read(machine: &Machine) -> Self {
         let mut bytes = [0; 16];
         machine.header.medium().load(0, &mut bytes);
         let (numbers, flags) = bytes.split_at(12);

@@ -10,6 +10,7 @@ use block::{Extent, Storage, Zeroing};
 use bytes::Bytes;
 use scratch::{Durable, Pace, Step, World};
 
+use super::life::Header;
 use super::medium::Medium;
 use super::oracle::Oracle;
 use super::shape::{SECTOR, Shape};
@@ -32,6 +33,8 @@ pub(super) struct Machine {
     /// Writes that were issued and have not ended: the sectors that have not changed yet.
     in_flight: RefCell<BTreeMap<u64, (Range<u64>, u32)>>,
     last_issued: Cell<u64>,
+    /// Writing the image back has failed, of which the next sync tells.
+    image_failed: Cell<bool>,
     pub(super) oracle: RefCell<Oracle>,
     /// The map of the server that runs.
     pub(super) map: RefCell<Option<Arc<EraMap<File>>>>,
@@ -67,6 +70,7 @@ impl Machine {
             seconds: Cell::new(1000),
             in_flight: RefCell::default(),
             last_issued: Cell::new(0),
+            image_failed: Cell::new(false),
             oracle: RefCell::new(Oracle::new(sim.seed, &shape)),
             map: RefCell::default(),
             shape,
@@ -86,7 +90,15 @@ impl Machine {
         self.oracle.borrow_mut().crashed(self.sim.tick());
         *self.map.borrow_mut() = None;
         self.seconds.set(self.seconds.get() + self.sim.below(100));
+        let header = Header::read(self);
+        if crash == Crash::Kill && header.is_believed(self) && self.sim.one_in(16) {
+            self.image_failed.set(true);
+            self.image.medium().lose_power(&self.sim);
+            let active = self.shape.active(self.table.medium().now());
+            self.oracle.borrow_mut().power_cut(&active, false);
+        }
         if crash == Crash::PowerCut {
+            self.image_failed.set(false);
             self.boot.set(self.boot.get() + 1);
             for file in [
                 &self.image,
@@ -99,7 +111,7 @@ impl Machine {
                 file.medium().lose_power(&self.sim);
             }
             self.check_lease();
-            let clean = self.header.medium().now()[12] != 0;
+            let clean = Header::read(self).clean;
             let active = self.shape.active(self.table.medium().now());
             self.oracle.borrow_mut().power_cut(&active, clean);
         }
@@ -231,6 +243,9 @@ impl Storage for Image {
     }
 
     async fn sync(&self) -> io::Result<()> {
+        if self.0.image_failed.take() {
+            return Err(io::Error::other("drawn"));
+        }
         self.0.image.sync().await
     }
 

@@ -124,6 +124,11 @@ fn start(machine: &Rc<Machine>, patience: u64, tally: &mut PowerTally) -> Option
     if life.ending == Ending::PowerCut {
         tally.recoveries += 1;
         let active = active.iter().filter(|active| **active).count() as u64 * shape::CHUNK;
+        assert!(
+            surplus.is_none_or(|bytes| bytes <= active),
+            "seed {}: {surplus:?} bytes are presumed dirty, of {active} in active regions",
+            machine.sim.seed
+        );
         tally.surplus.extend(surplus.map(|bytes| (bytes, active)));
     }
     Some(life)

@@ -174,8 +174,8 @@ impl Oracle {
         }
     }
 
-    /// Compares what `map` says with what is on the disk. The bytes that are dirty and were not
-    /// written since the newest checkpoint, if there is one.
+    /// Compares what `map` says with what is on the disk. The bytes that this start presumed
+    /// dirty, and that were not written since the newest checkpoint, if there is one.
     pub(super) fn check(&self, map: &EraMap<File>, disk: &[u8]) -> Option<u64> {
         let mut surplus = 0;
         for chunk in 0..self.issued.len() {
@@ -215,7 +215,8 @@ impl Oracle {
                     presumed,
                     "seed {seed}: chunk {chunk} is presumed dirty, and counts as written"
                 );
-                if self.checkpoints.last_key_value().map(|(id, _)| id) == Some(id) {
+                let newest = self.checkpoints.last_key_value().map(|(id, _)| id);
+                if newest == Some(id) && self.presumed.last() == Some(&era) {
                     surplus += CHUNK;
                 }
             }

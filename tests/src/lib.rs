@@ -12,6 +12,7 @@ pub mod loop_device;
 pub mod process;
 pub mod raw_nbd;
 pub mod seeds;
+pub mod shadow;
 pub mod tools;
 
 pub mod simulation;
@@ -22,6 +23,7 @@ pub use loop_device::LoopDevice;
 pub use process::Output;
 pub use raw_nbd::RawNbd;
 pub use server::Server;
+pub use shadow::Shadow;
 
 /// A stretch of an export with a property: offset, length, flags of the metadata context.
 pub type Extent = (u64, u64, u32);

@@ -196,6 +196,29 @@ impl Server {
         self.wait();
     }
 
+    /// Starts the server and kills it after so long, whether or not it is ready by then.
+    #[track_caller]
+    pub fn start_and_kill(&mut self, after: Duration) {
+        assert!(self.child.is_none(), "the server runs already");
+        let mut command = self.builder.command();
+        command.stdout(File::create(self.path("stdout")).expect("a file of our own"));
+        command.stderr(File::create(self.path("stderr")).expect("a file of our own"));
+        let child = command.spawn().expect("the server's binary");
+        self.child = Some(child);
+        assert!(
+            !self.ends_within(after),
+            "the server ended by itself\n{}",
+            self.stderr()
+        );
+        self.kill();
+    }
+
+    /// Whether the server ends within this time.
+    pub fn ends_within(&self, time: Duration) -> bool {
+        let child = self.child.as_ref().expect("the server runs");
+        process::readable_or_ended(None, child, time) == Woken::Ended
+    }
+
     /// Sends the server a signal.
     #[track_caller]
     pub fn signal(&self, signal: Signal) {

@@ -13,6 +13,7 @@ pub mod process;
 pub mod raw_nbd;
 pub mod seeds;
 pub mod shadow;
+pub mod state;
 pub mod tools;
 
 pub mod simulation;

@@ -177,6 +177,12 @@ impl Server {
         }
     }
 
+    /// Starts a server that is expected to fail at it.
+    pub fn start_and_fail(&self) -> Output {
+        assert!(self.child.is_none(), "the server runs already");
+        self.builder.start_and_fail()
+    }
+
     /// Asks the server to stop, and sees that it exits 0.
     #[track_caller]
     pub fn stop(&mut self) {

@@ -231,15 +231,14 @@ fn after_another_boot_the_doubt_is_bounded_and_open_backups_are_broken() {
     }
     server.start();
 
-    let shown = server.cli(&["backup", "show", "b1", "--json"]);
-    let backup: Value = serde_json::from_str(&shown.exits(4).stdout).expect("JSON");
-    assert_eq!(backup["state"], "broken", "{backup}");
-    assert!(
-        backup["broken_reason"]
-            .as_str()
-            .is_some_and(|why| !why.is_empty()),
-        "{backup}"
-    );
+    is_broken(&server);
+    // What is lost stays lost, however the next server ends.
+    server.kill();
+    server.start();
+    is_broken(&server);
+    server.stop();
+    server.start();
+    is_broken(&server);
     server.cli(&["backup", "commit", "b1"]).error(4);
     server.abort("b1");
     match begin_since(&server, "b2", "vda", "cp1") {
@@ -269,6 +268,38 @@ fn after_another_boot_the_doubt_is_bounded_and_open_backups_are_broken() {
             assert_eq!((dirty, uncertain), (4 * KIB, 0), "{map:?}");
         }
     }
+}
+
+#[track_caller]
+fn is_broken(server: &Server) {
+    let shown = server.cli(&["backup", "show", "b1", "--json"]);
+    let backup: Value = serde_json::from_str(&shown.exits(4).stdout).expect("JSON");
+    assert_eq!(backup["state"], "broken", "{backup}");
+    let reason = backup["broken_reason"].as_str();
+    assert!(reason.is_some_and(|why| !why.is_empty()), "{backup}");
+}
+
+#[test]
+fn a_backup_whose_scratch_was_away_for_one_start_stays_broken() {
+    let mut server = left_by(Server::stop);
+    server.start();
+    server.begin("b1", &["--since", "cp1"]);
+    Guest::new(&server, "vda").write(0, &[5; 4096]);
+    server.stop();
+    let scratch = state::directory(&server, "vda").join("backups");
+    let aside = server.path("aside");
+    fs::rename(&scratch, &aside).unwrap();
+    server.start();
+    is_broken(&server);
+    // A write that the scratch does not see.
+    Guest::new(&server, "vda").write(3 * CHUNK, &[6; 4096]);
+    server.stop();
+    let _ = fs::remove_dir_all(&scratch);
+    fs::rename(&aside, &scratch).unwrap();
+    server.start();
+    is_broken(&server);
+    server.abort("b1");
+    check_incremental(&server, "b2", ("vda", "cp1"), &[0, 3, 9], "scratch away");
 }
 
 fn guest_again(server: &Server, offset: u64) {

@@ -103,6 +103,16 @@ impl State {
         self.journal.append(record).await
     }
 
+    /// Records that nothing is in doubt any more: all of that is marked by now, or recorded.
+    pub(crate) async fn settle(&mut self) -> io::Result<()> {
+        if !self.life.in_doubt {
+            return Ok(());
+        }
+        self.life.in_doubt = false;
+        self.header.store(&self.life)?;
+        self.header.sync().await
+    }
+
     /// Records that a sync of the image has failed: the next start cannot believe what is newer.
     pub(crate) async fn record_failed_sync(&mut self) -> io::Result<()> {
         self.life.in_doubt = true;
@@ -248,7 +258,8 @@ async fn begin(
 
     let mut life = Life {
         era_high: era.number(),
-        // Until everything in doubt is marked, whoever comes next has the same doubt.
+        // Until everything in doubt is marked, and what it broke is recorded, whoever comes next
+        // has the same doubt.
         in_doubt: ending == Ending::PowerCut,
         ..here
     };
@@ -269,11 +280,6 @@ async fn begin(
         tracing::warn!(dir = %dir.display(), pages, "pages of the map are damaged, and dirty");
     }
 
-    if life.in_doubt {
-        life.in_doubt = false;
-        header.store(&life)?;
-        header.sync().await?;
-    }
     let started = records.iter().filter_map(|record| match record {
         Record::Started { era } => Some(Era::from_number(*era)),
         _ => None,
@@ -343,7 +349,8 @@ fn highest_recorded(records: &[Record]) -> u32 {
         Record::Started { era } => era.saturating_add(1),
         Record::Checkpoint(checkpoint) => checkpoint.era,
         Record::Begun(backup) => backup.era,
-        Record::Deleted { .. } | Record::Committed { .. } | Record::Aborted { .. } => 0,
+        Record::Deleted { .. } | Record::Committed { .. } => 0,
+        Record::Aborted { .. } | Record::Broken { .. } => 0,
     };
     records.iter().map(era).max().unwrap_or(0)
 }

@@ -172,7 +172,9 @@ async fn create(
     let granularity = granularity.unwrap_or(Granularity::DEFAULT);
     let made = async {
         let chunks = image.size().div_ceil(granularity.bytes());
-        Cells::create(&dir.join(ERAS))?.sync().await?;
+        let eras = Cells::create(&dir.join(ERAS))?;
+        eras.extend(eras_bytes(chunks))?;
+        eras.sync().await?;
         let table = PageTable::create(pages_of(chunks), CellPages::create(&dir.join(PAGES))?)?;
         scratch::Durable::sync(table.store()).await?;
         Cells::create(&dir.join(JOURNAL))?.sync().await?;
@@ -240,6 +242,13 @@ async fn begin(
         lost = Some("how its last server ended cannot be read".to_owned());
         here.clone()
     });
+    let eras = open_or_create(dir, ERAS)?;
+    let whole = eras_bytes(image.size().div_ceil(format.granularity.bytes()));
+    // Of a page that is being written nobody knows what it should sum to, so that some of it is
+    // missing has to be seen here.
+    if eras.length()? < whole {
+        lost = Some("the map of what changed is missing, or short".to_owned());
+    }
     if let Some(why) = changed_image(&before, &here, ending, lease_record) {
         lost = Some(why);
     }
@@ -249,7 +258,7 @@ async fn begin(
         .max(before.lost_era)
         .max(highest_recorded(&records));
     let files = (
-        CellPages::from(open_or_create(dir, ERAS)?),
+        CellPages::from(eras),
         CellPages::from(open_or_create(dir, PAGES)?),
     );
     let plausible = Era::from_number(known.saturating_add(UNRECORDED_ERAS_MAX));
@@ -269,6 +278,8 @@ async fn begin(
     };
     header.store(&life)?;
     header.sync().await?;
+    // After it is recorded why.
+    open_or_create(dir, ERAS)?.extend(whole)?;
     let started = Record::Started {
         era: presumed.number(),
     };
@@ -389,12 +400,19 @@ fn pages_of(chunks: u64) -> u64 {
     chunks.div_ceil(bitmap::ERAS_PER_PAGE)
 }
 
+fn eras_bytes(chunks: u64) -> u64 {
+    pages_of(chunks) * PAGE_BYTES
+}
+
 fn cannot_use(dir: &Path, error: &io::Error) -> Failure {
     Failure::new(
         "state",
         format!("cannot use the state in '{}': {error}", dir.display()),
     )
 }
+
+/// Of the map of eras.
+const PAGE_BYTES: u64 = 4 * bitmap::ERAS_PER_PAGE;
 
 const HEADER: &str = "header";
 const HEADER_ASIDE: &str = "header.new";

@@ -110,22 +110,23 @@ impl<P: PageStore> Regions<P> {
         (0..self.words.len() as u64).flat_map(|page| self.active_on(page))
     }
 
-    /// Begins to retire up to `count` regions without a writer, those first that nobody entered
-    /// since the last time.
-    pub fn begin_retiring(&self, count: usize) -> Vec<Region> {
-        let candidates: Vec<Region> = self.all_active().collect();
-        let idle = |region: &&Region| self.word(**region).load(Ordering::SeqCst) == ACTIVE;
-        let mut retiring: Vec<Region> = candidates.iter().filter(idle).copied().collect();
-        for region in &candidates {
-            self.word(*region).fetch_and(!TOUCHED, Ordering::Relaxed);
+    /// Begins to retire every region that nobody entered since the last time, and, if those are
+    /// fewer than `least`, as many others without a writer.
+    pub fn begin_retiring(&self, least: usize) -> Vec<Region> {
+        let (mut retiring, mut busy) = (Vec::new(), Vec::new());
+        for region in self.all_active() {
+            let before = self.word(region).fetch_and(!TOUCHED, Ordering::SeqCst);
+            if before == ACTIVE && self.exchange(region, ACTIVE, RETIRING) {
+                retiring.push(region);
+            } else {
+                busy.push(region);
+            }
         }
-        if retiring.len() < count {
-            retiring = candidates;
-        }
-        retiring.retain(|region| self.exchange(*region, ACTIVE, RETIRING));
-        for region in retiring.split_off(retiring.len().min(count)) {
-            self.exchange(region, RETIRING, ACTIVE);
-        }
+        let lacking = least.saturating_sub(retiring.len());
+        let more = busy
+            .into_iter()
+            .filter(|region| self.exchange(*region, ACTIVE, RETIRING));
+        retiring.extend(more.take(lacking));
         retiring
     }
 
@@ -306,11 +307,22 @@ mod tests {
             activate(&regions, *region);
             regions.leave(*region);
         }
-        regions.begin_retiring(0);
+        assert_eq!(
+            regions.begin_retiring(0),
+            [],
+            "all were entered since the beginning"
+        );
         for busy in [all[0], all[2]] {
             regions.enter(busy);
             regions.leave(busy);
         }
-        assert_eq!(regions.begin_retiring(1), [all[1]]);
+        assert_eq!(regions.begin_retiring(0), [all[1]]);
+        assert!(regions.enter(all[0]), "taken back");
+        regions.leave(all[0]);
+        assert_eq!(
+            regions.begin_retiring(2),
+            [all[2], all[0]],
+            "as many as are wanted"
+        );
     }
 }

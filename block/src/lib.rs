@@ -15,5 +15,5 @@ mod sync;
 pub use cells::Cells;
 pub use file::FileStorage;
 pub use lock::{ImageLock, LockError};
-pub use storage::{Extent, Storage, Zeroing};
+pub use storage::{Extent, Storage, Zeroing, is_zero};
 pub use sync::SharedSync;

@@ -150,16 +150,15 @@ mod ofd {
 mod tests {
     use super::*;
 
+    fn open(file: &tempfile::NamedTempFile) -> File {
+        let mut options = File::options();
+        options.read(true).write(true).open(file.path()).unwrap()
+    }
+
     #[test]
     fn an_image_can_be_had_once() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let open = || {
-            File::options()
-                .read(true)
-                .write(true)
-                .open(file.path())
-                .unwrap()
-        };
+        let open = || open(&file);
         let first = open();
         ImageLock::take(&first).unwrap();
         assert!(matches!(
@@ -173,13 +172,7 @@ mod tests {
     #[test]
     fn an_image_with_a_qemu_lock_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let open = || {
-            File::options()
-                .read(true)
-                .write(true)
-                .open(file.path())
-                .unwrap()
-        };
+        let open = || open(&file);
         let qemu = open();
         ofd::lock_shared(&qemu, 101).unwrap();
         assert!(matches!(

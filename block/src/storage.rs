@@ -41,6 +41,14 @@ pub struct Extent {
     pub hole: bool,
 }
 
+/// Whether all of `bytes` are zero.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    // Wide words and no early exit within a block, which the compiler turns into vector code.
+    bytes
+        .chunks(256)
+        .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
 /// What zeroing may do to the space that was in use.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Zeroing {

@@ -3,7 +3,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use block::Storage;
+use block::{Storage, is_zero};
 use bytes::{Bytes, BytesMut};
 
 use crate::allocation::allocation;
@@ -188,11 +188,4 @@ fn give_up<W: World>(
         snapshot.break_with(reason(snapshot))?;
     }
     Ok(())
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    // Wide words and no early exit within a block, which the compiler turns into vector code.
-    bytes
-        .chunks(256)
-        .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
 }

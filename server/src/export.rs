@@ -7,10 +7,10 @@ use std::sync::atomic::Ordering;
 
 use bitmap::{Era, Run};
 use block::Extent;
+use proto::{DIRTY, STATE_HOLE, STATE_ZERO};
 use scratch::FrozenError;
 use thiserror::Error;
 
-use crate::names::Name;
 use crate::served::ServedDisk;
 use crate::service::{Base, Book, FrozenDisk, Service, Usage};
 
@@ -140,13 +140,16 @@ fn only(service: &Service) -> Option<&Arc<ServedDisk>> {
 /// The names that `role` lists, each with what it is.
 pub(crate) fn list(service: &Service, role: Role) -> Vec<(String, String)> {
     if role == Role::Live {
-        let live = |name: &Name| (name.to_string(), "the disk as it is".to_owned());
-        return service.disks().keys().map(live).collect();
+        let live = |disk: &Arc<ServedDisk>| {
+            let description = Export::Live(Arc::clone(disk)).description();
+            (disk.name.to_string(), description)
+        };
+        return service.disks().values().map(live).collect();
     }
     let book = service.book();
     let mut listed = Vec::new();
     for part in book.backups.iter().flat_map(|backup| backup.disks.values()) {
-        let description = format!("disk '{}' as frozen by '{}'", part.disk.name, part.backup);
+        let description = Export::Frozen(Arc::clone(part)).description();
         if part.has_disk_name {
             listed.push((part.disk.name.to_string(), description.clone()));
         }
@@ -198,7 +201,7 @@ impl Export {
     /// The contexts that it lists.
     pub(crate) fn contexts(&self, service: &Service) -> Vec<String> {
         let mut names = vec![ALLOCATION.to_owned(), DEPTH.to_owned()];
-        let dirty = |name: &str| format!("{DIRTY}{name}");
+        let dirty = |name: &str| format!("{BITMAP}{name}");
         match self {
             Self::Live(_) => {}
             Self::Frozen(part) => match &part.base {
@@ -223,7 +226,7 @@ impl Export {
             DEPTH => return Some(Context::Depth),
             _ => {}
         }
-        let bitmap = name.strip_prefix(DIRTY)?;
+        let bitmap = name.strip_prefix(BITMAP)?;
         match self {
             Self::Live(_) => None,
             Self::Frozen(part) => {
@@ -296,7 +299,7 @@ impl Export {
             // A live disk has no bitmaps to ask for.
             (Context::Dirty(_), Self::Live(_)) => vec![Status {
                 length,
-                flags: DIRTY_FLAG,
+                flags: DIRTY,
             }],
         };
         self.still_open()?;
@@ -377,7 +380,7 @@ fn allocation_of(extent: &Extent) -> Status {
 }
 
 fn dirty_of(run: &Run) -> Status {
-    let flags = if run.dirty { DIRTY_FLAG } else { 0 };
+    let flags = if run.dirty { DIRTY } else { 0 };
     Status {
         length: run.range.end - run.range.start,
         flags,
@@ -393,13 +396,8 @@ fn push(found: &mut Vec<Status>, length: u64, flags: u32) {
 
 const ALLOCATION: &str = "base:allocation";
 const DEPTH: &str = "qemu:allocation-depth";
-const DIRTY: &str = "qemu:dirty-bitmap:";
+const BITMAP: &str = "qemu:dirty-bitmap:";
 
-/// `NBD_STATE_HOLE` and `NBD_STATE_ZERO`, of `base:allocation`.
-const STATE_HOLE: u32 = 1;
-const STATE_ZERO: u32 = 2;
-/// `NBD_STATE_DIRTY`, of `qemu:dirty-bitmap:`.
-const DIRTY_FLAG: u32 = 1;
 /// Of `qemu:allocation-depth`: in the image itself, which has nothing behind it.
 const DEPTH_LOCAL: u32 = 1;
 

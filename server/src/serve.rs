@@ -1,6 +1,7 @@
 //! A server from start to stop.
 
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::LocalSet;
 
 use crate::address::Address;
@@ -140,8 +141,13 @@ async fn accept(
 ) -> Workers {
     let (queue, mut clients) = mpsc::channel(CLIENTS_WAITING_MAX);
     let mut loops = tokio::task::JoinSet::new();
+    let [live, backup] = [(); 2].map(|()| Arc::new(Semaphore::new(CLIENTS_MAX)));
     for (listener, role) in listeners.data {
-        loops.spawn_local(accept_data(listener, role, queue.clone()));
+        let places = Arc::clone(match role {
+            Role::Live => &live,
+            Role::Backup => &backup,
+        });
+        loops.spawn_local(accept_data(listener, role, places, queue.clone()));
     }
     let mut conversations = tokio::task::JoinSet::new();
     loop {
@@ -189,14 +195,28 @@ impl Signals {
     }
 }
 
-async fn accept_data(listener: Listener, role: Role, queue: mpsc::Sender<Client>) {
+async fn accept_data(
+    listener: Listener,
+    role: Role,
+    places: Arc<Semaphore>,
+    queue: mpsc::Sender<Client>,
+) {
     loop {
-        let client = match &listener {
-            Listener::Unix(listener) => accept_unix(listener, role).await,
-            Listener::Tcp(listener) => accept_tcp(listener, role).await,
+        // The place before the client: who finds none waits outside, and takes no descriptor.
+        let place = Arc::clone(&places).acquire_owned().await;
+        let place = place.expect("it is never closed");
+        let accepted = match &listener {
+            Listener::Unix(listener) => accept_unix(listener).await,
+            Listener::Tcp(listener) => accept_tcp(listener).await,
         };
-        match client {
-            Ok(client) => {
+        match accepted {
+            Ok((stream, peer)) => {
+                let client = Client {
+                    stream,
+                    role,
+                    peer,
+                    place,
+                };
                 if queue.send(client).await.is_err() {
                     return;
                 }
@@ -206,26 +226,18 @@ async fn accept_data(listener: Listener, role: Role, queue: mpsc::Sender<Client>
     }
 }
 
-async fn accept_unix(listener: &UnixListener, role: Role) -> io::Result<Client> {
+async fn accept_unix(listener: &UnixListener) -> io::Result<(Stream, String)> {
     let (stream, _) = listener.accept().await?;
     let peer = match stream.peer_cred() {
         Ok(cred) => format!("uid {}, pid {}", cred.uid(), cred.pid().unwrap_or(0)),
         Err(_) => "unknown".to_owned(),
     };
-    Ok(Client {
-        stream: Stream::Unix(stream.into_std()?),
-        role,
-        peer,
-    })
+    Ok((Stream::Unix(stream.into_std()?), peer))
 }
 
-async fn accept_tcp(listener: &TcpListener, role: Role) -> io::Result<Client> {
+async fn accept_tcp(listener: &TcpListener) -> io::Result<(Stream, String)> {
     let (stream, peer) = listener.accept().await?;
-    Ok(Client {
-        stream: Stream::Tcp(stream.into_std()?),
-        role,
-        peer: peer.to_string(),
-    })
+    Ok((Stream::Tcp(stream.into_std()?), peer.to_string()))
 }
 
 /// Without descriptors to accept with, trying again at once would only burn time.
@@ -294,7 +306,7 @@ fn refuse_plaintext(options: &ServeOptions) -> Result<(), Failure> {
 
 fn claim_run_dir(dir: &Path) -> Result<LockFile, Failure> {
     listen::check_length(&dir.join("control.sock"))?;
-    std::fs::create_dir_all(dir).map_err(|error| {
+    make_run_dir(dir).map_err(|error| {
         Failure::new(
             "cannot-write",
             format!("cannot make '{}': {error}", dir.display()),
@@ -315,6 +327,16 @@ fn claim_run_dir(dir: &Path) -> Result<LockFile, Failure> {
         let hint = "one server per run directory: choose another with --run-dir";
         Failure::new("locked", message).hint(hint)
     })
+}
+
+/// The sockets say who may connect, so everyone may look for them, whatever the mask is. A directory
+/// that is there already is as its owner wants it.
+fn make_run_dir(dir: &Path) -> io::Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(dir)?;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(RUN_DIR_MODE))
 }
 
 /// What a person needs next: what to paste where.
@@ -351,6 +373,13 @@ fn worker_count() -> usize {
 fn cannot(what: &str, error: &io::Error) -> Failure {
     Failure::new("system", format!("cannot {what}: {error}"))
 }
+
+const RUN_DIR_MODE: u32 = 0o755;
+
+/// Clients of each role that are served at once: some times what any tool opens, and so few that with
+/// the usual 1,024 descriptors those of one role leave enough for the other, for control and for
+/// backups.
+const CLIENTS_MAX: usize = 256;
 
 /// Clients that have been accepted and not yet been given to a worker.
 const CLIENTS_WAITING_MAX: usize = 16;

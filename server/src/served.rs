@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bitmap::{Era, Granularity};
 use block::{FileStorage, ImageLock, Storage};
@@ -125,16 +126,18 @@ impl ServedDisk {
     /// Keeps some regions free, and records what must be known after a kill, for as long as the
     /// disk is served.
     pub(crate) async fn look_after(&self) {
+        let mut idle = tokio::time::interval(IDLE_CHECK);
         loop {
-            tokio::select! {
-                () = self.disk.crowded() => {}
+            let retired = tokio::select! {
+                () = self.disk.crowded() => self.disk.retire_some().await,
+                _ = idle.tick() => self.disk.retire_idle().await,
                 () = self.disk.sync_fails() => {
                     let recorded = self.state.lock().await.record_failed_sync().await;
                     tracing::error!(disk = %self.name, ?recorded, "a sync of the image failed");
                     return;
                 }
-            }
-            if let Err(error) = self.disk.retire_some().await {
+            };
+            if let Err(error) = retired {
                 tracing::error!(disk = %self.name, %error, "regions cannot be retired");
             }
         }
@@ -340,6 +343,10 @@ fn cannot_write(path: &Path, error: &io::Error) -> Failure {
         format!("cannot write '{}': {error}", path.display()),
     )
 }
+
+/// A region that nobody enters for this long, or up to twice as long, is retired; about as long as
+/// the kernel leaves written pages in memory.
+const IDLE_CHECK: Duration = Duration::from_secs(30);
 
 /// Its presence says that a folder is Stillpoint's, and its lock that a server uses it.
 const FOLDER_LOCK: &str = "stillpoint.lock";

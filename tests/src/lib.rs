@@ -9,11 +9,13 @@ pub mod server;
 pub mod control;
 pub mod guest;
 pub mod loop_device;
+pub mod mount;
 pub mod process;
 pub mod raw_nbd;
 pub mod seeds;
 pub mod shadow;
 pub mod state;
+pub mod syncs;
 pub mod tools;
 
 pub mod simulation;
@@ -21,10 +23,12 @@ pub mod simulation;
 pub use control::Qmp;
 pub use guest::Guest;
 pub use loop_device::LoopDevice;
+pub use mount::Mount;
 pub use process::Output;
 pub use raw_nbd::RawNbd;
 pub use server::Server;
 pub use shadow::Shadow;
+pub use syncs::Syncs;
 
 /// A stretch of an export with a property: offset, length, flags of the metadata context.
 pub type Extent = (u64, u64, u32);

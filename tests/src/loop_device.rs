@@ -1,9 +1,8 @@
 //! Loop devices. They need root, or a `sudo` that asks for nothing.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use crate::process::{Output, run};
+use crate::mount::as_root;
 use crate::tools::path;
 
 /// A loop device that is detached when dropped.
@@ -16,7 +15,7 @@ impl LoopDevice {
     /// Attaches a device to a file.
     #[track_caller]
     pub fn new(file: &Path) -> Self {
-        let output = losetup(&["--find", "--show", path(file)]);
+        let output = as_root("losetup", &["--find", "--show", path(file)]);
         let hint = "tests of block devices need root, or `sudo -n losetup`";
         assert_eq!(output.code(), 0, "{hint}\n{output}");
         Self {
@@ -32,17 +31,9 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        let output = losetup(&["--detach", path(&self.device)]);
+        let output = as_root("losetup", &["--detach", path(&self.device)]);
         if output.code() != 0 {
             eprintln!("{output}");
         }
-    }
-}
-
-fn losetup(args: &[&str]) -> Output {
-    if rustix::process::geteuid().is_root() {
-        run(Command::new("losetup").args(args))
-    } else {
-        run(Command::new("sudo").args(["-n", "losetup"]).args(args))
     }
 }

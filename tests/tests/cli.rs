@@ -1,20 +1,26 @@
 //! What a person types, and what they are told.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
-use stillpoint_tests::process::{Output, run};
+use stillpoint_tests::process::{KilledOnDrop, Output, run};
 use stillpoint_tests::server::{self, Builder, named, names};
-use stillpoint_tests::tools::{path, sparse_file, tool, with_qemu_nbd};
+use stillpoint_tests::tools::{
+    nbdcopy_sha256, path, sha256_of_file, sparse_file, tool, with_qemu_nbd,
+};
 use stillpoint_tests::{CHUNK, Guest, MIB, Server};
 
 const BAD_NAMES: [&str; 12] = [
     "", "-a", ".a", "_a", "a/b", "a b", "a..b", "a.", "last", "latest", "auto", "none",
 ];
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
 
 fn stillpoint(args: &[&str]) -> Output {
     run(Command::new(server::binary()).args(args))
@@ -232,6 +238,69 @@ mod start {
     }
 
     #[test]
+    fn sockets_have_the_mode_and_the_group_that_were_asked_for() {
+        // Any other group is one that only root may give.
+        let group = rustix::process::getegid().as_raw() + u32::from(is_root());
+        let server = Server::builder()
+            .disk("vda", MIB)
+            .arg("--socket-mode=0660")
+            .arg(&format!("--socket-group={group}"))
+            .start();
+        for socket in [server.live(), server.frozen(), server.control()] {
+            let found = fs::metadata(&socket).unwrap();
+            let expected = (0o660, group);
+            let found = (found.permissions().mode() & 0o777, found.gid());
+            assert_eq!(found, expected, "{}", socket.display());
+        }
+        for args in [["--socket-mode=0999"], ["--socket-group=no-such-group"]] {
+            let builder = Server::builder().disk("vda", MIB).arg(args[0]);
+            builder
+                .start_and_fail()
+                .refused(args[0].split('=').nth(1).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_mask_takes_nothing_from_the_modes_of_sockets_and_their_directory() {
+        let builder = Server::builder().disk("vda", MIB).arg("--socket-mode=0660");
+        let command = builder.command();
+        let mut masked = Command::new("sh");
+        masked.args(["-c", "umask 077; exec \"$0\" \"$@\""]);
+        masked.arg(command.get_program()).args(command.get_args());
+        let _server = KilledOnDrop::spawn(masked.stdout(Stdio::null()));
+        let run_directory = builder.path("run");
+        let wait = ["status", "--wait", "20", "--run-dir", path(&run_directory)];
+        stillpoint(&wait).ok();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&run_directory), 0o755);
+        assert_eq!(mode(&run_directory.join("live.sock")), 0o660);
+    }
+
+    #[test]
+    fn backups_can_be_pulled_over_tcp_and_only_a_word_opens_a_network() {
+        let server = Server::builder()
+            .disk("vda", MIB)
+            .arg("--backup-listen=tcp:127.0.0.1:0")
+            .start();
+        Guest::new(&server, "vda").write(0, &[7; 4096]);
+        let begun = server.begin("b1", &[]);
+        let uris = begun["disks"][0]["uris"].as_array().expect("a list");
+        let uri = uris.iter().filter_map(Value::as_str);
+        let uri = uri
+            .into_iter()
+            .find(|uri| uri.starts_with("nbd://127.0.0.1:"));
+        let uri = uri.unwrap_or_else(|| panic!("no TCP in {begun}"));
+        assert!(!uri.contains(":0/"), "the port that it got: {uri}");
+        let found = nbdcopy_sha256(uri, server.directory());
+        assert_eq!(found, sha256_of_file(&server.image("vda")));
+
+        let open = "--live-listen=tcp:0.0.0.0:0";
+        let builder = Server::builder().disk("vda", MIB).arg(open);
+        builder.start_and_fail().refused("unencrypted");
+        builder.arg("--allow-plaintext").start().is_well();
+    }
+
+    #[test]
     fn a_second_server_on_an_image_is_refused_and_told_who_has_it() {
         let server = Server::with_disk(MIB);
         let output = Server::builder()
@@ -292,7 +361,7 @@ mod start {
     /// Starts a server that is to fail as a user who may do little.
     fn as_nobody(builder: &Builder) -> Output {
         let command = builder.command();
-        if !rustix::process::geteuid().is_root() {
+        if !is_root() {
             return run(&mut { command });
         }
         // The build may be where only its owner can look.
@@ -536,6 +605,19 @@ mod checkpoints {
         assert_eq!(begun["since"], "cp1");
         assert_eq!(begun["since_uuid"], cp1["uuid"]);
         assert_eq!(begun["disks"][0]["mode"], "incremental");
+    }
+
+    #[test]
+    fn a_name_that_looks_like_a_uuid_is_a_name() {
+        let server = Server::with_disk(MIB);
+        let name = "0123456789abcdef0123456789abcdef";
+        server.checkpoint(name);
+        let begun = server.begin("b1", &["--since", name]);
+        assert_eq!(begun["disks"][0]["mode"], "incremental", "{begun}");
+        let other = name.replace('0', "1");
+        let output = server.cli(&["backup", "begin", "--since", &other, "--json"]);
+        output.exits(3);
+        assert!(output.stdout.contains(r#""mode":"full""#), "{output}");
     }
 
     #[test]

@@ -2,8 +2,9 @@
 
 use std::process::{Command, Stdio};
 
+use rustix::process::Signal;
 use stillpoint_tests::process::KilledOnDrop;
-use stillpoint_tests::raw_nbd::{command, option};
+use stillpoint_tests::raw_nbd::{command, flag, option};
 use stillpoint_tests::tools::nbdinfo_map;
 use stillpoint_tests::{CHUNK, Guest, MIB, RawNbd, Server};
 
@@ -198,6 +199,49 @@ fn a_client_killed_anywhere_in_the_handshake() {
 }
 
 #[test]
+fn what_is_in_flight_at_a_stop_is_answered() {
+    const READS: u64 = 8;
+    const WRITES: u64 = 200;
+    let mut scene = Scene::new();
+    let mut reader = scene.server.open_frozen("vda@b1", &[]);
+    let (sender, reads) = reader.halves();
+    for cookie in 0..READS {
+        sender
+            .request((command::READ, 0), cookie, cookie * MIB, MIB as u32, &[])
+            .unwrap();
+    }
+    let mut guest = scene.server.open_live("vda");
+    let (sender, writes) = guest.halves();
+    for cookie in 0..WRITES {
+        let offset = 8 * MIB + cookie * 8192;
+        sender
+            .request((command::WRITE, flag::FUA), cookie, offset, 512, &[9; 512])
+            .unwrap();
+    }
+    // Nothing has been received yet, and the server has begun all of it.
+    let mut other = scene.server.open_live("vda");
+    while scene.server.bytes_read("b1", "vda", "vda@b1") < READS * MIB {}
+    while other.read(8 * MIB + (WRITES - 1) * 8192, 1) != Ok(vec![9]) {}
+
+    scene.server.signal(Signal::TERM);
+    for (receiver, count) in [(reads, READS), (writes, WRITES)] {
+        let mut answered: Vec<_> = (0..count)
+            .map(|_| receiver.answer().expect("an answer to what was begun"))
+            .collect();
+        answered.sort_by_key(|answer| answer.cookie);
+        assert!(answered.iter().all(|answer| answer.error == 0));
+        assert!(answered.iter().map(|answer| answer.cookie).eq(0..count));
+        assert!(receiver.answer().is_err(), "the server hangs up");
+    }
+    assert!(scene.server.wait().success());
+    let disk = std::fs::read(scene.server.image("vda")).unwrap();
+    for write in 0..WRITES {
+        let at = (8 * MIB + write * 8192) as usize;
+        assert_eq!(disk[at..at + 512], [9; 512], "write {write}");
+    }
+}
+
+#[test]
 fn clients_that_connect_and_stay_silent_keep_nobody_out() {
     let scene = Scene::new();
     let silent: Vec<_> = (0..64)
@@ -206,4 +250,24 @@ fn clients_that_connect_and_stay_silent_keep_nobody_out() {
         .collect();
     scene.goes_on();
     drop(silent);
+}
+
+#[test]
+fn more_backup_clients_than_there_is_room_for_wait_and_nobody_else_does() {
+    let mut scene = Scene::new();
+    let silent: Vec<_> = (0..400)
+        .map(|_| RawNbd::connect_silently(&scene.server.frozen()))
+        .collect();
+    // The guest, a second one, and whoever begins a backup, which takes descriptors too.
+    scene.guest.write(0, &[5; 4096]);
+    assert_eq!(scene.server.open_live("vda").read(0, 1), Ok(vec![5]));
+    scene.server.begin("b2", &[]);
+    let descriptors = format!("/proc/{}/fd", scene.server.pid());
+    let count = std::fs::read_dir(descriptors)
+        .expect("a live process")
+        .count();
+    assert!(count < 350, "{count} descriptors");
+    drop(silent);
+    scene.server.abort("b2");
+    scene.goes_on();
 }

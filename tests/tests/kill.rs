@@ -398,9 +398,10 @@ impl Writer<'_> {
             let (disk, size, _) = DISKS[which];
             let units = size / UNIT / WRITERS;
             // Half of the time in a few places, so that the same chunk is hit again and again.
-            let unit = match rng.random_bool(0.5) {
-                true => rng.random_range(0..units.min(16)),
-                false => rng.random_range(0..units),
+            let unit = if rng.random_bool(0.5) {
+                rng.random_range(0..units.min(16))
+            } else {
+                rng.random_range(0..units)
             };
             let start = rng.random_range(0..UNIT / SECTOR);
             let length = rng.random_range(1..=UNIT / SECTOR - start) * SECTOR;

@@ -98,15 +98,15 @@ fn parse(trace: &str) -> Vec<Call> {
     for (number, line) in trace.lines().enumerate() {
         let (thread, what) = line.split_once(' ').expect("a thread and a call");
         let what = what.trim_start();
-        if let Some(begin) = what.strip_suffix("<unfinished ...>") {
-            open.push((thread, number, begin));
+        if let Some(head) = what.strip_suffix("<unfinished ...>") {
+            open.push((thread, number, head));
         } else if what.starts_with("<... ") {
             let found = open.iter().position(|(of, ..)| *of == thread);
             // One that began before we looked.
             let Some(found) = found else { continue };
-            let (_, begun, begin) = open.swap_remove(found);
+            let (_, begun, head) = open.swap_remove(found);
             let end = what.split_once('>').expect("the end of a call").1;
-            let (ended, text) = (number, format!("{begin}{end}"));
+            let (ended, text) = (number, format!("{head}{end}"));
             calls.push(Call { begun, ended, text });
         } else {
             let (begun, ended, text) = (number, number, what.to_owned());

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use rand::Rng as _;
 use stillpoint_tests::raw_nbd::{can, chunk, command, errno, flag, option, rep};
 use stillpoint_tests::seeds::{rng, seeds};
-use stillpoint_tests::{CHUNK, KIB, MIB, RawNbd, Server};
+use stillpoint_tests::{CHUNK, KIB, MIB, RawNbd, Server, Syncs};
 
 const SIZE: u64 = 4 * MIB;
 
@@ -292,6 +292,80 @@ mod handshake {
     }
 
     #[test]
+    fn without_a_base_the_16_newest_bitmaps_are_listed_and_any_may_be_selected() {
+        let server = server();
+        let name = |number: u32| format!("cp{number:02}");
+        let context = |number: u32| format!("qemu:dirty-bitmap:{}", name(number));
+        (1..=20).for_each(|number| server.checkpoint(&name(number)));
+        let begun = server.begin("b1", &[]);
+        let mut expected = vec![
+            "base:allocation".to_owned(),
+            "qemu:allocation-depth".to_owned(),
+        ];
+        expected.extend((5..=20).rev().map(context));
+        assert_eq!(begun["disks"][0]["contexts"], serde_json::json!(expected));
+        // One that is made later says nothing of this instant.
+        server.checkpoint(&name(21));
+
+        let mut nbd = RawNbd::connect(&server.frozen());
+        nbd.structured_replies();
+        assert_eq!(nbd.list_contexts("vda@b1", &[]).unwrap(), expected);
+        for number in [1, 4, 20] {
+            let context = context(number);
+            let chosen = nbd.set_contexts("vda@b1", &[&context]).unwrap();
+            assert_eq!(chosen, [context]);
+        }
+        for refused in [&context(21), "qemu:dirty-bitmap:backup-vda"] {
+            assert_eq!(nbd.set_contexts("vda@b1", &[refused]).unwrap(), [""; 0]);
+        }
+
+        // Each can be seen as a difference, with a bitmap of its own alone.
+        for number in [1, 20] {
+            let export = format!("vda@{}..b1", name(number));
+            let listed = nbd.list_contexts(&export, &["qemu:"]).unwrap();
+            assert_eq!(
+                listed,
+                ["qemu:allocation-depth".to_owned(), context(number)]
+            );
+            let other = nbd.set_contexts(&export, &[&context(2)]).unwrap();
+            assert_eq!(other, [""; 0], "{export}");
+        }
+        assert_eq!(nbd.info("vda@cp21..b1"), Err(rep::ERR_UNKNOWN));
+    }
+
+    #[test]
+    fn with_a_base_its_bitmap_is_listed_and_any_other_may_be_selected() {
+        let server = server();
+        let mut guest = server.open_live("vda");
+        for name in ["cp1", "cp2", "cp3"] {
+            server.checkpoint(name);
+            guest
+                .write(u64::from(name.as_bytes()[2] - b'0') * CHUNK, &[1])
+                .unwrap();
+        }
+        server.begin("b1", &["--since", "cp2"]);
+        let bitmap = |name: &str| format!("qemu:dirty-bitmap:{name}");
+        let mut nbd = RawNbd::connect(&server.frozen());
+        nbd.structured_replies();
+        let listed = nbd
+            .list_contexts("vda@b1", &["qemu:dirty-bitmap:"])
+            .unwrap();
+        assert_eq!(listed, [bitmap("cp2")]);
+        for (name, first) in [("cp1", 1), ("cp2", 2), ("cp3", 3)] {
+            let map = server
+                .open_frozen("vda@b1", &[&bitmap(name)])
+                .map(&bitmap(name));
+            let dirty = (first * CHUNK, (4 - first) * CHUNK, 1);
+            assert_eq!(map[..2], [(0, first * CHUNK, 0), dirty], "{name}");
+        }
+        nbd.go("vda@cp2..b1").unwrap();
+        let mut nbd = RawNbd::connect(&server.frozen());
+        for export in ["vda@cp1..b1", "vda@cp3..b1", "vda@backup-vda..b1"] {
+            assert_eq!(nbd.info(export), Err(rep::ERR_UNKNOWN), "{export}");
+        }
+    }
+
+    #[test]
     fn contexts_need_structured_replies_and_the_same_export() {
         let server = server();
         let mut nbd = RawNbd::connect(&server.live());
@@ -352,6 +426,63 @@ mod requests {
         let mut expected = vec![0; 2 * MIB as usize];
         expected[MIB as usize..][..65536].fill(1);
         assert!(answer.data(0, 2 * MIB as u32).unwrap() == expected);
+    }
+
+    #[test]
+    fn a_read_of_the_past_comes_in_holes_and_data_too() {
+        let server = server();
+        let mut guest = server.open_live("vda");
+        guest.write(MIB, &vec![1; CHUNK as usize]).unwrap();
+        server.begin("b1", &[]);
+        // Half of what is read is in scratch by then, and the guest has filled its holes.
+        guest.write(0, &vec![2; MIB as usize + 4096]).unwrap();
+        let mut nbd = server.open_frozen("vda@b1", &[]);
+        let answer = nbd.call((command::READ, 0), 0, 2 * MIB as u32, &[]);
+        let told: Vec<_> = answer.chunks.iter().map(|chunk| chunk.kind).collect();
+        let expected = [chunk::OFFSET_HOLE, chunk::OFFSET_DATA, chunk::OFFSET_HOLE];
+        assert_eq!(told, expected);
+        let mut expected = vec![0; 2 * MIB as usize];
+        expected[MIB as usize..][..CHUNK as usize].fill(1);
+        assert!(answer.data(0, 2 * MIB as u32).unwrap() == expected);
+    }
+
+    #[test]
+    fn cache_is_done_and_counts_as_no_read() {
+        let server = server_with_backup();
+        let mut live = server.open_live("vda");
+        assert_eq!(live.cache(0, SIZE as u32), Ok(()));
+        let mut frozen = server.open_frozen("vda@b1", &[]);
+        assert_eq!(frozen.cache(1, SIZE as u32 - 1), Ok(()));
+        assert_eq!(server.bytes_read("b1", "vda", "vda@b1"), 0);
+        in_step(&mut live);
+        in_step(&mut frozen);
+        assert_eq!(server.bytes_read("b1", "vda", "vda@b1"), 512);
+    }
+
+    #[test]
+    fn what_is_ready_does_not_wait_for_what_is_not() {
+        let server = server();
+        let mut nbd = server.open_live("vda");
+        nbd.write(0, &vec![1; SIZE as usize]).unwrap();
+        // Both arrive at once; the first needs the device, and the second is in memory.
+        let request = |command: u16, cookie: u64, length: u32| {
+            let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
+            bytes.extend([0, 0]);
+            bytes.extend(command.to_be_bytes());
+            bytes.extend(cookie.to_be_bytes());
+            bytes.extend(0u64.to_be_bytes());
+            bytes.extend(length.to_be_bytes());
+            bytes
+        };
+        let both = [
+            request(command::FLUSH, 1, 0),
+            request(command::READ, 2, 512),
+        ];
+        nbd.send_raw(&both.concat()).unwrap();
+        let (_, receiver) = nbd.halves();
+        let answered: Vec<_> = (0..2).map(|_| receiver.answer().unwrap()).collect();
+        assert!(answered.iter().all(|answer| answer.error == 0));
+        assert_eq!([answered[0].cookie, answered[1].cookie], [2, 1]);
     }
 
     #[test]
@@ -630,6 +761,27 @@ mod requests {
     }
 
     #[test]
+    fn a_flush_and_a_forced_write_reach_the_device() {
+        let server = server();
+        let trace = Syncs::of(&server);
+        let image = server.image("vda");
+        let (mut one, mut other) = (server.open_live("vda"), server.open_live("vda"));
+        one.write(0, &[1; 512]).unwrap();
+        other.flush().unwrap();
+        trace.shows(&image, 1, "a flush on the other connection");
+        let forced = [
+            (command::WRITE, &[1; 4096][..]),
+            (command::WRITE_ZEROES, &[]),
+            (command::TRIM, &[]),
+        ];
+        for (done, (command, payload)) in forced.into_iter().enumerate() {
+            let answer = one.call((command, flag::FUA), 0, 4096, payload);
+            assert_eq!(answer.error, 0, "command {command}");
+            trace.shows(&image, done + 2, &format!("command {command}"));
+        }
+    }
+
+    #[test]
     fn a_request_may_come_byte_by_byte() {
         let server = server();
         let mut nbd = RawNbd::connect(&server.live());
@@ -791,6 +943,34 @@ mod roles {
         assert_eq!(plain(), Ok(3));
         server.commit("b4");
         assert_eq!(plain(), Err(rep::ERR_UNKNOWN));
+    }
+
+    #[test]
+    fn the_empty_name_is_no_backup_where_there_are_two_disks() {
+        let server = Server::builder().disk("vda", MIB).disk("vdb", MIB).start();
+        server.begin("b1", &[]);
+        let mut nbd = RawNbd::connect(&server.frozen());
+        assert_eq!(nbd.info(""), Err(rep::ERR_UNKNOWN));
+        assert_eq!(nbd.info("vda@"), Err(rep::ERR_UNKNOWN));
+        for disk in ["vda", "vdb"] {
+            assert_eq!(nbd.info(disk).unwrap().size, MIB, "{disk}");
+        }
+    }
+
+    #[test]
+    fn a_read_only_disk_is_read_only_when_it_is_live_too() {
+        let builder = Server::builder();
+        let image = builder.path("vda.raw");
+        fs::write(&image, vec![7; MIB as usize]).unwrap();
+        let disk = format!("vda={},read-only", image.display());
+        let server = builder.disk_as(&disk).start();
+        let mut nbd = server.open_live("vda");
+        assert_eq!(nbd.export().flags & can::READ_ONLY, can::READ_ONLY);
+        assert_eq!(nbd.write(0, &[1]), Err(errno::EPERM));
+        assert_eq!(nbd.read(0, 1), Ok(vec![7]));
+        server.begin("b1", &[]);
+        let frozen = server.open_frozen("vda@b1", &[]).read(MIB - 1, 1);
+        assert_eq!(frozen, Ok(vec![7]));
     }
 
     #[test]

@@ -69,9 +69,9 @@ impl Scene {
             changed.push((checkpoint, BTreeSet::new()));
             for &chunk in chunks {
                 vda.write(chunk * CHUNK, &[7; 4096]).unwrap();
-                changed.iter_mut().for_each(|(_, set)| {
+                for (_, set) in &mut changed {
                     set.insert(chunk);
-                });
+                }
             }
         }
         vdb.write(9 * CHUNK, &[1; 4096]).unwrap();
@@ -128,7 +128,9 @@ impl Scene {
         // Told before, in case the start fails.
         eprintln!("{what}");
         self.restore();
-        damage.iter().for_each(|damage| damage.apply(&self.state()));
+        for part in damage {
+            part.apply(&self.state());
+        }
         self.server.start();
         self.check_disk(&what);
         self.check_other_disk(&what);

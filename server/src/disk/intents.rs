@@ -102,8 +102,10 @@ impl<W: World> Drop for Inside<'_, W> {
 }
 
 /// How many regions may be active before some are retired. What a power cut leaves in doubt is at
-/// most so many regions, and those that are being entered: with chunks of 64 KiB, 256 MiB.
-pub const ACTIVE_MAX: usize = 64;
+/// most so many regions, and those that are being entered: with chunks of 64 KiB, 2 GiB. Fewer would
+/// make a database that writes all over its files wait for a sync of the image again and again;
+/// those that it leaves alone are retired in time anyway.
+pub const ACTIVE_MAX: usize = 512;
 
 /// How many are retired at a time: one sync of the image for all of them.
 pub(super) const RETIRED_AT_ONCE: usize = ACTIVE_MAX / 2;

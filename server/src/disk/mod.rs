@@ -170,9 +170,14 @@ impl<W: World> Disk<W> {
         }
     }
 
-    /// Retires some regions that nobody writes in.
+    /// Retires the regions that nobody has entered lately, and some more to make room.
     pub async fn retire_some(&self) -> io::Result<()> {
         self.retire(intents::RETIRED_AT_ONCE).await
+    }
+
+    /// Retires the regions that nobody has entered since the last time.
+    pub async fn retire_idle(&self) -> io::Result<()> {
+        self.retire(0).await
     }
 
     /// Retires every region, if nobody writes; then the map is exact also for the next machine.
@@ -183,12 +188,12 @@ impl<W: World> Disk<W> {
     /// The image and the map are durable, both by syncs that began after the last writer left;
     /// then it is recorded that the region is inactive, unless someone has entered it meanwhile. A
     /// record that is lost costs nothing: the region is found active, and retired again.
-    async fn retire(&self, count: usize) -> io::Result<()> {
+    async fn retire(&self, least: usize) -> io::Result<()> {
         let Some(intents) = &self.intents else {
             return Ok(());
         };
         let regions = intents.regions();
-        let retiring = regions.begin_retiring(count);
+        let retiring = regions.begin_retiring(least);
         if retiring.is_empty() {
             return Ok(());
         }

@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 
-use block::Zeroing;
+use block::{Zeroing, is_zero};
 use bytes::BytesMut;
 use proto::{Command, ContextId, Cookie, Errno, Extents, Replies};
 
@@ -217,9 +217,7 @@ fn zero_runs(start: u64, data: &[u8]) -> Vec<ZeroRun> {
     while at < data.len() {
         let in_block = (start + at as u64) as usize % ZERO_BLOCK;
         let end = (at + ZERO_BLOCK - in_block).min(data.len());
-        let zero = data[at..end]
-            .chunks(256)
-            .all(|c| c.iter().fold(0, |all, byte| all | byte) == 0);
+        let zero = is_zero(&data[at..end]);
         match runs.last_mut() {
             Some(last) if last.zero == zero => last.range.end = end,
             _ => runs.push(ZeroRun {

@@ -8,7 +8,9 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::BytesMut;
-use proto::{Admission, Command, Cookie, Errno, Incoming, Replies, Request, RequestDecoder};
+use proto::{
+    Admission, Command, Cookie, EXTENTS_MAX, Errno, Incoming, Replies, Request, RequestDecoder,
+};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
@@ -158,7 +160,7 @@ impl Connection {
 
     /// Performs a request: at once if it need not wait, else beside the others.
     fn perform(&mut self, cookie: Cookie, command: Command) {
-        let weight = weight(&command);
+        let weight = weight(&command, self.target.contexts.len());
         // The reply is written behind the others, and is one with them if it is ready at once.
         self.output.reserve(REPLY_HEAD_MAX);
         let reply = self.output.split_off(self.output.len());
@@ -258,11 +260,16 @@ impl Drop for Connected {
     }
 }
 
-/// How many bytes a request holds, or its reply will.
-fn weight(command: &Command) -> usize {
+/// How many bytes a request holds, or its reply may, where `contexts` were chosen.
+fn weight(command: &Command, contexts: usize) -> usize {
     match command {
         Command::Read { range, .. } => (range.end - range.start) as usize,
         Command::Write { data, .. } => data.len(),
+        Command::BlockStatus { one: true, .. } => contexts * EXTENT_BYTES,
+        Command::BlockStatus { range, .. } => {
+            let extents = ((range.end - range.start) / EXTENT_MIN + 2).min(EXTENTS_MAX as u64);
+            contexts * extents as usize * EXTENT_BYTES
+        }
         _ => 0,
     }
 }
@@ -276,5 +283,27 @@ const REQUESTS_MAX: usize = 256;
 /// Two of the largest requests; one is always taken.
 const BYTES_MAX: usize = 64 << 20;
 
+/// What an extent takes in a reply.
+const EXTENT_BYTES: usize = 8;
+
+/// No file system tells smaller holes, and no map has smaller chunks.
+const EXTENT_MIN: u64 = 512;
+
 /// Room for a reply without data, so that most find their place behind the others.
 const REPLY_HEAD_MAX: usize = 8 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_status_weighs_what_its_reply_may_take() {
+        let weigh = |length: u64, one, contexts| {
+            let range = 4096..4096 + length;
+            weight(&Command::BlockStatus { range, one }, contexts)
+        };
+        assert_eq!(weigh(1 << 32, false, 3), 3 * EXTENTS_MAX * EXTENT_BYTES);
+        assert!(weigh(64 << 10, false, 1) < 2 << 10);
+        assert_eq!(weigh(1 << 32, true, 3), 3 * EXTENT_BYTES);
+    }
+}

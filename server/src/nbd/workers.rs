@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 
 use rustix::net::sockopt;
 use tokio::net::{TcpStream, UnixStream};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::LocalSet;
 
 use super::converse;
@@ -15,6 +15,7 @@ use crate::service::Service;
 
 /// Threads that serve clients, each with a runtime of its own.
 pub(crate) struct Workers {
+    /// Never longer than there are places for clients.
     queues: Vec<mpsc::UnboundedSender<Client>>,
     threads: Vec<JoinHandle<()>>,
     next: usize,
@@ -28,6 +29,8 @@ pub(crate) struct Client {
     pub(crate) role: Role,
     /// Who it is, for the log.
     pub(crate) peer: String,
+    /// Its place among those that are served at once.
+    pub(crate) place: OwnedSemaphorePermit,
 }
 
 /// A connection of either kind.
@@ -100,7 +103,12 @@ async fn work(
 }
 
 async fn serve(client: Client, service: Arc<Service>, stop: watch::Receiver<bool>) {
-    let Client { stream, role, peer } = client;
+    let Client {
+        stream,
+        role,
+        peer,
+        place: _place,
+    } = client;
     tracing::debug!(peer, ?role, "connected");
     let ended = match tied(stream) {
         Ok(Tied::Unix(stream)) => converse(stream, service, role, stop).await,

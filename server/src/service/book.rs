@@ -1,14 +1,15 @@
 //! Which checkpoints and backups there are.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bitmap::Era;
 use scratch::Frozen;
 use time::OffsetDateTime;
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::files::{Files, SnapshotDir};
@@ -72,6 +73,8 @@ pub(crate) struct Backup {
     pub(crate) checkpoint: Option<(Name, Uuid)>,
     /// Its disks.
     pub(crate) disks: BTreeMap<Name, Arc<FrozenDisk>>,
+    /// Why all of it was given up: the first of its disks that was lost.
+    pub(super) lost: OnceLock<String>,
 }
 
 /// How a backup ended.
@@ -165,10 +168,40 @@ impl Book {
 impl Backup {
     /// Why it is broken, if it is.
     pub(crate) fn broken(&self) -> Option<String> {
-        self.disks.values().find_map(|disk| {
-            let why = disk.frozen.snapshot().broken()?;
-            Some(format!("disk '{}': {why}", disk.disk.name))
+        // Whoever asks before that has been told finds the disk itself.
+        self.lost.get().cloned().or_else(|| {
+            self.disks.values().find_map(|disk| {
+                let why = disk.frozen.snapshot().broken()?;
+                Some(format!("disk '{}': {why}", disk.disk.name))
+            })
         })
+    }
+
+    /// Waits until one of its disks is lost, and gives up the others; says why. `None` if it ends
+    /// before.
+    pub(super) async fn breaks(&self) -> Option<&str> {
+        let (disk, why) = self.first_lost().await?;
+        let reason = self.lost.get_or_init(|| format!("disk '{disk}': {why}"));
+        // Of an instant of several disks, a part is worth nothing.
+        for part in self.disks.values() {
+            part.frozen.snapshot().give_up(reason.clone());
+        }
+        Some(reason)
+    }
+
+    async fn first_lost(&self) -> Option<(Name, String)> {
+        let mut parts = JoinSet::new();
+        for part in self.disks.values().cloned() {
+            parts.spawn_local(async move {
+                tokio::select! {
+                    () = part.ends() => None,
+                    why = part.frozen.snapshot().breaks() => {
+                        Some((part.disk.name.clone(), why.to_owned()))
+                    }
+                }
+            });
+        }
+        parts.join_next().await?.ok()?
     }
 }
 

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use bitmap::Era;
@@ -470,11 +470,12 @@ impl Service {
     fn find_base(&self, text: &str) -> Result<Found, Failure> {
         let book = self.book();
         let by_uuid = Uuid::try_parse(text).ok();
-        let found = book.checkpoints.iter().find(|checkpoint| {
-            by_uuid.map_or(checkpoint.name.as_str() == text, |uuid| {
-                checkpoint.uuid == uuid
-            })
-        });
+        // A name may look like an identity, but is only asked for when none is meant.
+        let found = book
+            .checkpoints
+            .iter()
+            .find(|checkpoint| by_uuid == Some(checkpoint.uuid))
+            .or_else(|| book.checkpoint(text));
         match (found, by_uuid) {
             (
                 Some(Checkpoint {
@@ -537,6 +538,7 @@ impl Service {
             since,
             checkpoint,
             disks,
+            lost: OnceLock::new(),
         })
     }
 
@@ -593,20 +595,17 @@ impl Service {
 
     /// Tells everyone when the backup breaks.
     fn watch(self: &Arc<Self>, backup: &Arc<Backup>) {
-        for part in backup.disks.values() {
-            let (service, part) = (Arc::clone(self), Arc::clone(part));
-            tokio::task::spawn_local(async move {
-                let reason = tokio::select! {
-                    () = part.ends() => return,
-                    reason = part.frozen.snapshot().breaks() => reason.to_owned(),
-                };
-                tracing::error!(backup = %part.backup, disk = %part.disk.name, reason, "broken");
-                service.announce(Event::Broken {
-                    id: part.backup.clone(),
-                    reason,
-                });
+        let (service, backup) = (Arc::clone(self), Arc::clone(backup));
+        tokio::task::spawn_local(async move {
+            let Some(reason) = backup.breaks().await else {
+                return;
+            };
+            tracing::error!(backup = %backup.id, reason, "broken");
+            service.announce(Event::Broken {
+                id: backup.id.clone(),
+                reason: reason.to_owned(),
             });
-        }
+        });
     }
 
     /// The open backup, or `None` if it has ended in this very way already.

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bitmap::Era;
@@ -172,6 +172,7 @@ fn reopen(
         since: any.since.clone(),
         checkpoint: any.checkpoint.clone(),
         disks: parts,
+        lost: OnceLock::new(),
     })
 }
 

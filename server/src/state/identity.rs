@@ -8,15 +8,19 @@ use rustix::fs::{AtFlags, StatxFlags, statx};
 
 /// What identifies an image, and the state that it is in.
 ///
-/// The time of change cannot be put back by a program, other than that of modification. Block
-/// devices have no usable times: for them it is zero, and says nothing.
+/// Of a file, the time of change cannot be put back by a program, other than that of modification. A
+/// block device has no times that can be used; within a boot of the machine the kernel numbers what
+/// stands behind a device node, and counts what is written to it.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(crate) struct ImageIdentity {
+    is_device: bool,
     device: u64,
-    inode: u64,
+    /// Of a file its inode, of a device the number of what is behind it.
+    number: u64,
     size: u64,
-    changed_at: u64,
-    nanoseconds: u64,
+    /// Of a file when it was changed, in seconds since 1970, and nanoseconds; of a device how many
+    /// writes and sectors it has taken.
+    change: [u64; 2],
 }
 
 impl ImageIdentity {
@@ -24,26 +28,31 @@ impl ImageIdentity {
     pub(crate) fn of(image: &File, size: u64) -> io::Result<Self> {
         let found = image.metadata()?;
         if found.file_type().is_block_device() {
+            let (number, change) = device_counters(found.rdev());
+            let device = found.rdev();
             return Ok(Self {
-                device: found.rdev(),
+                is_device: true,
+                device,
+                number,
                 size,
-                ..Self::default()
+                change,
             });
         }
+        let time = [found.ctime(), found.ctime_nsec()];
         Ok(Self {
+            is_device: false,
             device: found.dev(),
-            inode: found.ino(),
+            number: found.ino(),
             size,
-            changed_at: u64::try_from(found.ctime()).unwrap_or(0),
-            nanoseconds: u64::try_from(found.ctime_nsec()).unwrap_or(0),
+            change: time.map(|part| u64::try_from(part).unwrap_or(0)),
         })
     }
 
     /// Why an image found like this is not the one that was left as `self`, in words; `None` if it
     /// is. `same_boot` says whether device numbers still mean the same.
     ///
-    /// `last_change` is a time after which it was not changed by us, in seconds since 1970; `None`
-    /// asks for the very same time of change.
+    /// `last_change` is a time after which a file was not changed by us, in seconds since 1970;
+    /// `None` asks for the very same change.
     pub(crate) fn differs(
         &self,
         found: &Self,
@@ -56,44 +65,80 @@ impl ImageIdentity {
                 self.size, found.size
             ));
         }
-        if found.inode != self.inode || (same_boot && found.device != self.device) {
-            return Some("the image was replaced by another file".to_owned());
+        if self.is_device && !same_boot {
+            return Some(
+                "the machine was started anew, and what happened to a block device meanwhile cannot be seen"
+                    .to_owned(),
+            );
+        }
+        let same_place = !same_boot || found.device == self.device;
+        if found.is_device != self.is_device || found.number != self.number || !same_place {
+            return Some("the image was replaced by another".to_owned());
         }
         let untouched = match last_change {
-            None => (found.changed_at, found.nanoseconds) == (self.changed_at, self.nanoseconds),
-            Some(last) => found.changed_at <= last,
+            None => found.change == self.change,
+            // What the last server wrote is still being counted.
+            Some(_) if self.is_device => true,
+            Some(last) => found.change[0] <= last,
         };
         (!untouched).then(|| "the image was changed while the server was down".to_owned())
     }
 
-    /// When it was changed last, in seconds since 1970.
+    /// When a file was changed last, in seconds since 1970.
     pub(crate) fn changed_seconds(&self) -> u64 {
-        self.changed_at
+        self.change[0]
     }
 
     /// How many numbers it is stored as.
-    pub(crate) const NUMBERS: usize = 5;
+    pub(crate) const NUMBERS: usize = 6;
 
     pub(crate) fn numbers(&self) -> [u64; Self::NUMBERS] {
+        let [change, more] = self.change;
         [
+            self.is_device.into(),
             self.device,
-            self.inode,
+            self.number,
             self.size,
-            self.changed_at,
-            self.nanoseconds,
+            change,
+            more,
         ]
     }
 
     pub(crate) fn from_numbers(numbers: [u64; Self::NUMBERS]) -> Self {
-        let [device, inode, size, changed_at, nanoseconds] = numbers;
+        let [is_device, device, number, size, change, more] = numbers;
         Self {
+            is_device: is_device != 0,
             device,
-            inode,
+            number,
             size,
-            changed_at,
-            nanoseconds,
+            change: [change, more],
         }
     }
+}
+
+/// The kernel's number for what is behind a block device, and how many writes and sectors it has
+/// taken; zeroes where the kernel does not tell.
+fn device_counters(device: u64) -> (u64, [u64; 2]) {
+    let node = format!(
+        "/sys/dev/block/{}:{}",
+        rustix::fs::major(device),
+        rustix::fs::minor(device)
+    );
+    let read = |name: &str| std::fs::read_to_string(format!("{node}/{name}")).ok();
+    // A partition has the number of its disk.
+    let number = read("diskseq").or_else(|| read("../diskseq"));
+    let number = number
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(0);
+    let counters = read("stat").unwrap_or_default();
+    let counter = |at| {
+        counters
+            .split_whitespace()
+            .nth(at)
+            .and_then(|text| text.parse().ok())
+    };
+    // Writes, and sectors written, of the kernel's `Documentation/block/stat.rst`.
+    (number, [4, 6].map(|at| counter(at).unwrap_or(0)))
 }
 
 /// Which boot of the machine this is.
@@ -119,10 +164,15 @@ const STATX_MNT_ID_UNIQUE: u32 = 0x4000;
 mod tests {
     use super::*;
 
+    fn file(numbers: [u64; 5]) -> ImageIdentity {
+        let [device, number, size, change, more] = numbers;
+        ImageIdentity::from_numbers([0, device, number, size, change, more])
+    }
+
     #[test]
     fn what_happened_to_an_image_is_told_in_words() {
-        let left = ImageIdentity::from_numbers([1, 2, 512, 100, 5]);
-        let found = |numbers| left.differs(&ImageIdentity::from_numbers(numbers), true, None);
+        let left = file([1, 2, 512, 100, 5]);
+        let found = |numbers| left.differs(&file(numbers), true, None);
         assert_eq!(found([1, 2, 512, 100, 5]), None);
         assert!(found([1, 2, 1024, 100, 5]).unwrap().contains("resized"));
         assert!(found([1, 3, 512, 100, 5]).unwrap().contains("replaced"));
@@ -131,12 +181,22 @@ mod tests {
 
     #[test]
     fn after_a_kill_what_we_changed_ourselves_is_no_difference() {
-        let left = ImageIdentity::from_numbers([1, 2, 512, 100, 5]);
-        let later = ImageIdentity::from_numbers([1, 2, 512, 150, 0]);
+        let left = file([1, 2, 512, 100, 5]);
+        let later = file([1, 2, 512, 150, 0]);
         assert_eq!(left.differs(&later, true, Some(150)), None);
         assert!(left.differs(&later, true, Some(149)).is_some());
-        let other_device = ImageIdentity::from_numbers([9, 2, 512, 100, 5]);
+        let other_device = file([9, 2, 512, 100, 5]);
         assert_eq!(left.differs(&other_device, false, Some(150)), None);
+    }
+
+    #[test]
+    fn of_a_device_nothing_is_believed_across_boots() {
+        let left = ImageIdentity::from_numbers([1, 7, 3, 512, 10, 80]);
+        let written = ImageIdentity::from_numbers([1, 7, 3, 512, 11, 88]);
+        assert_eq!(left.differs(&left, true, None), None);
+        assert!(left.differs(&written, true, None).is_some());
+        assert_eq!(left.differs(&written, true, Some(0)), None);
+        assert!(left.differs(&left, false, None).is_some());
     }
 
     #[test]

@@ -360,8 +360,10 @@ fn highest_recorded(records: &[Record]) -> u32 {
         Record::Started { era } => era.saturating_add(1),
         Record::Checkpoint(checkpoint) => checkpoint.era,
         Record::Begun(backup) => backup.era,
-        Record::Deleted { .. } | Record::Committed { .. } => 0,
-        Record::Aborted { .. } | Record::Broken { .. } => 0,
+        Record::Deleted { .. }
+        | Record::Committed { .. }
+        | Record::Aborted { .. }
+        | Record::Broken { .. } => 0,
     };
     records.iter().map(era).max().unwrap_or(0)
 }

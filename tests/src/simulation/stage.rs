@@ -119,10 +119,6 @@ impl Stage {
             sim: Arc::clone(sim),
             capture: Rc::clone(&self.capture),
         };
-        #[expect(
-            clippy::arc_with_non_send_sync,
-            reason = "the server's API, on one thread here"
-        )]
         let eras = Arc::new(EraMap::new(size, granularity, map.clone()));
         // What a power cut leaves is another simulation's matter.
         let disk = Disk::new(image.clone(), eras, None, Era::from_number(era), pace);

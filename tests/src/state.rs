@@ -30,7 +30,7 @@ pub fn end_lease(state: &Path) {
     fs::write(&file, bytes).expect("the lease");
     for sector in 1..=2 {
         // The image's time of change, in seconds, as it was when the server began.
-        change_sector(state, sector, |bytes| bytes[78..86].fill(0));
+        change_sector(state, sector, |bytes| bytes[86..94].fill(0));
     }
 }
 

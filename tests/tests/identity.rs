@@ -209,15 +209,15 @@ fn after_another_boot_the_doubt_is_bounded_and_open_backups_are_broken() {
     const REGION: u64 = 256 * KIB;
     let builder = Server::builder();
     let image = builder.path("vda.raw");
-    stillpoint_tests::tools::sparse_file(&image, 64 * MIB);
+    stillpoint_tests::tools::sparse_file(&image, 256 * MIB);
     let disk = format!("vda={},granularity=4k", image.display());
     let mut server = builder.disk_as(&disk).start();
     let mut guest = Guest::new(&server, "vda");
     server.checkpoint("cp1");
     let mut written = Vec::new();
     // Every region, twice over; so most of them have been retired.
-    for n in 0..512 {
-        let offset = n * 97 % 256 * REGION + n / 256 * 8192;
+    for n in 0..2048 {
+        let offset = n * 97 % 1024 * REGION + n / 1024 * 8192;
         guest.write(offset, &[n as u8 | 1; 4096]);
         written.push(offset);
     }
@@ -253,7 +253,7 @@ fn after_another_boot_the_doubt_is_bounded_and_open_backups_are_broken() {
             assert!(uncertain > 0, "nothing is in doubt");
             // Those that may be active, and those that are entered while some are being retired.
             assert!(
-                uncertain <= (64 + 32) * REGION,
+                uncertain <= (512 + 256) * REGION,
                 "{uncertain} bytes are in doubt"
             );
             println!("{} regions in doubt", uncertain / REGION);

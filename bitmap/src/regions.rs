@@ -87,7 +87,9 @@ impl<P: PageStore> Regions<P> {
     /// Stores that `region`, which the caller has entered, is active. It is so once a sync of the
     /// table that began after this has succeeded and [`activated`](Self::activated) was called.
     pub fn activate(&self, region: Region) -> io::Result<()> {
-        self.table.update(region.page(), |record| {
+        // Stored in any case: a record that was to be stored when the region was retired, and gave
+        // an error, may be in the store all the same.
+        self.table.rewrite(region.page(), |record| {
             record.active |= region.bit();
             record.exists = true;
         })

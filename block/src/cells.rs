@@ -79,6 +79,15 @@ impl Cells {
         Ok(self.file.metadata()?.len())
     }
 
+    /// Makes the file this long, if it is shorter, without taking space: what was never stored is
+    /// there all the same, and its absence is damage.
+    pub fn extend(&self, length: u64) -> io::Result<()> {
+        if self.length()? < length {
+            self.file.set_len(length)?;
+        }
+        Ok(())
+    }
+
     /// Makes durable what was stored before the call.
     pub async fn sync(&self) -> io::Result<()> {
         let file = Arc::clone(&self.file);

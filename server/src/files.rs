@@ -90,6 +90,7 @@ impl SnapshotDir {
         scratch.set_len(size)?;
         let states = Cells::create(&dir.path.join(STATES))?;
         states.reserve(Snapshot::<Files>::RECORD_BYTES)?;
+        states.extend(states_bytes(size))?;
         let files = SnapshotFiles {
             scratch: FileStorage::new(scratch)?,
             states: CellPages(states),
@@ -109,7 +110,9 @@ impl SnapshotDir {
             states: CellPages(Cells::open(&path.join(STATES))?),
             eras: CellPages(Cells::open(&path.join(ERAS))?),
         };
-        if block::Storage::size(&files.scratch) != size || files.states.0.length()? == 0 {
+        if block::Storage::size(&files.scratch) != size
+            || files.states.0.length()? != states_bytes(size)
+        {
             return Err(io::Error::other("the scratch files are not whole"));
         }
         Ok((
@@ -152,6 +155,11 @@ impl Drop for SnapshotDir {
             self.remove();
         }
     }
+}
+
+/// How long the states of a disk of `size` bytes are: a state that is missing is no state.
+fn states_bytes(size: u64) -> u64 {
+    Snapshot::<Files>::RECORD_BYTES + size.div_ceil(scratch::GRANULE)
 }
 
 /// Files that nobody can find, for a snapshot of which nothing is left.

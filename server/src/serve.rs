@@ -81,6 +81,8 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     }
     let service = Service::new(disks, options.freeze_timeout)
         .map_err(|error| cannot("restore backups", &error))?;
+    let settled = service.settle().await;
+    settled.map_err(|error| cannot("record what was found", &error))?;
     let mut keepers = tokio::task::JoinSet::new();
     for disk in service.disks().values() {
         let disk = Arc::clone(disk);

@@ -13,6 +13,8 @@ pub mod mount;
 pub mod process;
 pub mod raw_nbd;
 pub mod seeds;
+pub mod shadow;
+pub mod state;
 pub mod syncs;
 pub mod tools;
 
@@ -25,6 +27,7 @@ pub use mount::Mount;
 pub use process::Output;
 pub use raw_nbd::RawNbd;
 pub use server::Server;
+pub use shadow::Shadow;
 pub use syncs::Syncs;
 
 /// A stretch of an export with a property: offset, length, flags of the metadata context.

@@ -177,6 +177,12 @@ impl Server {
         }
     }
 
+    /// Starts a server that is expected to fail at it.
+    pub fn start_and_fail(&self) -> Output {
+        assert!(self.child.is_none(), "the server runs already");
+        self.builder.start_and_fail()
+    }
+
     /// Asks the server to stop, and sees that it exits 0.
     #[track_caller]
     pub fn stop(&mut self) {
@@ -194,6 +200,29 @@ impl Server {
     pub fn kill(&mut self) {
         self.signal(Signal::KILL);
         self.wait();
+    }
+
+    /// Starts the server and kills it after so long, whether or not it is ready by then.
+    #[track_caller]
+    pub fn start_and_kill(&mut self, after: Duration) {
+        assert!(self.child.is_none(), "the server runs already");
+        let mut command = self.builder.command();
+        command.stdout(File::create(self.path("stdout")).expect("a file of our own"));
+        command.stderr(File::create(self.path("stderr")).expect("a file of our own"));
+        let child = command.spawn().expect("the server's binary");
+        self.child = Some(child);
+        assert!(
+            !self.ends_within(after),
+            "the server ended by itself\n{}",
+            self.stderr()
+        );
+        self.kill();
+    }
+
+    /// Whether the server ends within this time.
+    pub fn ends_within(&self, time: Duration) -> bool {
+        let child = self.child.as_ref().expect("the server runs");
+        process::readable_or_ended(None, child, time) == Woken::Ended
     }
 
     /// Sends the server a signal.

@@ -108,6 +108,28 @@ impl Service {
         Ok(service)
     }
 
+    /// Records which backups were found broken, before anything is written that they should have
+    /// kept: a later start may find their files again, and another end of its predecessor.
+    pub(crate) async fn settle(&self) -> io::Result<()> {
+        let backups = self.book().backups.clone();
+        for backup in backups {
+            for part in backup.disks.values() {
+                let Some(reason) = part.frozen.snapshot().broken() else {
+                    continue;
+                };
+                let record = Record::Broken {
+                    uuid: backup.uuid,
+                    reason: reason.to_owned(),
+                };
+                part.disk.record(&record).await?;
+            }
+        }
+        for disk in self.disks.values() {
+            disk.state.lock().await.settle().await?;
+        }
+        Ok(())
+    }
+
     /// The disks by name.
     pub(crate) fn disks(&self) -> &BTreeMap<Name, Arc<ServedDisk>> {
         &self.disks

@@ -27,6 +27,7 @@ struct Told {
     deleted: BTreeSet<(Name, Uuid)>,
     backups: BTreeMap<Uuid, BTreeMap<Name, BackupRecord>>,
     outcomes: BTreeMap<Uuid, Outcome>,
+    broken: BTreeMap<(Name, Uuid), String>,
 }
 
 /// The book as it was, with the backups that can go on open again; the others that were open are
@@ -51,8 +52,8 @@ pub(super) fn book(
             let pending_of = Some(any.id.clone());
             book.checkpoints
                 .extend(checkpoint_of(parts, &told, pending_of));
-            book.backups
-                .push(Arc::new(reopen(*uuid, any, parts, disks, pasts)?));
+            let backup = reopen(*uuid, any, parts, &told, disks, pasts)?;
+            book.backups.push(Arc::new(backup));
             continue;
         };
         book.ended.insert(any.id.clone(), outcome);
@@ -111,6 +112,9 @@ impl Told {
                 let parts = self.backups.entry(record.uuid).or_default();
                 parts.insert(disk.clone(), (**record).clone());
             }
+            Record::Broken { uuid, reason } => {
+                self.broken.insert((disk.clone(), *uuid), reason.clone());
+            }
             Record::Committed { uuid } => {
                 self.outcomes.insert(*uuid, Outcome::Committed);
             }
@@ -149,11 +153,13 @@ fn reopen(
     uuid: Uuid,
     any: &BackupRecord,
     parts: &BTreeMap<Name, BackupRecord>,
+    told: &Told,
     disks: &BTreeMap<Name, Arc<ServedDisk>>,
     before: &BTreeMap<Name, Past>,
 ) -> io::Result<Backup> {
     let reopen_part = |(name, part): (&Name, &BackupRecord)| {
-        let disk = reopen_disk(part, Arc::clone(&disks[name]), before[name].ending)?;
+        let broken = told.broken.get(&(name.clone(), uuid)).cloned();
+        let disk = reopen_disk(part, Arc::clone(&disks[name]), before[name].ending, broken)?;
         Ok((name.clone(), Arc::new(disk)))
     };
     let parts = parts.iter().map(reopen_part).collect::<io::Result<_>>()?;
@@ -174,12 +180,15 @@ fn reopen_disk(
     part: &BackupRecord,
     disk: Arc<ServedDisk>,
     ending: Ending,
+    broken: Option<String>,
 ) -> io::Result<FrozenDisk> {
     let era = Era::from_number(part.era);
     let path = disk.snapshot_dir(&part.id);
     let size = disk.disk.size();
     let live = || Arc::clone(disk.disk.map());
     let gone = match (ending, disk.why_lost(era)) {
+        // Whatever its scratch looks like by now, there were writes that it did not see.
+        _ if broken.is_some() => broken,
         (_, Some(why)) => Some(why.to_owned()),
         (Ending::PowerCut, None) => {
             Some("the machine, or a file system, stopped while it was open".to_owned())

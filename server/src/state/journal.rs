@@ -48,6 +48,13 @@ pub(crate) enum Record {
         /// Which one.
         uuid: Uuid,
     },
+    /// A backup lost its instant on this disk, and never has it again.
+    Broken {
+        /// Which one.
+        uuid: Uuid,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// A checkpoint, as far as one disk is concerned.

@@ -103,6 +103,16 @@ impl State {
         self.journal.append(record).await
     }
 
+    /// Records that nothing is in doubt any more: all of that is marked by now, or recorded.
+    pub(crate) async fn settle(&mut self) -> io::Result<()> {
+        if !self.life.in_doubt {
+            return Ok(());
+        }
+        self.life.in_doubt = false;
+        self.header.store(&self.life)?;
+        self.header.sync().await
+    }
+
     /// Records that a sync of the image has failed: the next start cannot believe what is newer.
     pub(crate) async fn record_failed_sync(&mut self) -> io::Result<()> {
         self.life.in_doubt = true;
@@ -162,7 +172,9 @@ async fn create(
     let granularity = granularity.unwrap_or(Granularity::DEFAULT);
     let made = async {
         let chunks = image.size().div_ceil(granularity.bytes());
-        Cells::create(&dir.join(ERAS))?.sync().await?;
+        let eras = Cells::create(&dir.join(ERAS))?;
+        eras.extend(eras_bytes(chunks))?;
+        eras.sync().await?;
         let table = PageTable::create(pages_of(chunks), CellPages::create(&dir.join(PAGES))?)?;
         scratch::Durable::sync(table.store()).await?;
         Cells::create(&dir.join(JOURNAL))?.sync().await?;
@@ -202,7 +214,7 @@ async fn begin(
     mut lost: Option<String>,
 ) -> io::Result<Opened> {
     let Found {
-        header,
+        mut header,
         format,
         life,
     } = found;
@@ -229,10 +241,24 @@ async fn begin(
         }
         None => Ending::PowerCut,
     };
+    if let Some(life) = life.as_ref().filter(|_| ending == Ending::PowerCut) {
+        // At once: after a sync that failed, the next one may well succeed, and would prove nothing.
+        header.store(&Life {
+            in_doubt: true,
+            ..life.clone()
+        })?;
+    }
     let before = life.unwrap_or_else(|| {
         lost = Some("how its last server ended cannot be read".to_owned());
         here.clone()
     });
+    let eras = open_or_create(dir, ERAS)?;
+    let whole = eras_bytes(image.size().div_ceil(format.granularity.bytes()));
+    // Of a page that is being written nobody knows what it should sum to, so that some of it is
+    // missing has to be seen here.
+    if eras.length()? < whole {
+        lost = Some("the map of what changed is missing, or short".to_owned());
+    }
     if let Some(why) = changed_image(&before, &here, ending, lease_record) {
         lost = Some(why);
     }
@@ -242,7 +268,7 @@ async fn begin(
         .max(before.lost_era)
         .max(highest_recorded(&records));
     let files = (
-        CellPages::from(open_or_create(dir, ERAS)?),
+        CellPages::from(eras),
         CellPages::from(open_or_create(dir, PAGES)?),
     );
     let plausible = Era::from_number(known.saturating_add(UNRECORDED_ERAS_MAX));
@@ -259,6 +285,8 @@ async fn begin(
     };
     let known = Era::from_number(known);
     let recovered = recovery.start(ending, known, &mut start).await?;
+    // After it is recorded why, if it is short.
+    open_or_create(dir, ERAS)?.extend(whole)?;
     if recovered.damaged_pages > 0 {
         let pages = recovered.damaged_pages;
         tracing::warn!(dir = %dir.display(), pages, "pages of the map are damaged, and dirty");
@@ -302,7 +330,8 @@ struct Start {
 impl Chronicle for Start {
     async fn runs(&mut self, eras: NewEras, in_doubt: bool) -> io::Result<()> {
         self.life.era_high = eras.guests.number();
-        self.life.in_doubt = in_doubt;
+        // It ends when what it broke is recorded as well: with `State::settle`.
+        self.life.in_doubt |= in_doubt;
         if let Some(reason) = self.lost.take() {
             self.life.lost_era = eras.presumed.number();
             self.life.lost_reason = reason;
@@ -344,7 +373,10 @@ fn highest_recorded(records: &[Record]) -> u32 {
         Record::Started { era } => era.saturating_add(1),
         Record::Checkpoint(checkpoint) => checkpoint.era,
         Record::Begun(backup) => backup.era,
-        Record::Deleted { .. } | Record::Committed { .. } | Record::Aborted { .. } => 0,
+        Record::Deleted { .. }
+        | Record::Committed { .. }
+        | Record::Aborted { .. }
+        | Record::Broken { .. } => 0,
     };
     records.iter().map(era).max().unwrap_or(0)
 }
@@ -383,12 +415,19 @@ fn pages_of(chunks: u64) -> u64 {
     chunks.div_ceil(bitmap::ERAS_PER_PAGE)
 }
 
+fn eras_bytes(chunks: u64) -> u64 {
+    pages_of(chunks) * PAGE_BYTES
+}
+
 fn cannot_use(dir: &Path, error: &io::Error) -> Failure {
     Failure::new(
         "state",
         format!("cannot use the state in '{}': {error}", dir.display()),
     )
 }
+
+/// Of the map of eras.
+const PAGE_BYTES: u64 = 4 * bitmap::ERAS_PER_PAGE;
 
 const HEADER: &str = "header";
 const HEADER_ASIDE: &str = "header.new";

@@ -22,7 +22,7 @@ pub(crate) enum Export {
     /// A disk as it was.
     Frozen(Arc<FrozenDisk>),
     /// A disk as it was, seen as a difference from the checkpoint at which an era began.
-    Difference(Arc<FrozenDisk>, String, Era),
+    Difference(Arc<FrozenDisk>, String, Era, Arc<Usage>),
 }
 
 /// A way of describing a disk, stretch by stretch.
@@ -117,7 +117,8 @@ fn find_frozen(service: &Service, name: &str) -> Option<Export> {
     let (name, era) = difference_bases(&book, part)
         .into_iter()
         .find(|b| b.0 == checkpoint)?;
-    Some(Export::Difference(Arc::clone(part), name, era))
+    let usage = part.differences.usage_of(&name);
+    Some(Export::Difference(Arc::clone(part), name, era, usage))
 }
 
 /// The checkpoints for which a frozen disk can be seen as a difference.
@@ -192,7 +193,7 @@ impl Export {
             Self::Frozen(part) => {
                 format!("disk '{}' as frozen by '{}'", part.disk.name, part.backup)
             }
-            Self::Difference(_, checkpoint, _) => {
+            Self::Difference(_, checkpoint, ..) => {
                 format!("difference since {checkpoint}: needs its base")
             }
         }
@@ -214,7 +215,7 @@ impl Export {
                 }
                 Base::Unusable(_) => {}
             },
-            Self::Difference(_, checkpoint, _) => names.push(dirty(checkpoint.as_str())),
+            Self::Difference(_, checkpoint, ..) => names.push(dirty(checkpoint.as_str())),
         }
         names
     }
@@ -236,7 +237,7 @@ impl Export {
                     .map(|(_, era)| era)
                     .or_else(|| default_bitmap(part, bitmap))
             }
-            Self::Difference(part, checkpoint, era) => {
+            Self::Difference(part, checkpoint, era, _) => {
                 let exact = (checkpoint.as_str() == bitmap).then_some(*era);
                 exact.or_else(|| default_bitmap(part, bitmap))
             }
@@ -281,7 +282,7 @@ impl Export {
                 length,
                 flags: DEPTH_LOCAL,
             }],
-            (Context::Allocation, Self::Difference(part, _, since)) => {
+            (Context::Allocation, Self::Difference(part, _, since, _)) => {
                 difference(part, range, *since, limit).await?
             }
             (Context::Allocation, Self::Live(disk)) => {
@@ -321,7 +322,7 @@ impl Export {
         match self {
             Self::Live(_) => None,
             Self::Frozen(part) => Some(&part.whole),
-            Self::Difference(part, ..) => Some(&part.difference),
+            Self::Difference(.., usage) => Some(usage),
         }
     }
 }

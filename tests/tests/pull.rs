@@ -223,3 +223,18 @@ fn identical(image: &Path, raw: &Path) {
     )
     .ok();
 }
+
+#[test]
+fn what_is_read_through_each_difference_is_counted_for_it_alone() {
+    let server = Server::with_disk(4 * MIB);
+    server.checkpoint("cp1");
+    server.checkpoint("cp2");
+    server.begin("b1", &[]);
+    let mut first = server.open_frozen("vda@cp1..b1", &[]);
+    let mut second = server.open_frozen("vda@cp2..b1", &[]);
+    first.read(0, 4096).unwrap();
+    second.read(0, 512).unwrap();
+    assert_eq!(server.bytes_read("b1", "vda", "vda@cp1..b1"), 4096);
+    assert_eq!(server.bytes_read("b1", "vda", "vda@cp2..b1"), 512);
+    assert_eq!(server.bytes_read("b1", "vda", "vda@b1"), 0);
+}

@@ -200,8 +200,10 @@ fn export_uses(part: &FrozenDisk) -> Vec<ExportUse> {
         clients: usage.clients.load(Ordering::Relaxed),
     };
     let whole = describe(frozen_name(part), &part.whole);
-    let difference = base_difference(part).map(|name| describe(name, &part.difference));
-    std::iter::once(whole).chain(difference).collect()
+    let differences = part.differences.all().into_iter();
+    let differences =
+        differences.map(|(name, usage)| describe(difference_name(part, &name), &usage));
+    std::iter::once(whole).chain(differences).collect()
 }
 
 async fn checkpoints(

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bitmap::Era;
@@ -104,8 +104,8 @@ pub(crate) struct FrozenDisk {
     pub(crate) has_disk_name: bool,
     /// Use of `DISK@ID`.
     pub(crate) whole: Usage,
-    /// Use of `DISK@CHECKPOINT..ID`.
-    pub(crate) difference: Usage,
+    /// Use of each `DISK@CHECKPOINT..ID`.
+    pub(crate) differences: Differences,
     pub(super) ended: AtomicBool,
     pub(super) ending: Notify,
     /// None of a disk of which nothing is left.
@@ -135,6 +135,27 @@ pub(crate) struct Usage {
     pub(crate) bytes_read: AtomicU64,
     /// How many are connected.
     pub(crate) clients: AtomicUsize,
+}
+
+/// Use of each `DISK@CHECKPOINT..ID`, by checkpoint: of the one that the backup begins from, and of
+/// those that a client has opened.
+#[derive(Debug, Default)]
+pub(crate) struct Differences(Mutex<BTreeMap<String, Arc<Usage>>>);
+
+impl Differences {
+    /// Use of the difference from `checkpoint`.
+    pub(crate) fn usage_of(&self, checkpoint: &str) -> Arc<Usage> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(all.entry(checkpoint.to_owned()).or_default())
+    }
+
+    /// All of them.
+    pub(crate) fn all(&self) -> BTreeMap<String, Arc<Usage>> {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
 }
 
 impl Book {
@@ -223,6 +244,10 @@ impl FrozenDisk {
             ),
             Base::None | Base::Unusable(_) => (frozen.size(), 0),
         };
+        let differences = Differences::default();
+        if let Base::Checkpoint { name, .. } = &base {
+            differences.usage_of(name.as_str());
+        }
         Self {
             disk,
             backup,
@@ -232,7 +257,7 @@ impl FrozenDisk {
             uncertain_bytes,
             has_disk_name,
             whole: Usage::default(),
-            difference: Usage::default(),
+            differences,
             ended: AtomicBool::new(false),
             ending: Notify::new(),
             dir,

@@ -27,7 +27,12 @@ pub(crate) async fn execute(
     let service = &control.service;
     match command {
         Command::Version => answer(&Version::current()),
-        Command::Commands => answer(&COMMANDS.map(|name| CommandName { name })),
+        Command::Commands => answer(
+            &COMMANDS
+                .iter()
+                .map(|name| CommandName { name })
+                .collect::<Vec<_>>(),
+        ),
         Command::Status => answer(&control.status()),
         Command::Disks => answer(&control.disks()),
         Command::Checkpoints { disk } => answer(&checkpoints(service, disk).await?),

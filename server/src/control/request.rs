@@ -108,7 +108,7 @@ impl Refusal {
 }
 
 /// The commands, by the names that clients use.
-pub(crate) const COMMANDS: [&str; 13] = [
+pub(crate) const COMMANDS: &[&str] = &[
     "qmp_capabilities",
     "query-version",
     "query-commands",

@@ -3,6 +3,8 @@
 //! `serve` is the server. Every other command is a client of its control socket, and of nothing
 //! else.
 
+mod backup;
+mod checkpoint;
 mod client;
 mod disk_option;
 mod problem;
@@ -22,9 +24,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
-use crate::control::answers::{BackupAnswer, BackupState, CheckpointAnswer, Mode};
+use backup::BackupCommand;
+use checkpoint::CheckpointCommand;
 use client::Client;
-use problem::{Problem, exit};
+use problem::Problem;
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
@@ -103,91 +106,6 @@ enum Command {
     },
 }
 
-impl CheckpointCommand {
-    fn name(&self) -> &'static str {
-        match self {
-            Self::Create { .. } => "checkpoint create",
-            Self::List => "checkpoint list",
-            Self::Show { .. } => "checkpoint show",
-            Self::Delete { .. } => "checkpoint delete",
-        }
-    }
-}
-
-impl BackupCommand {
-    fn name(&self) -> &'static str {
-        match self {
-            Self::Begin { .. } => "backup begin",
-            Self::List => "backup list",
-            Self::Show { .. } => "backup show",
-            Self::Commit { .. } => "backup commit",
-            Self::Abort { .. } => "backup abort",
-        }
-    }
-}
-
-#[derive(Debug, Subcommand)]
-enum CheckpointCommand {
-    /// Name this instant of all disks, or of some.
-    Create {
-        /// What to call it.
-        name: String,
-        #[command(flatten)]
-        disks: Disks,
-    },
-    /// Show all checkpoints, with how much has changed since each.
-    List,
-    /// Show one checkpoint.
-    Show {
-        /// Its name.
-        name: String,
-    },
-    /// Forget a checkpoint; what changed since any other one stays known.
-    Delete {
-        /// Its name.
-        name: String,
-        // There is nothing yet that would need it.
-        #[arg(long, hide = true)]
-        force: bool,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-enum BackupCommand {
-    /// Freeze one instant of all disks, or of some, and show where to copy it from.
-    Begin {
-        /// What to call it; asked again for an open backup with the same arguments, it is that one
-        /// [default: the next of b1, b2, ...].
-        #[arg(long, value_name = "ID")]
-        id: Option<String>,
-        #[command(flatten)]
-        disks: Disks,
-        /// Show what changed since this checkpoint, given by name or uuid.
-        #[arg(long, value_name = "CHECKPOINT")]
-        since: Option<String>,
-        /// Make this checkpoint of the instant; it exists when the backup is committed.
-        #[arg(long, value_name = "NAME")]
-        checkpoint: Option<String>,
-    },
-    /// Show all open backups.
-    List,
-    /// Show one open backup.
-    Show {
-        /// Its id.
-        id: String,
-    },
-    /// The copy is complete: keep the checkpoint, let go of the instant.
-    Commit {
-        /// Its id.
-        id: String,
-    },
-    /// The copy failed: as if the backup had never begun.
-    Abort {
-        /// Its id.
-        id: String,
-    },
-}
-
 #[derive(Args, Debug)]
 struct Disks {
     /// Only this disk; may be given more than once.
@@ -226,97 +144,6 @@ impl Cli {
                     .map_err(|error| Problem::usage(format!("the command is no JSON: {error}")))?;
                 let answer = Client::connect(&run_dir)?.execute_raw(&command)?;
                 Ok(Answers::raw(&answer))
-            }
-        }
-    }
-}
-
-impl CheckpointCommand {
-    fn run(self, client: &mut Client, answers: &Answers) -> Result<Done, Problem> {
-        match self {
-            Self::Create { name, disks } => {
-                let disks = disks.arguments();
-                let arguments = Named { name: &name, disks };
-                let answer = client.execute("checkpoint-create", &arguments)?;
-                answers.show(&answer, show::checkpoint_created)
-            }
-            Self::List => {
-                let answer = client.execute("query-checkpoints", &NONE)?;
-                answers.show(&answer, |list: &Vec<_>| show::checkpoints(list))
-            }
-            Self::Show { name } => {
-                let all = client.execute("query-checkpoints", &NONE)?;
-                let found = pick(&all, |checkpoint: &CheckpointAnswer| {
-                    checkpoint.name.as_str() == name || checkpoint.uuid.to_string() == name
-                })?;
-                let found = found.ok_or_else(|| {
-                    Problem::new(
-                        "unknown-checkpoint",
-                        format!("there is no checkpoint '{name}'"),
-                    )
-                    .hint("see: stillpoint checkpoint list")
-                })?;
-                answers.show(&found, show::checkpoint)
-            }
-            Self::Delete { name, force } => {
-                let arguments = Deletion { name: &name, force };
-                let answer = client.execute("checkpoint-delete", &arguments)?;
-                Ok(answers.confirm(&answer, &format!("checkpoint {name} is deleted\n")))
-            }
-        }
-    }
-}
-
-impl BackupCommand {
-    fn run(self, client: &mut Client, answers: &Answers) -> Result<Done, Problem> {
-        match self {
-            Self::Begin {
-                id,
-                disks,
-                since,
-                checkpoint,
-            } => {
-                let is_incremental_wanted = since.is_some();
-                let disks = disks.arguments();
-                let arguments = Beginning {
-                    id,
-                    disks,
-                    since,
-                    checkpoint,
-                };
-                let answer = client.execute("backup-begin", &arguments)?;
-                let mut done = answers.show(&answer, show::backup_begun)?;
-                let backup: BackupAnswer = client::parse(&answer)?;
-                let is_full = backup.disks.iter().any(|disk| disk.mode == Mode::Full);
-                if is_incremental_wanted && is_full {
-                    done.exit = exit::FULL;
-                }
-                Ok(done)
-            }
-            Self::List => {
-                let answer = client.execute("query-backups", &NONE)?;
-                answers.show(&answer, |list: &Vec<_>| show::backups(list))
-            }
-            Self::Show { id } => {
-                let answer = client.execute("query-backups", &Identified { id: &id })?;
-                let found = pick(&answer, |backup: &BackupAnswer| backup.id.as_str() == id)?;
-                let found = found.ok_or_else(|| {
-                    Problem::new("unknown-backup", format!("there is no open backup '{id}'"))
-                })?;
-                let mut done = answers.show(&found, show::backup)?;
-                let backup: BackupAnswer = client::parse(&found)?;
-                if backup.state == BackupState::Broken {
-                    done.exit = exit::BROKEN;
-                }
-                Ok(done)
-            }
-            Self::Commit { id } => {
-                let answer = client.execute("backup-commit", &Identified { id: &id })?;
-                Ok(answers.confirm(&answer, &format!("backup {id} is committed\n")))
-            }
-            Self::Abort { id } => {
-                let answer = client.execute("backup-abort", &Identified { id: &id })?;
-                Ok(answers.confirm(&answer, &format!("backup {id} is aborted\n")))
             }
         }
     }
@@ -391,36 +218,6 @@ const NONE: NoArguments = NoArguments {};
 
 #[derive(Serialize)]
 struct NoArguments {}
-
-#[derive(Serialize)]
-struct Named<'a> {
-    name: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    disks: Option<Vec<String>>,
-}
-
-#[derive(Serialize)]
-struct Deletion<'a> {
-    name: &'a str,
-    force: bool,
-}
-
-#[derive(Serialize)]
-struct Identified<'a> {
-    id: &'a str,
-}
-
-#[derive(Serialize)]
-struct Beginning {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    id: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    disks: Option<Vec<String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    since: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    checkpoint: Option<String>,
-}
 
 #[cfg(test)]
 mod tests {

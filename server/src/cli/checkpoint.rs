@@ -1,0 +1,96 @@
+//! `stillpoint checkpoint`: points in time from which changes are known.
+
+use clap::Subcommand;
+use serde::Serialize;
+
+use super::client::Client;
+use super::problem::Problem;
+use super::show;
+use super::{Answers, Disks, Done, NONE, pick};
+use crate::control::answers::CheckpointAnswer;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum CheckpointCommand {
+    /// Name this instant of all disks, or of some.
+    Create {
+        /// What to call it.
+        name: String,
+        #[command(flatten)]
+        disks: Disks,
+    },
+    /// Show all checkpoints, with how much has changed since each.
+    List,
+    /// Show one checkpoint.
+    Show {
+        /// Its name.
+        name: String,
+    },
+    /// Forget a checkpoint; what changed since any other one stays known.
+    Delete {
+        /// Its name.
+        name: String,
+        // There is nothing yet that would need it.
+        #[arg(long, hide = true)]
+        force: bool,
+    },
+}
+
+impl CheckpointCommand {
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Create { .. } => "checkpoint create",
+            Self::List => "checkpoint list",
+            Self::Show { .. } => "checkpoint show",
+            Self::Delete { .. } => "checkpoint delete",
+        }
+    }
+}
+
+impl CheckpointCommand {
+    pub(super) fn run(self, client: &mut Client, answers: &Answers) -> Result<Done, Problem> {
+        match self {
+            Self::Create { name, disks } => {
+                let disks = disks.arguments();
+                let arguments = Named { name: &name, disks };
+                let answer = client.execute("checkpoint-create", &arguments)?;
+                answers.show(&answer, show::checkpoint_created)
+            }
+            Self::List => {
+                let answer = client.execute("query-checkpoints", &NONE)?;
+                answers.show(&answer, |list: &Vec<_>| show::checkpoints(list))
+            }
+            Self::Show { name } => {
+                let all = client.execute("query-checkpoints", &NONE)?;
+                let found = pick(&all, |checkpoint: &CheckpointAnswer| {
+                    checkpoint.name.as_str() == name || checkpoint.uuid.to_string() == name
+                })?;
+                let found = found.ok_or_else(|| {
+                    Problem::new(
+                        "unknown-checkpoint",
+                        format!("there is no checkpoint '{name}'"),
+                    )
+                    .hint("see: stillpoint checkpoint list")
+                })?;
+                answers.show(&found, show::checkpoint)
+            }
+            Self::Delete { name, force } => {
+                let arguments = Deletion { name: &name, force };
+                let answer = client.execute("checkpoint-delete", &arguments)?;
+                Ok(answers.confirm(&answer, &format!("checkpoint {name} is deleted\n")))
+            }
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Named<'a> {
+    name: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disks: Option<Vec<String>>,
+}
+
+#[derive(Serialize)]
+struct Deletion<'a> {
+    name: &'a str,
+    force: bool,
+}

@@ -97,7 +97,11 @@ impl<P: PageStore> Regions<P> {
 
     /// The table has been synced since `region` was entered in it.
     pub fn activated(&self, region: Region) {
-        if self.exchange(region, INACTIVE, ACTIVE) {
+        let change = |now: u64| (now & STATE == INACTIVE).then_some(now & !STATE | ACTIVE);
+        let word = self.word(region);
+        // Of several who asked for it together, one makes it active, and counts it.
+        let changed = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change);
+        if changed.is_ok() {
             self.active.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -242,6 +246,24 @@ mod tests {
         regions.activated(region);
         assert!(regions.enter(region));
         assert_eq!(regions.active(), 1);
+    }
+
+    #[test]
+    fn a_region_that_two_writers_activate_together_counts_once() {
+        let regions = regions();
+        let region = regions.of(&(0..1)).next().unwrap();
+        for _ in 0..2 {
+            assert!(!regions.enter(region));
+            regions.activate(region).unwrap();
+        }
+        regions.activated(region);
+        regions.activated(region);
+        assert_eq!(regions.active(), 1);
+        regions.leave(region);
+        regions.leave(region);
+        assert_eq!(regions.begin_retiring(9), [region]);
+        regions.retire(region, || 0).unwrap();
+        assert_eq!(regions.active(), 0);
     }
 
     #[test]

@@ -2,16 +2,20 @@ use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::{Chunks, Era, PageStore};
+use crate::entry::{self, ENTRY_BYTES};
+use crate::{Chunks, Era, PageStore, Salt};
 
 /// An era for each chunk of a disk, written through to a [`PageStore`].
 ///
 /// A page comes into being with the first era stored on it, so an untouched disk of any size costs
 /// next to nothing. Readers take no lock. The store holds each era before memory does: what a
-/// reader saw outlives the process.
+/// reader saw outlives the process. There every entry has a sum of its own, so that damage is told
+/// from what was stored, also while others are being written beside it.
 #[derive(Debug)]
 pub struct Eras<P> {
     pages: Box<[OnceLock<Box<Page>>]>,
+    count: u64,
+    salt: Salt,
     store: P,
 }
 
@@ -26,22 +30,25 @@ pub struct EraRun {
 
 impl<P: PageStore> Eras<P> {
     /// A map of `count` chunks that have never changed, over a store that holds only zeroes.
-    pub fn new(count: u64, store: P) -> Self {
+    pub fn new(count: u64, salt: Salt, store: P) -> Self {
         let pages = (0..count.div_ceil(ERAS_PER_PAGE))
             .map(|_| OnceLock::new())
             .collect();
-        Self { pages, store }
+        Self {
+            pages,
+            count,
+            salt,
+            store,
+        }
     }
 
-    /// Brings every page into memory of which something may be in the store.
+    /// Brings every page into memory of which something may be in the store. What is damaged, or
+    /// was never stored, is never.
     pub fn load_stored(&self) -> io::Result<()> {
         let mut offset = 0;
         while let Some(stored) = self.store.stored(offset)? {
-            let end = stored
-                .end
-                .div_ceil(PAGE_BYTES as u64)
-                .min(self.page_count());
-            for page in stored.start / PAGE_BYTES as u64..end {
+            let end = stored.end.div_ceil(PAGE_BYTES).min(self.page_count());
+            for page in stored.start / PAGE_BYTES..end {
                 self.load_page(page)?;
             }
             offset = stored.end;
@@ -49,17 +56,33 @@ impl<P: PageStore> Eras<P> {
         Ok(())
     }
 
-    /// Brings page number `page` into memory as it is in the store, and says what it sums to
-    /// (CRC-32).
-    pub fn load_page(&self, page: u64) -> io::Result<u32> {
-        let mut bytes = [0; PAGE_BYTES];
-        self.store.load(page * PAGE_BYTES as u64, &mut bytes)?;
+    /// Brings page number `page` into memory as it is in the store.
+    ///
+    /// What is returned has no whole entry there: it is damaged, or was never stored. In memory its
+    /// era is never.
+    pub fn load_page(&self, page: u64) -> io::Result<Vec<Chunks>> {
+        let mut bytes = [0; PAGE_BYTES as usize];
+        self.store.load(page * PAGE_BYTES, &mut bytes)?;
         let eras = self.pages[page as usize].get_or_init(empty_page);
-        for (era, stored) in eras.iter().zip(bytes.chunks_exact(ERA_BYTES as usize)) {
-            let number = stored.try_into().map_or(0, u32::from_le_bytes);
-            era.store(number, Ordering::Release);
+        let mut lacking: Vec<Chunks> = Vec::new();
+        let Chunks { start, end } = Self::chunks_of_page(page);
+        let (entries, _) = bytes.as_chunks();
+        for ((chunk, era), stored) in (start..end.min(self.count)).zip(&eras[..]).zip(entries) {
+            let found = entry::decode(self.salt, chunk, *stored);
+            era.store(found.unwrap_or(Era::NEVER).number(), Ordering::Release);
+            match lacking.last_mut() {
+                _ if found.is_some() => {}
+                Some(run) if run.end == chunk => run.end += 1,
+                _ => lacking.push(chunk..chunk + 1),
+            }
         }
-        Ok(crc32fast::hash(&bytes))
+        Ok(lacking)
+    }
+
+    /// Stores an entry for each of `chunks`, of which nothing is stored yet: that it has not changed
+    /// since the first era began. From then on, an entry that is missing there is damage.
+    pub fn fill(&self, chunks: &Chunks) -> io::Result<()> {
+        pieces(chunks).try_for_each(|piece| self.store_entries(&piece, Era::FIRST))
     }
 
     /// Takes everything on page number `page` as never changed, in memory alone: what is there is
@@ -81,15 +104,14 @@ impl<P: PageStore> Eras<P> {
         )
     }
 
-    /// What page number `page` sums to (CRC-32), as it is in memory.
+    /// What the eras on page number `page` sum to (CRC-32), as they are in memory. Never counts as
+    /// the first era, which means the same to every checkpoint and is what is stored for it.
     pub fn checksum(&self, page: u64) -> u32 {
         let mut sum = crc32fast::Hasher::new();
+        let mut add = |era: u32| sum.update(&era.max(Era::FIRST.number()).to_le_bytes());
         match self.pages[page as usize].get() {
-            Some(eras) => {
-                eras.iter()
-                    .for_each(|era| sum.update(&era.load(Ordering::Acquire).to_le_bytes()));
-            }
-            None => sum.update(&[0; PAGE_BYTES]),
+            Some(eras) => eras.iter().for_each(|era| add(era.load(Ordering::Acquire))),
+            None => (0..ERAS_PER_PAGE).for_each(|_| add(0)),
         }
         sum.finalize()
     }
@@ -120,25 +142,29 @@ impl<P: PageStore> Eras<P> {
         Era::from_number(page[place(chunk)].load(Ordering::Acquire))
     }
 
-    /// Gives all of `chunks` the era `era`: in the store first, then in memory.
+    /// Gives all of `chunks` the era `era`, which is not never: in the store first, then in memory.
     ///
     /// On an error memory is as it was, and the store may hold the new era for some of them.
     pub fn set(&self, chunks: &Chunks, era: Era) -> io::Result<()> {
-        let bytes = era.number().to_le_bytes();
         for piece in pieces(chunks) {
-            let length = (piece.end - piece.start) as usize;
-            if length == 1 {
-                self.store.store(piece.start * ERA_BYTES, &bytes)?;
-            } else {
-                self.store
-                    .store(piece.start * ERA_BYTES, &bytes.repeat(length))?;
-            }
+            self.store_entries(&piece, era)?;
             let page = self.pages[page_index(piece.start)].get_or_init(empty_page);
             for chunk in piece {
                 page[place(chunk)].store(era.number(), Ordering::Release);
             }
         }
         Ok(())
+    }
+
+    fn store_entries(&self, piece: &Chunks, era: Era) -> io::Result<()> {
+        let offset = piece.start * ENTRY_BYTES as u64;
+        let entry = |chunk| entry::encode(self.salt, chunk, era);
+        // Most writes mark one chunk.
+        if piece.end - piece.start == 1 {
+            return self.store.store(offset, &entry(piece.start));
+        }
+        let entries: Vec<_> = piece.clone().map(entry).collect();
+        self.store.store(offset, entries.as_flattened())
     }
 
     /// The last chunk index, plus one, up to which no chunk from `chunk` on has a page.
@@ -152,6 +178,11 @@ impl<P: PageStore> Eras<P> {
             .iter()
             .take_while(|page| page.get().is_none());
         ((page_index(chunk) + untouched.count()) as u64 * ERAS_PER_PAGE).min(end)
+    }
+
+    /// What its entries are summed up with.
+    pub fn salt(&self) -> Salt {
+        self.salt
     }
 
     /// The store, to be synced or looked into.
@@ -189,37 +220,73 @@ fn empty_page() -> Box<Page> {
 
 type Page = [AtomicU32; ERAS_PER_PAGE as usize];
 
-/// A page of eras is a page of memory and of the file: 4 KiB.
+/// A page of eras is a page of memory: 4 KiB.
 pub const ERAS_PER_PAGE: u64 = 1024;
-const ERA_BYTES: u64 = 4;
-const PAGE_BYTES: usize = (ERAS_PER_PAGE * ERA_BYTES) as usize;
+/// And twice that in the store.
+pub const PAGE_BYTES: u64 = ERAS_PER_PAGE * ENTRY_BYTES as u64;
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::MemoryPages;
 
+    const SALT: Salt = Salt::from_number(5);
+
     #[test]
     fn what_was_never_set_is_never() {
-        let eras = Eras::new(5000, MemoryPages::default());
+        let eras = Eras::new(5000, SALT, MemoryPages::default());
         assert_eq!(eras.era(4999), Era::NEVER);
         assert_eq!(eras.skip_untouched(7, 5000), 5000);
     }
 
     #[test]
     fn a_run_across_pages_is_set_in_memory_and_in_the_store() {
-        let eras = Eras::new(5000, MemoryPages::default());
+        let eras = Eras::new(5000, SALT, MemoryPages::default());
         eras.set(&(1000..2050), Era::from_number(7)).unwrap();
+        let stored = Eras::new(5000, SALT, MemoryPages::from(eras.store().contents()));
+        stored.load_stored().unwrap();
 
         for (chunk, era) in [(999, 0), (1000, 7), (1024, 7), (2049, 7), (2050, 0)] {
             assert_eq!(eras.era(chunk).number(), era, "chunk {chunk}");
-            let stored = eras.store().contents();
-            let at = chunk as usize * 4;
-            let found = stored.get(at..at + 4).map_or(0, |b| b[0]);
-            assert_eq!(u32::from(found), era, "stored, chunk {chunk}");
+            assert_eq!(stored.era(chunk).number(), era, "stored, chunk {chunk}");
         }
         assert_eq!(eras.skip_untouched(4000, 5000), 5000);
         assert_eq!(eras.skip_untouched(0, 5000), 0);
+    }
+
+    #[test]
+    fn what_is_damaged_or_was_never_stored_is_told_from_what_was() {
+        let eras = Eras::new(1030, SALT, MemoryPages::default());
+        eras.fill(&(960..1088)).unwrap();
+        eras.set(&(1000..1003), Era::from_number(7)).unwrap();
+        let sum = eras.checksum(0);
+
+        let mut bytes = eras.store().contents();
+        bytes[1001 * ENTRY_BYTES] ^= 1;
+        bytes[1020 * ENTRY_BYTES..1024 * ENTRY_BYTES].fill(0);
+        let stored = Eras::new(1030, SALT, MemoryPages::from(bytes));
+        assert_eq!(
+            stored.load_page(0).unwrap(),
+            [0..960, 1001..1002, 1020..1024]
+        );
+        assert_ne!(stored.checksum(0), sum);
+        assert_eq!(
+            stored.load_page(1).unwrap(),
+            [] as [Chunks; 0],
+            "beyond the end"
+        );
+        let found = [960, 1000, 1001, 1002, 1021, 1029].map(|chunk| stored.era(chunk).number());
+        assert_eq!(found, [1, 7, 0, 7, 0, 1]);
+    }
+
+    #[test]
+    fn what_never_changed_sums_to_the_same_in_memory_and_from_the_store() {
+        let eras = Eras::new(1024, SALT, MemoryPages::default());
+        eras.fill(&(0..64)).unwrap();
+        eras.set(&(3..4), Era::from_number(7)).unwrap();
+        let stored = Eras::new(1024, SALT, MemoryPages::from(eras.store().contents()));
+        stored.load_page(0).unwrap();
+        assert_eq!(stored.checksum(0), eras.checksum(0));
     }
 
     #[test]
@@ -236,7 +303,7 @@ mod tests {
                 Ok(None)
             }
         }
-        let eras = Eras::new(10, Full);
+        let eras = Eras::new(10, SALT, Full);
         assert!(eras.set(&(0..1), Era::FIRST).is_err());
         assert_eq!(eras.era(0), Era::NEVER);
     }

@@ -20,7 +20,8 @@ pub struct FrozenEras<P> {
 impl<P: PageStore> FrozenEras<P> {
     /// The eras of `live` as they are when era `frozen_in` begins; `store` holds only zeroes.
     pub fn new(live: Arc<EraMap<P>>, frozen_in: Era, store: P) -> Self {
-        let aside = Eras::new(live.size().div_ceil(live.granularity().bytes()), store);
+        let count = live.size().div_ceil(live.granularity().bytes());
+        let aside = Eras::new(count, live.eras().salt().aside(frozen_in), store);
         Self {
             live,
             aside,
@@ -28,7 +29,8 @@ impl<P: PageStore> FrozenEras<P> {
         }
     }
 
-    /// The same after a restart: what was put aside is in `store`.
+    /// The same after a restart: what was put aside is in `store`. What is damaged there counts as
+    /// missing.
     pub fn reopen(live: Arc<EraMap<P>>, frozen_in: Era, store: P) -> io::Result<Self> {
         let frozen = Self::new(live, frozen_in, store);
         frozen.aside.load_stored()?;
@@ -121,7 +123,7 @@ impl<P: PageStore> FrozenEras<P> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Granularity, MemoryPages};
+    use crate::{Granularity, MemoryPages, Salt};
 
     const CHUNK: u64 = 64 << 10;
 
@@ -133,8 +135,13 @@ mod tests {
 
     impl Guest {
         fn new(chunks: u64) -> Self {
-            let map =
-                EraMap::new(chunks * CHUNK, Granularity::DEFAULT, MemoryPages::default()).into();
+            let map = EraMap::new(
+                chunks * CHUNK,
+                Granularity::DEFAULT,
+                Salt::default(),
+                MemoryPages::default(),
+            )
+            .into();
             Self {
                 map,
                 open: Vec::new(),

@@ -6,6 +6,7 @@
 //!
 //! Nothing here does I/O or waits: what must outlive the process is handed to a [`PageStore`].
 
+mod entry;
 mod era;
 mod eras;
 mod frozen;
@@ -15,8 +16,9 @@ mod regions;
 mod run;
 mod store;
 
+pub use entry::Salt;
 pub use era::{Chunks, Era, Granularity, GranularityError};
-pub use eras::{ERAS_PER_PAGE, EraRun, Eras};
+pub use eras::{ERAS_PER_PAGE, EraRun, Eras, PAGE_BYTES};
 pub use frozen::FrozenEras;
 pub use map::EraMap;
 pub use pages::{PageRecord, PageTable};

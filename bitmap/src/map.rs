@@ -1,7 +1,7 @@
 use std::io;
 use std::ops::Range;
 
-use crate::{Chunks, Era, EraRun, Eras, Granularity, PageStore, Run};
+use crate::{Chunks, Era, EraRun, Eras, Granularity, PageStore, Run, Salt};
 
 /// For each chunk of a live disk, the era of its last change.
 ///
@@ -18,8 +18,8 @@ pub struct EraMap<P> {
 
 impl<P: PageStore> EraMap<P> {
     /// The map of a disk of `size` bytes on which nothing has changed yet.
-    pub fn new(size: u64, granularity: Granularity, store: P) -> Self {
-        let eras = Eras::new(size.div_ceil(granularity.bytes()), store);
+    pub fn new(size: u64, granularity: Granularity, salt: Salt, store: P) -> Self {
+        let eras = Eras::new(size.div_ceil(granularity.bytes()), salt, store);
         Self {
             eras,
             granularity,
@@ -159,7 +159,12 @@ mod tests {
     const CHUNK: u64 = 64 << 10;
 
     fn map(size: u64) -> EraMap<MemoryPages> {
-        EraMap::new(size, Granularity::DEFAULT, MemoryPages::default())
+        EraMap::new(
+            size,
+            Granularity::DEFAULT,
+            Salt::default(),
+            MemoryPages::default(),
+        )
     }
 
     fn write(map: &EraMap<MemoryPages>, range: Range<u64>, era: u32) {

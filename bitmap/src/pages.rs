@@ -3,8 +3,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::PageStore;
 
-/// What is durably known about each page of an era map: whether it exists, which of its regions are
-/// active, and what it sums to while none is.
+/// What is durably known about each page of an era map: which of its regions were ever written,
+/// which are active, and what it sums to while none is.
 ///
 /// A region is active while a mark or a byte written in it may not be durable. Of a page with an
 /// active region nothing is promised but that its other chunks are right; of a page with none, that
@@ -22,9 +22,9 @@ pub struct PageTable<P> {
 pub struct PageRecord {
     /// One bit for each region of the page.
     pub active: u16,
-    /// Whether an era was ever stored on it.
-    pub exists: bool,
-    /// The CRC-32 of the page, once it exists and while no region of it is active.
+    /// One bit for each region of the page: once it is set, every chunk there has an entry.
+    pub filled: u16,
+    /// The [sum](crate::Eras::checksum) of the page, while something is filled and nothing active.
     pub checksum: u32,
 }
 
@@ -32,7 +32,7 @@ pub struct PageRecord {
 type Sector = [PageRecord; RECORDS];
 
 impl<P: PageStore> PageTable<P> {
-    /// The table of `pages` pages of which none exists yet, stored whole.
+    /// The table of `pages` pages on which nothing is stored yet, stored whole.
     pub fn create(pages: u64, store: P) -> io::Result<Self> {
         let count = pages.div_ceil(RECORDS as u64);
         let sectors = (0..count)
@@ -46,7 +46,7 @@ impl<P: PageStore> PageTable<P> {
     }
 
     /// The table that is in `store`, and the pages of which nothing is known because their sector
-    /// is damaged. Those are taken to exist, with every region active.
+    /// is damaged. Those are taken to have every region filled and active.
     pub fn load(pages: u64, store: P) -> io::Result<(Self, Vec<u64>)> {
         let count = pages.div_ceil(RECORDS as u64);
         let (mut sectors, mut damaged) = (Vec::with_capacity(count as usize), Vec::new());
@@ -58,7 +58,7 @@ impl<P: PageStore> PageTable<P> {
                 damaged.extend(first..(first + RECORDS as u64).min(pages));
                 [PageRecord {
                     active: u16::MAX,
-                    exists: true,
+                    filled: u16::MAX,
                     checksum: 0,
                 }; RECORDS]
             });
@@ -94,11 +94,15 @@ impl<P: PageStore> PageTable<P> {
         Ok(())
     }
 
-    /// The same, and stores the sector even if nothing in it has changed.
-    pub fn rewrite(&self, page: u64, change: impl FnOnce(&mut PageRecord)) -> io::Result<()> {
+    /// The same, if `change` succeeds, and stores the sector even if nothing in it has changed.
+    pub fn rewrite(
+        &self,
+        page: u64,
+        change: impl FnOnce(&mut PageRecord) -> io::Result<()>,
+    ) -> io::Result<()> {
         let (number, place) = split(page);
         let mut sector = self.sector(number);
-        change(&mut sector[place]);
+        change(&mut sector[place])?;
         self.store_sector(number, &sector)
     }
 
@@ -138,7 +142,7 @@ fn encode(number: u32, sector: &Sector) -> [u8; SECTOR_BYTES] {
     {
         place[0..4].copy_from_slice(&record.checksum.to_le_bytes());
         place[4..6].copy_from_slice(&record.active.to_le_bytes());
-        place[6] = record.exists.into();
+        place[6..8].copy_from_slice(&record.filled.to_le_bytes());
     }
     let sum = crc32fast::hash(&bytes[4..]);
     bytes[0..4].copy_from_slice(&sum.to_le_bytes());
@@ -154,7 +158,7 @@ fn decode(number: u32, bytes: &[u8; SECTOR_BYTES]) -> Option<Sector> {
     {
         record.checksum = u32::from_le_bytes(place[0..4].try_into().ok()?);
         record.active = u16::from_le_bytes(place[4..6].try_into().ok()?);
-        record.exists = place[6] != 0;
+        record.filled = u16::from_le_bytes(place[6..8].try_into().ok()?);
     }
     (encode(number, &sector) == *bytes).then_some(sector)
 }
@@ -175,7 +179,7 @@ mod tests {
         let table = PageTable::create(130, MemoryPages::default()).unwrap();
         let record = PageRecord {
             active: 0x8001,
-            exists: true,
+            filled: 0x8003,
             checksum: 7,
         };
         table.update(129, |r| *r = record).unwrap();
@@ -190,7 +194,7 @@ mod tests {
     #[test]
     fn every_flipped_bit_is_noticed_and_costs_one_sector() {
         let table = PageTable::create(130, MemoryPages::default()).unwrap();
-        table.update(64, |record| record.exists = true).unwrap();
+        table.update(64, |record| record.filled = 1).unwrap();
         let good = table.store().contents();
         for bit in 0..SECTOR_BYTES * 8 {
             let mut bad = good.clone();

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crate::eras::ERAS_PER_PAGE;
 use crate::pages::{PageRecord, PageTable};
-use crate::{Granularity, PageStore};
+use crate::{Chunks, Granularity, PageStore};
 
 /// Which regions of a disk are being written, so that a power cut leaves a bounded doubt.
 ///
@@ -34,7 +34,7 @@ impl<P: PageStore> Regions<P> {
     /// Over `table`, whose active regions stay active until they are retired in the normal way.
     pub fn new(pages: u64, granularity: Granularity, table: PageTable<P>) -> Self {
         let words = (0..pages).map(|_| OnceLock::new()).collect();
-        let region_bytes = granularity.bytes() * ERAS_PER_PAGE / REGIONS_PER_PAGE;
+        let region_bytes = granularity.bytes() * CHUNKS;
         let regions = Self {
             table,
             words,
@@ -86,12 +86,24 @@ impl<P: PageStore> Regions<P> {
 
     /// Stores that `region`, which the caller has entered, is active. It is so once a sync of the
     /// table that began after this has succeeded and [`activated`](Self::activated) was called.
-    pub fn activate(&self, region: Region) -> io::Result<()> {
+    ///
+    /// The first time `fill` stores an entry for each chunk of it, before that is recorded. A kill
+    /// in between leaves entries that nobody asks for; a power cut that takes them back finds the
+    /// region active, or not recorded either.
+    pub fn activate(
+        &self,
+        region: Region,
+        fill: impl FnOnce(&Chunks) -> io::Result<()>,
+    ) -> io::Result<()> {
         // Stored in any case: a record that was to be stored when the region was retired, and gave
-        // an error, may be in the store all the same.
+        // an error, may be in the store all the same. Filled under the sector's lock, and so before
+        // anyone marks something there.
         self.table.rewrite(region.page(), |record| {
-            record.active |= region.bit();
-            record.exists = true;
+            if !record.is_filled(region) {
+                fill(&region.chunks())?;
+            }
+            record.activate(region);
+            Ok(())
         })
     }
 
@@ -194,7 +206,41 @@ impl<P: PageStore> Regions<P> {
     }
 }
 
+impl PageRecord {
+    /// Whether `region`, which is on this page, is active.
+    pub fn is_active(&self, region: Region) -> bool {
+        self.active & region.bit() != 0
+    }
+
+    /// Whether every chunk of `region`, which is on this page, has an entry.
+    pub fn is_filled(&self, region: Region) -> bool {
+        self.filled & region.bit() != 0
+    }
+
+    /// Takes note that `region`, which is on this page, has an entry for each chunk and is active.
+    pub fn activate(&mut self, region: Region) {
+        self.active |= region.bit();
+        self.filled |= region.bit();
+    }
+}
+
 impl Region {
+    /// Cuts `chunks` where regions begin.
+    pub fn cut(chunks: &Chunks) -> impl Iterator<Item = (Self, Chunks)> + use<> {
+        let Chunks { mut start, end } = *chunks;
+        std::iter::from_fn(move || {
+            let region = Self(start / CHUNKS);
+            let part = start..region.chunks().end.min(end);
+            start = part.end;
+            (!part.is_empty()).then_some((region, part))
+        })
+    }
+
+    /// Its chunks; the last region may have more than the disk.
+    pub fn chunks(self) -> Chunks {
+        self.0 * CHUNKS..(self.0 + 1) * CHUNKS
+    }
+
     /// The page of the era map that its chunks are on.
     pub fn page(self) -> u64 {
         self.0 / REGIONS_PER_PAGE
@@ -207,6 +253,8 @@ impl Region {
 
 /// A page's regions are one word of its record: with 64 KiB chunks a region is 4 MiB.
 const REGIONS_PER_PAGE: u64 = 16;
+/// Of a region. Their entries are one sector of the store.
+const CHUNKS: u64 = ERAS_PER_PAGE / REGIONS_PER_PAGE;
 
 const INACTIVE: u64 = 0;
 const ACTIVE: u64 = 1;
@@ -231,7 +279,7 @@ mod tests {
 
     fn activate(regions: &Regions<MemoryPages>, region: Region) {
         assert!(!regions.enter(region));
-        regions.activate(region).unwrap();
+        regions.activate(region, |_| Ok(())).unwrap();
         regions.activated(region);
     }
 
@@ -241,7 +289,7 @@ mod tests {
         let region = regions.of(&(5 * MIB..5 * MIB + 1)).next().unwrap();
         assert_eq!(regions.range(region), 4 * MIB..8 * MIB);
         assert!(!regions.enter(region));
-        regions.activate(region).unwrap();
+        regions.activate(region, |_| Ok(())).unwrap();
         assert!(!regions.enter(region), "stored, and not yet synced");
         regions.activated(region);
         assert!(regions.enter(region));
@@ -254,7 +302,7 @@ mod tests {
         let region = regions.of(&(0..1)).next().unwrap();
         for _ in 0..2 {
             assert!(!regions.enter(region));
-            regions.activate(region).unwrap();
+            regions.activate(region, |_| Ok(())).unwrap();
         }
         regions.activated(region);
         regions.activated(region);
@@ -284,7 +332,7 @@ mod tests {
         regions.retire(region, || 77).unwrap();
         let expected = PageRecord {
             active: 0,
-            exists: true,
+            filled: 1,
             checksum: 77,
         };
         assert_eq!(regions.table().record(0), expected);

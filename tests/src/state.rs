@@ -28,8 +28,13 @@ pub fn end_lease(state: &Path) {
     let sum = crc32fast::hash(&bytes[..8]).to_le_bytes();
     bytes[8..12].copy_from_slice(&sum);
     fs::write(&file, bytes).expect("the lease");
+    age_image(state);
+}
+
+/// Moves the image's time of change, as it was when the server began, back to the beginning of time.
+pub fn age_image(state: &Path) {
     for sector in 1..=2 {
-        // The image's time of change, in seconds, as it was when the server began.
+        // In seconds.
         change_sector(state, sector, |bytes| bytes[86..94].fill(0));
     }
 }

@@ -29,6 +29,16 @@ struct Scene {
     used: u64,
 }
 
+/// Written since each checkpoint: three sectors of the table of pages have some, and some pages
+/// regions that nobody writes any more beside one that is active.
+const WRITES: [(&str, &[u64]); 3] = [
+    ("cp1", &[1, 100, 5000, 70_000, 70_100, 130_000]),
+    ("cp2", &[2, 5000, 131_071]),
+    ("cp3", &[3, 70_001]),
+];
+/// An entry of `eras`.
+const ENTRY: u64 = 8;
+
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Ending {
     Stop,
@@ -56,22 +66,24 @@ impl Scene {
             .disk("vda", SIZE)
             .disk("vdb", 8 * MIB)
             .start();
-        let (mut vda, mut vdb) = (server.open_live("vda"), server.open_live("vdb"));
-        // Three sectors of the table of pages have some that exist.
-        let writes: [(&str, &[u64]); 3] = [
-            ("cp1", &[1, 5000, 70_000, 130_000]),
-            ("cp2", &[2, 5000, 131_071]),
-            ("cp3", &[3, 70_001]),
-        ];
+        let mut vdb = server.open_live("vdb");
         let mut changed: Vec<(&str, BTreeSet<u64>)> = Vec::new();
-        for (checkpoint, chunks) in writes {
+        for (checkpoint, chunks) in WRITES {
             server.checkpoint(checkpoint);
             changed.push((checkpoint, BTreeSet::new()));
+            let mut vda = server.open_live("vda");
             for &chunk in chunks {
                 vda.write(chunk * CHUNK, &[7; 4096]).unwrap();
                 for (_, set) in &mut changed {
                     set.insert(chunk);
                 }
+            }
+            drop(vda);
+            if checkpoint == "cp2" {
+                // No region is active after this.
+                server.stop();
+                server.start();
+                vdb = server.open_live("vdb");
             }
         }
         vdb.write(9 * CHUNK, &[1; 4096]).unwrap();
@@ -80,6 +92,7 @@ impl Scene {
             "b1",
             &["--since", "cp1", "--checkpoint", "cp4", "--disk", "vda"],
         );
+        let mut vda = server.open_live("vda");
         vda.write(5000 * CHUNK, &[8; 4096]).unwrap();
         match ending {
             Ending::Stop => server.stop(),
@@ -193,13 +206,16 @@ impl Scene {
     fn draw(&self, rng: &mut Rng) -> Damage {
         let files: Vec<&str> = FILES.iter().chain(&BACKUP_FILES).copied().collect();
         let file = *files.choose(rng).expect("some");
-        // While a region is active, nobody knows what its page should sum to: there, only absence is
-        // told. What an open backup keeps has no sums.
-        let has_sums =
-            !file.starts_with("backups/") && (file != "eras" || self.ending == Ending::Stop);
+        // What an open backup keeps has no sums but in its old eras.
+        let has_sums = !file.starts_with("backups/") || file.ends_with("/eras");
         let length = self.length(file).max(1);
         // Where something is, more often than in the emptiness of a sparse file.
-        let at = match rng.random_range(0..3) {
+        let written = WRITES
+            .choose(rng)
+            .and_then(|(_, chunks)| chunks.choose(rng));
+        let entry = written.map_or(0, |chunk| chunk * ENTRY);
+        let at = match rng.random_range(0..if file.ends_with("eras") { 6 } else { 3 }) {
+            3.. => rng.random_range(entry.saturating_sub(64)..entry + 64),
             0 => rng.random_range(0..length),
             1 => rng.random_range(0..length.min(4096)),
             _ => rng.random_range(length.saturating_sub(4096)..length),
@@ -207,7 +223,8 @@ impl Scene {
         let how = match rng.random_range(0..if has_sums { 8 } else { 2 }) {
             0 => How::Remove,
             1 => How::Truncate(at),
-            2..4 => How::Zero(at / 512 * 512, rng.random_range(1..=8) * 512),
+            2 => How::Zero(at / 512 * 512, rng.random_range(1..=8) * 512),
+            3 => How::Zero(at, rng.random_range(1..=16)),
             _ => How::Flip(at * 8 + rng.random_range(0..8)),
         };
         Damage {
@@ -285,6 +302,83 @@ fn damage_drawn_from_a_seed_is_never_taken_for_clean() {
 }
 
 #[test]
+fn a_damaged_entry_of_the_map_costs_its_own_chunk_while_a_region_of_its_page_is_active() {
+    let mut scene = Scene::new(Ending::Kill);
+    // In a region that is active, written and not; in one beside it; and a whole region.
+    for (first, count, dirty) in [(1, 1, 1), (2, 1, 1), (9, 1, 1), (100, 1, 1), (64, 64, 64)] {
+        for how in [
+            How::Flip(first * ENTRY * 8 + 1),
+            How::Flip(first * ENTRY * 8 + 63),
+            How::Zero(first * ENTRY, count * ENTRY),
+        ] {
+            let dirty = if matches!(how, How::Zero(..)) {
+                dirty
+            } else {
+                1
+            };
+            let what = format!("{how:?}");
+            scene.restore();
+            Damage::new("eras", how).apply(&scene.state());
+            scene.server.start();
+            let id = scene.new_id();
+            let begun = begin_since(&scene.server, &id, "vda", "cp3");
+            let Begun::Incremental { map, uncertain } = begun else {
+                panic!("{what}: {begun:?}");
+            };
+            assert_eq!(uncertain, dirty * CHUNK, "{what}: {map:?}");
+            let surplus = [first * CHUNK, (first + count - 1) * CHUNK];
+            for at in [3 * CHUNK, 5000 * CHUNK, 70_001 * CHUNK]
+                .iter()
+                .chain(&surplus[..dirty.min(2) as usize])
+            {
+                assert!(
+                    map.iter()
+                        .any(|e| e.0 <= *at && *at < e.0 + e.1 && e.2 == 1),
+                    "{what}: {map:?}"
+                );
+            }
+            let changed: u64 = map.iter().filter(|e| e.2 == 1).map(|e| e.1).sum();
+            assert_eq!(changed, (3 + dirty) * CHUNK, "{what}: {map:?}");
+            scene.server.kill();
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_read_of_the_last_server_is_said_in_words() {
+    for (ending, file, reason) in [
+        (Ending::Stop, "header", "how its last server ended"),
+        (Ending::Kill, "header", "how its last server ended"),
+        (Ending::PowerCut, "header", "how its last server ended"),
+        (Ending::Kill, "lease", "when its last server wrote"),
+        (Ending::PowerCut, "lease", "when its last server wrote"),
+        (Ending::Kill, "eras", "the map of what changed"),
+    ] {
+        let mut scene = Scene::new(ending);
+        let what = format!("after {ending:?}, {file}");
+        scene.restore();
+        let how = match file {
+            // Both copies of how things were left.
+            "header" => How::Zero(512, 1024),
+            "lease" => How::Zero(0, 1024),
+            _ => How::Remove,
+        };
+        Damage::new(file, how).apply(&scene.state());
+        if file == "lease" {
+            // Else the last write may be of the second in which the server began.
+            state::age_image(&scene.state());
+        }
+        scene.server.start();
+        let id = scene.new_id();
+        match begin_since(&scene.server, &id, "vda", "cp1") {
+            Begun::Full { reason: found } => assert!(found.contains(reason), "{what}: {found}"),
+            begun @ Begun::Incremental { .. } => panic!("{what}: {begun:?}"),
+        }
+        scene.check_other_disk(&what);
+    }
+}
+
+#[test]
 fn an_open_backup_that_lost_a_file_is_broken_and_its_base_is_intact() {
     for ending in [Ending::Stop, Ending::Kill] {
         let mut scene = Scene::new(ending);
@@ -332,7 +426,11 @@ fn check_frozen(server: &Server, what: &str) {
     let mut export = server.open_frozen("vda@b1", &[context]);
     assert_eq!(export.read(5000 * CHUNK, 4096), Ok(vec![7; 4096]), "{what}");
     let map = export.map(context);
-    for at in [1, 2, 3, 5000, 70_000, 70_001, 130_000, 131_071].map(|chunk| chunk * CHUNK) {
+    for at in WRITES
+        .iter()
+        .flat_map(|(_, chunks)| *chunks)
+        .map(|chunk| chunk * CHUNK)
+    {
         let dirty = map.iter().any(|e| e.0 <= at && at < e.0 + e.1 && e.2 == 1);
         assert!(dirty, "{what}: {at} is clean: {map:?}");
     }

@@ -1,7 +1,7 @@
 use std::io;
 use std::ops::Range;
 
-use bitmap::{Region, Regions};
+use bitmap::{EraMap, Region, Regions};
 use block::SharedSync;
 use scratch::{Durable, Pace, Step, World};
 use tokio::sync::{Mutex, MutexGuard, Notify};
@@ -44,10 +44,12 @@ impl<W: World> Intents<W> {
     /// is dropped.
     ///
     /// Asked by every write, also where the map has the current era already: the mark may be
-    /// durable and the region retired, and then the bytes would be without cover.
+    /// durable and the region retired, and then the bytes would be without cover. In `map`, a region
+    /// that is entered for the first time gets an entry for each of its chunks.
     pub(super) async fn enter(
         &self,
         range: &Range<u64>,
+        map: &EraMap<W::Pages>,
         pace: &W::Pace,
     ) -> io::Result<Inside<'_, W>> {
         self.lease.cover(pace.now()).await?;
@@ -65,7 +67,8 @@ impl<W: World> Intents<W> {
         }
         for region in &entered {
             pace.step(Step::Activate).await;
-            self.regions.activate(*region)?;
+            let fill = |chunks: &_| map.eras().fill(chunks);
+            self.regions.activate(*region, fill)?;
         }
         // Begun after the last of these was stored, so it covers them.
         self.syncs

@@ -254,7 +254,7 @@ impl<W: World> Disk<W> {
     async fn change(&self, range: Range<u64>, change: Change) -> io::Result<()> {
         // Outside the gate, where a freeze does not wait for it.
         let _inside = match &self.intents {
-            Some(intents) => Some(intents.enter(&range, &self.pace).await?),
+            Some(intents) => Some(intents.enter(&range, &self.map, &self.pace).await?),
             None => None,
         };
         let pass = self.gate.enter().await;

@@ -1,7 +1,8 @@
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
-use bitmap::{Era, EraMap, Eras, Granularity, PageTable, Regions};
+use bitmap::{Chunks, Era, EraMap, Eras, Granularity, PageTable, Region, Regions, Salt};
 use block::Storage;
 use scratch::Durable;
 
@@ -68,8 +69,16 @@ impl NewEras {
 pub struct Recovery<P> {
     map: EraMap<P>,
     table: PageTable<P>,
-    /// Pages of which nothing is believed.
-    damaged: Vec<u64>,
+    damage: Damage,
+}
+
+/// What of a map is not believed.
+#[derive(Default)]
+struct Damage {
+    /// Whole pages, because what is known of them is damaged, or they are not what they should be.
+    pages: BTreeSet<u64>,
+    /// Entries of other pages.
+    chunks: Vec<(Region, Chunks)>,
 }
 
 /// What is known of a disk after a restart.
@@ -78,56 +87,67 @@ pub struct Recovered<P> {
     pub map: Arc<EraMap<P>>,
     /// The regions, of which all that were active still are.
     pub regions: Regions<P>,
-    /// How many pages of the map were damaged, and count as changed.
-    pub damaged_pages: usize,
+    /// How many bytes count as changed because the map was damaged.
+    pub damaged_bytes: u64,
     /// The eras that begin now.
     pub eras: NewEras,
 }
 
 impl<P: Durable> Recovery<P> {
-    /// Reads what is in `eras` and `table`. An era above `plausible` is damage.
+    /// Reads what is in `table` and, under `salt`, in `eras`. An era above `plausible` is damage.
     pub fn load(
         size: u64,
         granularity: Granularity,
+        salt: Salt,
         (eras, table): (P, P),
         plausible: Era,
     ) -> io::Result<Self> {
-        let map = EraMap::new(size, granularity, eras);
+        let map = EraMap::new(size, granularity, salt, eras);
         let pages = map.eras().page_count();
-        let (table, mut damaged) = PageTable::load(pages, table)?;
+        let (table, unknown) = PageTable::load(pages, table)?;
+        let mut damage = Damage::default();
+        damage.pages.extend(unknown);
         for page in 0..pages {
             let record = table.record(page);
-            if !record.exists {
+            if record.filled == 0 || damage.pages.contains(&page) {
                 continue;
             }
-            let sum = map.eras().load_page(page)?;
-            // While a region of it is active, nobody knows what a page should sum to.
-            let wrong = record.active == 0 && sum != record.checksum;
-            if (wrong || map.eras().highest_on(page) > plausible) && !damaged.contains(&page) {
-                damaged.push(page);
+            let lacking = map.eras().load_page(page)?;
+            // While a region of it is active, nobody knows what a page should sum to; but each entry
+            // has a sum of its own.
+            let wrong = record.active == 0 && map.eras().checksum(page) != record.checksum;
+            if wrong || map.eras().highest_on(page) > plausible {
+                damage.pages.insert(page);
+                continue;
             }
+            let filled = lacking.iter().flat_map(Region::cut);
+            damage
+                .chunks
+                .extend(filled.filter(|(region, _)| record.is_filled(*region)));
         }
-        for page in &damaged {
+        for page in &damage.pages {
             map.eras().disbelieve_page(*page);
         }
-        Ok(Self {
-            map,
-            table,
-            damaged,
-        })
+        Ok(Self { map, table, damage })
     }
 
     /// Starts after a server that ended like `ending` and recorded no era above `known`.
     pub async fn start(
-        self,
+        mut self,
         ending: Ending,
         known: Era,
         chronicle: &mut impl Chronicle,
     ) -> io::Result<Recovered<P>> {
         let eras = NewEras::after(known, self.map.eras().highest())
             .ok_or_else(|| io::Error::other("all eras are used up: begin a new state"))?;
-        // Until everything in doubt is marked, whoever comes next has the same doubt.
-        let in_doubt = ending == Ending::PowerCut;
+        if ending == Ending::PowerCut {
+            // What was not durable there is marked with all else.
+            let active = |region: Region| self.table.record(region.page()).is_active(region);
+            self.damage.chunks.retain(|(region, _)| !active(*region));
+        }
+        // Until everything in doubt is marked, whoever comes next has the same doubt. For a damaged
+        // page too: once its regions are active, it has no sum that would tell.
+        let in_doubt = ending == Ending::PowerCut || !self.damage.is_empty();
         chronicle.runs(eras, in_doubt).await?;
         chronicle.started(eras.presumed).await?;
         let recovered = self.finish(ending, eras).await?;
@@ -141,26 +161,28 @@ impl<P: Durable> Recovery<P> {
     ///
     /// Interrupted, all of this can be begun again: the regions stay active all the while.
     async fn finish(self, ending: Ending, eras: NewEras) -> io::Result<Recovered<P>> {
-        let Self {
-            map,
-            table,
-            damaged,
-        } = self;
+        let Self { map, table, damage } = self;
         let granularity = map.granularity();
-        for page in &damaged {
+        for page in &damage.pages {
             // Stored in any case, so that the sector is whole again.
             table.rewrite(*page, |record| {
                 record.active = u16::MAX;
-                record.exists = true;
+                record.filled = u16::MAX;
+                Ok(())
             })?;
+        }
+        for (region, _) in &damage.chunks {
+            table.update(region.page(), |record| record.activate(*region))?;
         }
         let regions = Regions::new(map.eras().page_count(), granularity, table);
         // Before every mark it is durable that the region is active; also of the regions that the
         // last server stored as active and did not live to sync: writers will not ask again.
         regions.table().store().sync().await?;
-        for page in &damaged {
-            let bytes = granularity.range(&Eras::<P>::chunks_of_page(*page), map.size());
-            map.presume(&bytes, eras.presumed)?;
+        let mut damaged_bytes = 0;
+        for chunks in damage.all::<P>() {
+            let range = granularity.range(&chunks, map.size());
+            map.presume(&range, eras.presumed)?;
+            damaged_bytes += range.end - range.start;
         }
         if ending == Ending::PowerCut {
             for region in regions.all_active() {
@@ -171,8 +193,19 @@ impl<P: Durable> Recovery<P> {
         Ok(Recovered {
             map: Arc::new(map),
             regions,
-            damaged_pages: damaged.len(),
+            damaged_bytes,
             eras,
         })
+    }
+}
+
+impl Damage {
+    fn is_empty(&self) -> bool {
+        self.pages.is_empty() && self.chunks.is_empty()
+    }
+
+    fn all<P: Durable>(self) -> impl Iterator<Item = Chunks> {
+        let pages = self.pages.into_iter().map(Eras::<P>::chunks_of_page);
+        pages.chain(self.chunks.into_iter().map(|(_, chunks)| chunks))
     }
 }

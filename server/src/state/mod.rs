@@ -14,7 +14,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bitmap::{Era, EraMap, Granularity, PageTable};
+use bitmap::{Era, EraMap, Granularity, PAGE_BYTES, PageTable, Salt};
 use block::{Cells, FileStorage, Storage};
 use uuid::Uuid;
 
@@ -254,8 +254,7 @@ async fn begin(
     });
     let eras = open_or_create(dir, ERAS)?;
     let whole = eras_bytes(image.size().div_ceil(format.granularity.bytes()));
-    // Of a page that is being written nobody knows what it should sum to, so that some of it is
-    // missing has to be seen here.
+    // What is missing would count as changed, chunk by chunk; but no server left it so.
     if eras.length()? < whole {
         lost = Some("the map of what changed is missing, or short".to_owned());
     }
@@ -272,7 +271,8 @@ async fn begin(
         CellPages::from(open_or_create(dir, PAGES)?),
     );
     let plausible = Era::from_number(known.saturating_add(UNRECORDED_ERAS_MAX));
-    let recovery = Recovery::load(image.size(), format.granularity, files, plausible)?;
+    let (salt, granularity) = (salt_of(&format.uuid), format.granularity);
+    let recovery = Recovery::load(image.size(), granularity, salt, files, plausible)?;
     let mut start = Start {
         life: Life {
             lost_era: before.lost_era,
@@ -287,9 +287,9 @@ async fn begin(
     let recovered = recovery.start(ending, known, &mut start).await?;
     // After it is recorded why, if it is short.
     open_or_create(dir, ERAS)?.extend(whole)?;
-    if recovered.damaged_pages > 0 {
-        let pages = recovered.damaged_pages;
-        tracing::warn!(dir = %dir.display(), pages, "pages of the map are damaged, and dirty");
+    if recovered.damaged_bytes > 0 {
+        let bytes = recovered.damaged_bytes;
+        tracing::warn!(dir = %dir.display(), bytes, "the map is damaged: these count as changed");
     }
     let Start {
         header,
@@ -356,15 +356,20 @@ fn lost_before(life: &Life) -> Option<Lost> {
 
 /// Why the image is not the one that was left, or not as it was left, if so.
 fn changed_image(before: &Life, here: &Life, ending: Ending, lease: LeaseRecord) -> Option<String> {
-    let last_change = match ending {
+    let recorded = match ending {
         Ending::Clean => None,
-        Ending::Killed => Some(lease.clock.map_or(0, |clock| clock + CLOCK_SLACK_S)),
-        Ending::PowerCut => Some(lease.end.unwrap_or(0)),
+        Ending::Killed => Some(lease.clock.map(|clock| clock + CLOCK_SLACK_S)),
+        Ending::PowerCut => Some(lease.end),
     };
     // Before the first write there is no lease; then the time of change is the one that was left.
-    let last_change = last_change.map(|last| last.max(before.image.changed_seconds()));
+    let last_change = recorded.map(|last| last.unwrap_or(0).max(before.image.changed_seconds()));
     let same_boot = before.boot == here.boot || before.boot == [0; 16];
-    before.image.differs(&here.image, same_boot, last_change)
+    let differs = before.image.differs(&here.image, same_boot, last_change);
+    match recorded {
+        Some(None) => differs
+            .map(|why| format!("{why}, or else: when its last server wrote to it cannot be read")),
+        _ => differs,
+    }
 }
 
 fn highest_recorded(records: &[Record]) -> u32 {
@@ -419,15 +424,18 @@ fn eras_bytes(chunks: u64) -> u64 {
     pages_of(chunks) * PAGE_BYTES
 }
 
+/// What the entries of the map of the disk `uuid` are summed up with.
+fn salt_of(uuid: &Uuid) -> Salt {
+    let [a, b, c, d, ..] = uuid.into_bytes();
+    Salt::from_number(u32::from_le_bytes([a, b, c, d]))
+}
+
 fn cannot_use(dir: &Path, error: &io::Error) -> Failure {
     Failure::new(
         "state",
         format!("cannot use the state in '{}': {error}", dir.display()),
     )
 }
-
-/// Of the map of eras.
-const PAGE_BYTES: u64 = 4 * bitmap::ERAS_PER_PAGE;
 
 const HEADER: &str = "header";
 const HEADER_ASIDE: &str = "header.new";

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use bitmap::{Era, EraMap, Granularity};
+use bitmap::{Era, EraMap, Granularity, Salt};
 use scratch::{Frozen, Snapshot};
 use stillpoint::disk::Disk;
 
@@ -119,7 +119,7 @@ impl Stage {
             sim: Arc::clone(sim),
             capture: Rc::clone(&self.capture),
         };
-        let eras = Arc::new(EraMap::new(size, granularity, map.clone()));
+        let eras = Arc::new(EraMap::new(size, granularity, Salt::default(), map.clone()));
         // What a power cut leaves is another simulation's matter.
         let disk = Disk::new(image.clone(), eras, None, Era::from_number(era), pace);
         #[expect(

@@ -45,9 +45,9 @@ impl SimPages {
         contents.get(offset as usize).copied().unwrap_or(0)
     }
 
-    /// The number of 32 bits at `index`.
+    /// The number in the entry of eight bytes at `index`.
     pub(super) fn number(&self, index: u64) -> u32 {
-        u32::from_le_bytes([0, 1, 2, 3].map(|byte| self.byte(index * 4 + byte)))
+        u32::from_le_bytes([0, 1, 2, 3].map(|byte| self.byte(index * 8 + byte)))
     }
 
     fn put(&self, offset: u64, bytes: &[u8]) {
@@ -73,10 +73,10 @@ impl PageStore for SimPages {
             .fails(place, &(offset..offset + bytes.len() as u64))
         {
             // Whole entries of it may have got there.
-            let entry = if matches!(place, Place::Record(_)) {
-                bytes.len()
-            } else {
-                4
+            let entry = match place {
+                Place::Record(_) => bytes.len(),
+                Place::Map(_) | Place::Aside(_) => 8,
+                _ => 4,
             };
             let stored = self.sim.below((bytes.len() / entry) as u64 + 1) as usize * entry;
             self.put(offset, &bytes[..stored]);

@@ -3,7 +3,7 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use bitmap::Era;
+use bitmap::{Era, Salt};
 use block::Zeroing;
 use bytes::Bytes;
 use scratch::Durable;
@@ -21,6 +21,9 @@ pub(super) struct Life {
     pub(super) machine: Rc<Machine>,
     disk: Arc<Disk<PowerWorld>>,
     pub(super) ending: Ending,
+    /// The map had been damaged, and whether that was noticed.
+    pub(super) rotten: bool,
+    pub(super) damaged: bool,
     /// It has been asked to end.
     pub(super) stopping: Cell<bool>,
 }
@@ -118,9 +121,11 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
     });
     let known = recorded.max().unwrap_or(0).max(header.era_high);
     let (lease, _) = Lease::open(machine.lease.clone()).expect("nothing fails here");
+    let seed = machine.sim.seed;
     let recovery = Recovery::load(
         machine.shape.size,
         granularity(),
+        Salt::from_number(seed as u32),
         (machine.eras.clone(), machine.table.clone()),
         Era::from_number(known + 1000),
     );
@@ -131,9 +136,9 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
         .await
         .expect("nothing fails here");
 
-    let seed = machine.sim.seed;
-    assert_eq!(
-        recovered.damaged_pages, 0,
+    let rotten = machine.rotten.take();
+    assert!(
+        recovered.damaged_bytes == 0 || rotten,
         "seed {seed}: a crash is taken for damage"
     );
     let started = records(&journal).filter(|record| record.kind == STARTED);
@@ -147,7 +152,7 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
             "seed {seed}: a power cut that nobody saw"
         );
         oracle.presumed = presumed.collect();
-        oracle.started(ending != Ending::PowerCut, machine.sim.tick());
+        oracle.started(ending != Ending::PowerCut && !rotten, machine.sim.tick());
     }
     *machine.map.borrow_mut() = Some(Arc::clone(&recovered.map));
     let disk = Disk::new(
@@ -165,6 +170,8 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
     Life {
         disk,
         ending,
+        rotten,
+        damaged: recovered.damaged_bytes > 0,
         stopping: Cell::new(false),
         machine,
     }

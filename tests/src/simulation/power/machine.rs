@@ -13,7 +13,7 @@ use scratch::{Durable, Pace, Step, World};
 use super::life::Header;
 use super::medium::Medium;
 use super::oracle::Oracle;
-use super::shape::{SECTOR, Shape};
+use super::shape::{CHUNK, SECTOR, Shape};
 use crate::simulation::executor::pause;
 use crate::simulation::sim::Sim;
 
@@ -36,9 +36,16 @@ pub(super) struct Machine {
     /// Writing the image back has failed, of which the next sync tells.
     image_failed: Cell<bool>,
     pub(super) oracle: RefCell<Oracle>,
+    /// The map was damaged since a start last ended.
+    pub(super) rotten: Cell<bool>,
+    /// The stored map as it once was.
+    old_eras: RefCell<Vec<u8>>,
     /// The map of the server that runs.
     pub(super) map: RefCell<Option<Arc<EraMap<File>>>>,
 }
+
+/// Of an era, in the stored map.
+const ENTRY_BYTES: usize = 8;
 
 /// How a server ends that nobody asked to.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -61,7 +68,7 @@ impl Machine {
         Self {
             sim: Arc::clone(sim),
             image: file(4, shape.sectors() as usize * 4),
-            eras: file(512, pages as usize * 4096),
+            eras: file(512, pages as usize * bitmap::PAGE_BYTES as usize),
             table,
             lease: file(512, 1024),
             header: file(16, 16),
@@ -72,6 +79,8 @@ impl Machine {
             last_issued: Cell::new(0),
             image_failed: Cell::new(false),
             oracle: RefCell::new(Oracle::new(sim.seed, &shape)),
+            rotten: Cell::new(false),
+            old_eras: RefCell::default(),
             map: RefCell::default(),
             shape,
         }
@@ -118,6 +127,40 @@ impl Machine {
         self.oracle
             .borrow_mut()
             .found_journal(self.journal.medium().now());
+    }
+
+    /// Damages the map that is stored: some of it is zeroed, or flipped, or what it once was. The
+    /// latter nobody can tell while a region of the page is active.
+    pub(super) fn rot(&self) {
+        let sim = &*self.sim;
+        let active = self.shape.active(self.table.medium().now());
+        let chunk = self.shape.stretch(sim).start / CHUNK;
+        let page = self.shape.page_of(chunk);
+        let calm = !active[page.clone()].contains(&true);
+        let mut eras = self.eras.medium();
+        let mut old = self.old_eras.borrow_mut();
+        old.resize(eras.now().len(), 0);
+        let entry = chunk as usize * ENTRY_BYTES;
+        let sector = entry / 512 * 512;
+        match sim.below(3) {
+            0 => {
+                let start = sim.one_of(&[sector, entry, entry + 1]);
+                let length = 1 + sim.below((sector + 512 - start) as u64) as usize;
+                eras.damage(start, &vec![0; length]);
+            }
+            1 => {
+                for _ in 0..=sim.below(3) {
+                    let at = entry + sim.below(8) as usize;
+                    let flipped = eras.now()[at] ^ 1 << sim.below(8);
+                    eras.damage(at, &[flipped]);
+                }
+            }
+            _ if calm => eras.damage(sector, &old[sector..sector + 512]),
+            _ => {}
+        }
+        old.clone_from_slice(eras.now());
+        self.rotten.set(true);
+        self.oracle.borrow_mut().rotted(&page, &active);
     }
 
     /// A change of the image that is later than the lease would be taken for someone else's.

@@ -74,6 +74,11 @@ impl Medium {
         });
     }
 
+    /// What is at `offset` is not what was stored there any more.
+    pub(super) fn damage(&mut self, offset: usize, bytes: &[u8]) {
+        self.now[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+
     /// Everything that is there is durable.
     pub(super) fn settle(&mut self) {
         self.loose.clear();

@@ -4,7 +4,8 @@
 //! keeps each state that it had since it was last synced, and falls back to any of them when the
 //! power is cut. After every start, and at every instant that is taken, the map is compared with the
 //! disk: what differs from the copy of a checkpoint is dirty since that checkpoint; what is dirty
-//! was written, or lay in a region that was active when the power was cut.
+//! was written, or lay in a region that was active when the power was cut. Now and then the stored
+//! map is damaged in between; then what is on that page may be dirty, and what changed must be.
 
 mod life;
 mod machine;
@@ -37,6 +38,10 @@ pub struct PowerTally {
     pub clean_ends: u64,
     /// Starts after a power cut.
     pub recoveries: u64,
+    /// Maps that were damaged, and of these how many were found to be.
+    pub rots: u64,
+    /// The others were damaged where nothing is, or where everything counted as changed anyway.
+    pub rots_found: u64,
     /// Checkpoints that a start was compared with.
     pub compared: u64,
     /// After each power cut: how many bytes are dirty without having been written, and how many lay
@@ -66,12 +71,14 @@ impl fmt::Display for PowerTally {
         write!(
             f,
             "{} kills, {} power cuts, {} of both during a start, {} clean ends, {} recoveries, \
-             {} comparisons with a checkpoint; median surplus {} KiB of {} KiB in active regions",
+             {} damaged maps of which {} were found, {} comparisons with a checkpoint; median surplus {} KiB of {} KiB in active regions",
             self.kills,
             self.power_cuts,
             self.interrupted_starts,
             self.clean_ends,
             self.recoveries,
+            self.rots,
+            self.rots_found,
             self.compared,
             self.median_surplus() >> 10,
             self.median_active() >> 10,
@@ -121,7 +128,8 @@ fn start(machine: &Rc<Machine>, patience: u64, tally: &mut PowerTally) -> Option
     let life: Rc<Life> = slot.take().expect("it has started");
     let surplus = life.check();
     tally.compared += machine.oracle.borrow().checkpoint_count() as u64;
-    if life.ending == Ending::PowerCut {
+    tally.rots_found += u64::from(life.damaged);
+    if life.ending == Ending::PowerCut && !life.rotten {
         tally.recoveries += 1;
         let active = active.iter().filter(|active| **active).count() as u64 * shape::CHUNK;
         assert!(
@@ -160,7 +168,8 @@ fn serve(life: &Rc<Life>, tally: &mut PowerTally) {
         if executor.run_for(patience) {
             tally.clean_ends += 1;
             // Its process is gone; what it stored is there.
-            life.machine.crash(Crash::Kill);
+            crash(&life.machine, Crash::Kill, tally);
+            tally.kills -= 1;
             return;
         }
     }
@@ -179,6 +188,10 @@ fn crash(machine: &Machine, crash: Crash, tally: &mut PowerTally) {
         Crash::PowerCut => tally.power_cuts += 1,
     }
     machine.crash(crash);
+    if machine.sim.one_in(24) {
+        machine.rot();
+        tally.rots += 1;
+    }
 }
 
 /// Steps that no start and no end takes.

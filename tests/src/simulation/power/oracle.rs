@@ -97,6 +97,14 @@ impl Oracle {
         }
     }
 
+    /// The map is damaged on a page: nothing on it need be believed, and a start that is interrupted
+    /// believes nothing that is `active`.
+    pub(super) fn rotted(&mut self, page: &Range<usize>, active: &[bool]) {
+        let mut doubt = active.to_vec();
+        doubt[page.clone()].fill(true);
+        self.power_cut(&doubt, false);
+    }
+
     /// What is left of the journal: only of this is anything known.
     pub(super) fn found_journal(&mut self, journal: &[u8]) {
         let found: Vec<u32> = records(journal)

@@ -52,6 +52,12 @@ impl Shape {
         self.size.div_ceil(PAGE)
     }
 
+    /// The chunks on the page of the map that `chunk` is on, of those that there are.
+    pub(super) fn page_of(&self, chunk: u64) -> Range<usize> {
+        let first = chunk / bitmap::ERAS_PER_PAGE * bitmap::ERAS_PER_PAGE;
+        first as usize..(first + bitmap::ERAS_PER_PAGE).min(self.chunks()) as usize
+    }
+
     /// Of each chunk, whether a region is active that it is in, as `table` has it: records of eight
     /// bytes, 63 to a sector after a head of eight, with a bit for each region at four.
     pub(super) fn active(&self, table: &[u8]) -> Vec<bool> {

@@ -59,6 +59,26 @@ impl Mount {
     pub fn path(&self) -> &Path {
         self.directory.path()
     }
+
+    /// Lets everyone who changes something there wait, until what is returned is dropped.
+    #[track_caller]
+    pub fn freeze(&self) -> Frozen<'_> {
+        as_root("fsfreeze", &["--freeze", path(self.path())]).ok();
+        Frozen(self)
+    }
+}
+
+/// A file system on which nothing changes, thawed when dropped.
+#[derive(Debug)]
+pub struct Frozen<'a>(&'a Mount);
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        let output = as_root("fsfreeze", &["--unfreeze", path(self.0.path())]);
+        if output.code() != 0 {
+            eprintln!("{output}");
+        }
+    }
 }
 
 impl Drop for Mount {

@@ -47,6 +47,11 @@ impl<P: PageStore> FrozenEras<P> {
         self.frozen_in
     }
 
+    /// The size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.live.size()
+    }
+
     /// Keeps what is about to be overwritten. Of no effect on what changed after the moment.
     pub fn put_aside(&self, run: &EraRun) -> io::Result<()> {
         if run.era >= self.frozen_in {

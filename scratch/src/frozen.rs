@@ -3,7 +3,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use bitmap::{Era, Run};
+use bitmap::{DirtySet, Era, Run};
 use block::{Extent, Storage};
 use thiserror::Error;
 
@@ -111,6 +111,20 @@ impl<W: World> Frozen<W> {
             .changes(range, since)
             .take(limit)
             .collect();
+        self.whole()?;
+        Ok(runs)
+    }
+
+    /// What of `range` was dirty in `set`, as it was at the instant: as [`changes`](Self::changes).
+    pub fn dirty(
+        &self,
+        range: Range<u64>,
+        set: &DirtySet,
+        limit: usize,
+    ) -> Result<Vec<Run>, FrozenError> {
+        self.whole()?;
+        let runs = set.frozen_runs(&self.snapshot.eras, range);
+        let runs = runs.take(limit).collect();
         self.whole()?;
         Ok(runs)
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use bitmap::{Era, Run};
+use bitmap::{DirtySet, Era, Run};
 use block::Extent;
 use proto::{DIRTY, STATE_HOLE, STATE_ZERO};
 use scratch::FrozenError;
@@ -26,14 +26,16 @@ pub(crate) enum Export {
 }
 
 /// A way of describing a disk, stretch by stretch.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug)]
 pub(crate) enum Context {
     /// `base:allocation`.
     Allocation,
     /// `qemu:allocation-depth`.
     Depth,
-    /// A dirty bitmap: what had changed in this era or later.
+    /// What had changed in this era or later, as a dirty bitmap.
     Dirty(Era),
+    /// A dirty bitmap.
+    Bitmap(DirtySet),
 }
 
 /// A stretch of a disk, and what a context says of it.
@@ -205,16 +207,19 @@ impl Export {
         let dirty = |name: &str| format!("{BITMAP}{name}");
         match self {
             Self::Live(_) => {}
-            Self::Frozen(part) => match &part.base {
-                Base::Checkpoint { name, .. } => names.push(dirty(name.as_str())),
-                Base::None => {
-                    let book = service.book();
-                    let all: Vec<_> = book.bases(part).map(|(name, _)| name.clone()).collect();
-                    let newest = all.iter().rev().take(LISTED_BITMAPS_MAX);
-                    names.extend(newest.map(|name| dirty(name.as_str())));
+            Self::Frozen(part) => {
+                match &part.base {
+                    Base::Checkpoint { name, .. } => names.push(dirty(name.as_str())),
+                    Base::None => {
+                        let book = service.book();
+                        let all: Vec<_> = book.bases(part).map(|(name, _)| name.clone()).collect();
+                        let newest = all.iter().rev().take(LISTED_BITMAPS_MAX);
+                        names.extend(newest.map(|name| dirty(name.as_str())));
+                    }
+                    Base::Unusable(_) => {}
                 }
-                Base::Unusable(_) => {}
-            },
+                names.extend(part.bitmaps.iter().map(|bitmap| dirty(&bitmap.name)));
+            }
             Self::Difference(_, checkpoint, ..) => names.push(dirty(checkpoint.as_str())),
         }
         names
@@ -231,6 +236,10 @@ impl Export {
         match self {
             Self::Live(_) => None,
             Self::Frozen(part) => {
+                let asked_for = part.bitmaps.iter().find(|found| found.name == bitmap);
+                if let Some(asked_for) = asked_for {
+                    return Some(Context::Bitmap(asked_for.dirty.clone()));
+                }
                 let book = service.book();
                 let exact = book.bases(part).find(|(name, _)| name.as_str() == bitmap);
                 exact
@@ -271,7 +280,7 @@ impl Export {
     /// What `context` says of `range`, from its start on: at most some `limit` stretches.
     pub(crate) async fn status(
         &self,
-        context: Context,
+        context: &Context,
         range: Range<u64>,
         limit: usize,
     ) -> Result<Vec<Status>, ExportError> {
@@ -294,11 +303,15 @@ impl Export {
                 extents.iter().take(limit).map(allocation_of).collect()
             }
             (Context::Dirty(since), Self::Frozen(part) | Self::Difference(part, ..)) => {
-                let runs = part.frozen.changes(range, since, limit)?;
+                let runs = part.frozen.changes(range, *since, limit)?;
+                runs.iter().map(dirty_of).collect()
+            }
+            (Context::Bitmap(set), Self::Frozen(part) | Self::Difference(part, ..)) => {
+                let runs = part.frozen.dirty(range, set, limit)?;
                 runs.iter().map(dirty_of).collect()
             }
             // A live disk has no bitmaps to ask for.
-            (Context::Dirty(_), Self::Live(_)) => vec![Status {
+            (Context::Dirty(_) | Context::Bitmap(_), Self::Live(_)) => vec![Status {
                 length,
                 flags: DIRTY,
             }],

@@ -132,6 +132,11 @@ impl SnapshotDir {
             .try_for_each(|folder| File::open(folder)?.sync_all())
     }
 
+    /// Where the bits of the backup's dirty bitmap number `number` lie.
+    pub(crate) fn bitmap(&self, number: usize) -> PathBuf {
+        self.path.join(format!("bitmap-{number}"))
+    }
+
     /// It is known of in the journal, and stays until it is removed.
     pub(crate) fn keep(&self) {
         self.kept.store(true, Ordering::Relaxed);

@@ -18,7 +18,7 @@ use crate::files::Files;
 use crate::hooks::Hooks;
 use crate::lock_file::LockFile;
 use crate::names::Name;
-use crate::state::{Lost, Record, State};
+use crate::state::{BitsFolder, Lost, Record, State};
 
 /// Which image to serve, and how.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -55,6 +55,8 @@ pub(crate) struct ServedDisk {
     pub(crate) lost: Option<Lost>,
     /// Whoever holds this appends to the journal.
     pub(crate) state: Mutex<State>,
+    /// The bits of its dirty bitmaps.
+    pub(crate) bits: BitsFolder,
     scratch_dir: PathBuf,
     _locks: Vec<LockFile>,
 }
@@ -201,6 +203,7 @@ async fn open_disk(
         presumed: opened.presumed,
         lost: opened.lost,
         state: Mutex::new(opened.state),
+        bits: BitsFolder::of(&state),
         scratch_dir,
         _locks: locks,
     };

@@ -25,6 +25,9 @@ pub(super) enum BackupCommand {
         /// Make this checkpoint of the instant; it exists when the backup is committed.
         #[arg(long, value_name = "NAME")]
         checkpoint: Option<String>,
+        /// Serve this dirty bitmap as it is at the instant; may be given more than once.
+        #[arg(long = "bitmap", value_name = "NAME")]
+        bitmaps: Vec<String>,
     },
     /// Show all open backups.
     List,
@@ -65,6 +68,7 @@ impl BackupCommand {
                 disks,
                 since,
                 checkpoint,
+                bitmaps,
             } => {
                 let is_incremental_wanted = since.is_some();
                 let disks = disks.arguments();
@@ -73,6 +77,7 @@ impl BackupCommand {
                     disks,
                     since,
                     checkpoint,
+                    bitmaps,
                 };
                 let answer = client.execute("backup-begin", &arguments)?;
                 let mut done = answers.show(&answer, show::backup_begun)?;
@@ -127,4 +132,6 @@ struct Beginning {
     since: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     checkpoint: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    bitmaps: Vec<String>,
 }

@@ -4,6 +4,7 @@
 //! else.
 
 mod backup;
+mod bitmap;
 mod checkpoint;
 mod client;
 mod disk_option;
@@ -25,6 +26,7 @@ use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
 use backup::BackupCommand;
+use bitmap::BitmapCommand;
 use checkpoint::CheckpointCommand;
 use client::Client;
 use problem::Problem;
@@ -77,6 +79,7 @@ impl Command {
             Self::Status { .. } => "status",
             Self::Checkpoint(command) => command.name(),
             Self::Backup(command) => command.name(),
+            Self::Bitmap(command) => command.name(),
             Self::Qmp { .. } => "qmp",
         }
     }
@@ -98,6 +101,9 @@ enum Command {
     /// Instants that are kept for as long as they are copied.
     #[command(subcommand)]
     Backup(BackupCommand),
+    /// Dirty bitmaps, as QEMU has them.
+    #[command(subcommand)]
+    Bitmap(BitmapCommand),
     /// Execute one control command and print what it returns.
     Qmp {
         /// The command, such as '{"execute":"query-status"}'.
@@ -139,6 +145,7 @@ impl Cli {
             }
             Command::Checkpoint(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
             Command::Backup(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
+            Command::Bitmap(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
             Command::Qmp { command } => {
                 let command: Box<RawValue> = serde_json::from_str(&command)
                     .map_err(|error| Problem::usage(format!("the command is no JSON: {error}")))?;

@@ -12,6 +12,7 @@ use super::answers::{
     BackupAnswer, BackupDisk, BackupState, CheckpointAnswer, CheckpointDisk, CommandName,
     Difference, DiskAnswer, ExportUse, Mode, Sockets, Status, Version, path_text, time_text, uris,
 };
+use super::bitmaps;
 use super::request::{COMMANDS, Command};
 use crate::export::{Export, difference_name, frozen_name};
 use crate::failure::Failure;
@@ -57,6 +58,11 @@ pub(crate) async fn execute(
             service.abort_backup(&id).await?;
             nothing()
         }
+        Command::Bitmaps(actions) => {
+            service.change_bitmaps(actions).await?;
+            nothing()
+        }
+        Command::Nodes => answer(&bitmaps::nodes(Arc::clone(service)).await?),
         // What these do, they do to the conversation.
         Command::Capabilities | Command::Quit => nothing(),
     }

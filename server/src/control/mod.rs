@@ -6,6 +6,8 @@
 //! notices.
 
 pub(crate) mod answers;
+mod arguments;
+pub(crate) mod bitmaps;
 mod decoder;
 mod execute;
 mod request;

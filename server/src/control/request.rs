@@ -3,9 +3,11 @@
 use serde_json::{Map, Value};
 
 use super::answers::Reply;
+use super::arguments::{Arguments, bad_request, shortened};
+use super::bitmaps;
 use crate::failure::Failure;
 use crate::names::Name;
-use crate::service::BeginRequest;
+use crate::service::{Action, BeginRequest};
 
 /// Something to do.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -56,6 +58,10 @@ pub(crate) enum Command {
         /// Which.
         id: Name,
     },
+    /// `block-dirty-bitmap-*` and `transaction`: all of it or nothing.
+    Bitmaps(Vec<Action>),
+    /// `query-named-block-nodes`.
+    Nodes,
     /// `quit`.
     Quit,
 }
@@ -121,6 +127,14 @@ pub(crate) const COMMANDS: &[&str] = &[
     "backup-begin",
     "backup-commit",
     "backup-abort",
+    "block-dirty-bitmap-add",
+    "block-dirty-bitmap-remove",
+    "block-dirty-bitmap-clear",
+    "block-dirty-bitmap-enable",
+    "block-dirty-bitmap-disable",
+    "block-dirty-bitmap-merge",
+    "transaction",
+    "query-named-block-nodes",
     "quit",
 ];
 
@@ -145,7 +159,7 @@ fn command(mut members: Map<String, Value>) -> Result<Command, Refusal> {
             "QMP input member '{member}' is unexpected"
         )));
     }
-    let mut arguments = Arguments(arguments);
+    let mut arguments = Arguments::nested(arguments, String::new());
     let command = named_command(&name, &mut arguments)?;
     arguments.finish()?;
     Ok(command)
@@ -184,6 +198,7 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
             disks: arguments.names("disks")?,
             since: arguments.text("since")?,
             checkpoint: arguments.name("checkpoint")?,
+            bitmaps: arguments.texts("bitmaps")?,
         }),
         "backup-commit" => Command::Commit {
             id: arguments.required_name("id")?,
@@ -191,112 +206,23 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
         "backup-abort" => Command::Abort {
             id: arguments.required_name("id")?,
         },
+        "transaction" => Command::Bitmaps(bitmaps::transaction(arguments)?),
+        "query-named-block-nodes" => {
+            // Ours have nothing below them that could be left out.
+            arguments.flag("flat")?;
+            Command::Nodes
+        }
         "quit" => Command::Quit,
         _ => {
+            if let Some(action) = bitmaps::action(name, arguments)? {
+                return Ok(Command::Bitmaps(vec![action]));
+            }
             let name = shortened(name);
             return Err(Refusal::NotFound(format!(
                 "The command {name} has not been found"
             )));
         }
     })
-}
-
-/// What has not been looked at of a command's arguments.
-struct Arguments(Map<String, Value>);
-
-impl Arguments {
-    fn text(&mut self, key: &str) -> Result<Option<String>, Refusal> {
-        match self.0.remove(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text)),
-            Some(_) => Err(wrong_type(key, "string")),
-        }
-    }
-
-    fn name(&mut self, key: &str) -> Result<Option<Name>, Refusal> {
-        self.text(key)?.as_deref().map(parse_name).transpose()
-    }
-
-    fn required_name(&mut self, key: &str) -> Result<Name, Refusal> {
-        self.name(key)?
-            .ok_or_else(|| bad_argument(format!("Parameter '{key}' is missing")))
-    }
-
-    fn names(&mut self, key: &str) -> Result<Option<Vec<Name>>, Refusal> {
-        let members = match self.0.remove(key) {
-            None | Some(Value::Null) => return Ok(None),
-            Some(Value::Array(members)) => members,
-            Some(_) => return Err(wrong_type(key, "array")),
-        };
-        let name = |member: Value| match member {
-            Value::String(text) => parse_name(&text),
-            _ => Err(wrong_type(key, "array of strings")),
-        };
-        members
-            .into_iter()
-            .map(name)
-            .collect::<Result<_, _>>()
-            .map(Some)
-    }
-
-    fn flag(&mut self, key: &str) -> Result<bool, Refusal> {
-        match self.0.remove(key) {
-            None | Some(Value::Null) => Ok(false),
-            Some(Value::Bool(flag)) => Ok(flag),
-            Some(_) => Err(wrong_type(key, "boolean")),
-        }
-    }
-
-    /// Clients may name the capabilities that they want, of which there are none.
-    fn no_capability(&mut self) -> Result<(), Refusal> {
-        match self.0.remove("enable") {
-            None => Ok(()),
-            Some(Value::Array(wanted)) => match wanted.first() {
-                None => Ok(()),
-                Some(capability) => {
-                    let capability = shortened(capability.as_str().unwrap_or_default());
-                    Err(bad_argument(format!(
-                        "Capability '{capability}' is not available"
-                    )))
-                }
-            },
-            Some(_) => Err(wrong_type("enable", "array")),
-        }
-    }
-
-    fn finish(self) -> Result<(), Refusal> {
-        match self.0.keys().next() {
-            None => Ok(()),
-            Some(key) => {
-                let key = shortened(key);
-                Err(bad_argument(format!("Parameter '{key}' is unexpected")))
-            }
-        }
-    }
-}
-
-fn parse_name(text: &str) -> Result<Name, Refusal> {
-    Name::parse(text)
-        .map_err(|error| Refusal::Failure(Failure::new("invalid-name", error.to_string())))
-}
-
-fn wrong_type(key: &str, expected: &str) -> Refusal {
-    bad_argument(format!(
-        "Invalid parameter type for '{key}', expected: {expected}"
-    ))
-}
-
-fn bad_argument(reason: impl Into<String>) -> Refusal {
-    Refusal::Failure(Failure::new("bad-argument", reason))
-}
-
-fn bad_request(reason: impl Into<String>) -> Refusal {
-    Refusal::Failure(Failure::new("bad-request", reason))
-}
-
-/// Enough of what a client said to know it again.
-fn shortened(text: &str) -> String {
-    text.chars().take(80).collect()
 }
 
 #[cfg(test)]
@@ -332,6 +258,7 @@ mod tests {
             disks: Some(vec![name("vda")]),
             since: Some("cp1".to_owned()),
             checkpoint: Some(name("cp2")),
+            bitmaps: None,
         };
         assert_eq!(parse(begin), Ok(Command::Begin(expected)));
         let capabilities = r#"{"execute":"qmp_capabilities","arguments":{"enable":[]}}"#;

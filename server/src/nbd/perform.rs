@@ -112,7 +112,7 @@ impl Target {
             let mut extents = Extents::new(end - range.start, one);
             while !extents.is_full() {
                 let at = range.start + extents.covered();
-                for status in self.export.status(*context, at..end, STATUS_BATCH).await? {
+                for status in self.export.status(context, at..end, STATUS_BATCH).await? {
                     extents.push(status.length, status.flags);
                 }
             }

@@ -10,6 +10,7 @@ use scratch::Snapshot;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use super::bitmaps::FrozenBitmap;
 use super::book::{Backup, Base, BeginRequest, Checkpoint, FrozenDisk, Outcome};
 use super::{Counter, Event, Service, next_era, not_recorded, now, refuse_untrusted, restore};
 use crate::disk::Freeze;
@@ -17,7 +18,7 @@ use crate::failure::Failure;
 use crate::files::{Files, SnapshotDir};
 use crate::names::Name;
 use crate::served::ServedDisk;
-use crate::state::{BackupRecord, Record};
+use crate::state::{BackupRecord, BitsId, Record, write_bits};
 
 impl Service {
     /// Freezes one instant of some disks, or of all. Asked again for an open backup with the same
@@ -41,10 +42,12 @@ impl Service {
             .transpose()?;
         let disks = self.select(request.disks.as_deref())?;
         refuse_base_of_none(since.as_ref(), &disks)?;
+        let mut bitmaps = self.bitmaps_to_freeze(&request, &disks)?;
 
         let mut prepared = Vec::new();
         for disk in disks {
-            prepared.push(prepare(&id, disk, since.as_ref())?);
+            let bitmaps = bitmaps.remove(&disk.name).unwrap_or_default();
+            prepared.push(prepare(&id, disk, since.as_ref(), bitmaps)?);
         }
         let next = |part: &Prepared| Freeze {
             disk: Arc::clone(&part.disk.disk),
@@ -347,6 +350,7 @@ struct Prepared {
     snapshot: Arc<Snapshot<Files>>,
     dir: SnapshotDir,
     base: Base,
+    bitmaps: Vec<FrozenBitmap>,
 }
 
 /// The checkpoint that someone asked for.
@@ -366,7 +370,12 @@ fn refuse_base_of_none(since: Option<&Found>, disks: &[Arc<ServedDisk>]) -> Resu
     Err(Failure::new("unknown-checkpoint", message))
 }
 
-fn prepare(id: &Name, disk: Arc<ServedDisk>, since: Option<&Found>) -> Result<Prepared, Failure> {
+fn prepare(
+    id: &Name,
+    disk: Arc<ServedDisk>,
+    since: Option<&Found>,
+    bitmaps: Vec<FrozenBitmap>,
+) -> Result<Prepared, Failure> {
     refuse_untrusted(&disk)?;
     let tracking = disk.disk.tracking();
     let era = next_era(&disk, &tracking)?;
@@ -375,6 +384,14 @@ fn prepare(id: &Name, disk: Arc<ServedDisk>, since: Option<&Found>) -> Result<Pr
         let message = format!("cannot make scratch files in '{}': {error}", path.display());
         Failure::new("scratch", message)
     })?;
+    // Nobody changes these while an instant is being taken; of the eras, the snapshot keeps its own.
+    for (number, bitmap) in bitmaps.iter().enumerate() {
+        let bits = BitsId::frozen(bitmap.uuid);
+        write_bits(&dir.bitmap(number), bits, &bitmap.dirty.bits).map_err(|error| {
+            let message = format!("cannot keep dirty bitmap '{}': {error}", bitmap.name);
+            Failure::new("scratch", message)
+        })?;
+    }
     let snapshot = Arc::new(Snapshot::new(Arc::clone(disk.disk.map()), era, files));
     let base = match since {
         None => Base::None,
@@ -398,6 +415,7 @@ fn prepare(id: &Name, disk: Arc<ServedDisk>, since: Option<&Found>) -> Result<Pr
         snapshot,
         dir,
         base,
+        bitmaps,
     })
 }
 
@@ -412,6 +430,7 @@ impl Prepared {
             self.base,
             has_disk_name,
             dir,
+            self.bitmaps,
         )
     }
 }
@@ -435,6 +454,7 @@ impl Backup {
                 Base::Unusable(reason) => Some(Err(reason.clone())),
             },
             checkpoint: self.checkpoint.clone(),
+            bitmaps: part.bitmaps.iter().map(FrozenBitmap::record).collect(),
         }
     }
 }

@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
+use super::bitmaps::{Bitmaps, FrozenBitmap};
 use crate::files::{Files, SnapshotDir};
 use crate::names::Name;
 use crate::served::ServedDisk;
@@ -25,6 +26,8 @@ pub(crate) struct Book {
     pub(crate) backups: Vec<Arc<Backup>>,
     /// How each backup that is no longer open ended.
     pub(crate) ended: BTreeMap<Name, Outcome>,
+    /// Dirty bitmaps, which have a namespace of their own.
+    pub(crate) bitmaps: Bitmaps,
 }
 
 /// A name for the instant at which an era began on each of some disks.
@@ -53,6 +56,8 @@ pub(crate) struct BeginRequest {
     pub(crate) since: Option<String>,
     /// The checkpoint that its commit makes.
     pub(crate) checkpoint: Option<Name>,
+    /// The dirty bitmaps that it serves.
+    pub(crate) bitmaps: Option<Vec<String>>,
 }
 
 /// An instant that is kept until it is committed or aborted.
@@ -102,6 +107,8 @@ pub(crate) struct FrozenDisk {
     pub(crate) uncertain_bytes: u64,
     /// Whether the disk's own name means this export, until the backup ends.
     pub(crate) has_disk_name: bool,
+    /// The dirty bitmaps that were asked for, as they were.
+    pub(crate) bitmaps: Vec<FrozenBitmap>,
     /// Use of `DISK@ID`.
     pub(crate) whole: Usage,
     /// Use of each `DISK@CHECKPOINT..ID`.
@@ -235,6 +242,7 @@ impl FrozenDisk {
         base: Base,
         has_disk_name: bool,
         dir: Option<SnapshotDir>,
+        bitmaps: Vec<FrozenBitmap>,
     ) -> Self {
         let eras = frozen.snapshot().eras();
         let (changed_bytes, uncertain_bytes) = match &base {
@@ -256,6 +264,7 @@ impl FrozenDisk {
             changed_bytes,
             uncertain_bytes,
             has_disk_name,
+            bitmaps,
             whole: Usage::default(),
             differences,
             ended: AtomicBool::new(false),

@@ -4,6 +4,7 @@
 //! fail, freeze, enter in the book. Looking never waits for that.
 
 mod backups;
+mod bitmaps;
 mod book;
 mod checkpoints;
 mod restore;
@@ -18,7 +19,10 @@ use bitmap::Era;
 use time::OffsetDateTime;
 use tokio::sync::{Mutex, broadcast};
 
+pub(crate) use bitmaps::{Action, Addition, Bitmap, Source};
 pub(crate) use book::{Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Outcome, Usage};
+
+use bitmaps::{Restored, Settlement, restore as restore_bitmaps};
 
 use crate::disk::{Freeze, Tracking, freeze};
 use crate::failure::Failure;
@@ -37,6 +41,8 @@ pub(crate) struct Service {
     /// The longest time for which the guests were held, in microseconds.
     longest_pause_us: AtomicU64,
     events: broadcast::Sender<Event>,
+    /// What was found undecided at the start, until it is recorded.
+    undecided: std::sync::Mutex<Vec<Settlement>>,
 }
 
 /// Numbers for backups without an id.
@@ -79,7 +85,12 @@ impl Service {
             pasts.insert(disk.name.clone(), past);
             served.insert(disk.name.clone(), Arc::new(disk));
         }
-        let book = restore::book(&served, &pasts)?;
+        let mut book = restore::book(&served, &pasts)?;
+        let Restored {
+            bitmaps,
+            settlements,
+        } = restore_bitmaps(&served, &pasts);
+        book.bitmaps = bitmaps;
         let open: Vec<&Name> = book.backups.iter().map(|backup| &backup.id).collect();
         for disk in served.values() {
             disk.remove_leftovers(&open);
@@ -91,6 +102,7 @@ impl Service {
             freeze_timeout,
             longest_pause_us: AtomicU64::new(0),
             events: broadcast::channel(EVENTS_MAX).0,
+            undecided: std::sync::Mutex::new(settlements),
         });
         for backup in &service.book().backups {
             service.watch(backup);
@@ -114,6 +126,7 @@ impl Service {
                 part.disk.record(&record).await?;
             }
         }
+        self.settle_bitmaps_found().await?;
         for disk in self.disks.values() {
             disk.state.lock().await.settle().await?;
         }

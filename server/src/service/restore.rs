@@ -8,17 +8,20 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use bitmap::Era;
+use bitmap::{BitGranularity, DirtySet, Era};
 use scratch::Snapshot;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use super::bitmaps::FrozenBitmap;
 use super::book::{Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Outcome};
 use crate::disk::Ending;
 use crate::files::{SnapshotDir, nowhere};
 use crate::names::Name;
 use crate::served::{Past, ServedDisk};
-use crate::state::{BackupRecord, CheckpointRecord, Record, RequestRecord};
+use crate::state::{
+    BackupRecord, BitsId, CheckpointRecord, FrozenBitmapRecord, Record, RequestRecord, read_bits,
+};
 
 /// What all the journals say together.
 #[derive(Default)]
@@ -81,7 +84,8 @@ impl Told {
 
     fn take(&mut self, disk: &Name, record: &Record) {
         match record {
-            Record::Started { .. } => {}
+            // Bitmaps have a namespace, and rules, of their own.
+            Record::Started { .. } | Record::Bitmaps(_) | Record::BitmapsSettled { .. } => {}
             Record::Checkpoint(record) => {
                 let CheckpointRecord {
                     name,
@@ -199,15 +203,19 @@ fn reopen_disk(
         Some(why) => Err(why),
         None => SnapshotDir::open(path, size)
             .and_then(|(dir, files)| Ok((dir, Snapshot::reopen(live(), era, files)?)))
-            .map_err(|error| format!("its scratch cannot be opened: {error}")),
+            .map_err(|error| format!("its scratch cannot be opened: {error}"))
+            .and_then(|(dir, snapshot)| {
+                let bitmaps = reopen_bitmaps(&dir, &part.bitmaps)?;
+                Ok((dir, snapshot, bitmaps))
+            }),
     };
-    let (dir, snapshot) = match opened {
-        Ok((dir, snapshot)) => (Some(dir), snapshot),
+    let (dir, snapshot, bitmaps) = match opened {
+        Ok((dir, snapshot, bitmaps)) => (Some(dir), snapshot, bitmaps),
         // Of what is lost, only that it is lost is left to tell.
         Err(why) => {
             let snapshot = Snapshot::new(live(), era, nowhere(size)?);
             snapshot.give_up(why);
-            (None, snapshot)
+            (None, snapshot, Vec::new())
         }
     };
     let snapshot = Arc::new(snapshot);
@@ -230,7 +238,37 @@ fn reopen_disk(
         base,
         part.has_disk_name,
         dir,
+        bitmaps,
     ))
+}
+
+/// The dirty bitmaps of a backup as they were at its instant. Without one of them the backup is not
+/// what it was: whoever copies by that map would leave something out.
+fn reopen_bitmaps(
+    dir: &SnapshotDir,
+    records: &[FrozenBitmapRecord],
+) -> Result<Vec<FrozenBitmap>, String> {
+    let reopen = |(number, record): (usize, &FrozenBitmapRecord)| {
+        let FrozenBitmapRecord {
+            name,
+            uuid,
+            granularity,
+            since,
+        } = record;
+        let granularity = BitGranularity::new(*granularity).map_err(|error| error.to_string())?;
+        let id = BitsId::frozen(*uuid);
+        let bits = read_bits(&dir.bitmap(number), id, granularity)
+            .map_err(|why| format!("dirty bitmap '{name}': {why}"))?;
+        Ok(FrozenBitmap {
+            name: name.clone(),
+            uuid: *uuid,
+            dirty: DirtySet {
+                bits: Arc::new(bits),
+                since: since.map(Era::from_number),
+            },
+        })
+    };
+    records.iter().enumerate().map(reopen).collect()
 }
 
 impl From<RequestRecord> for BeginRequest {
@@ -240,12 +278,14 @@ impl From<RequestRecord> for BeginRequest {
             disks,
             since,
             checkpoint,
+            bitmaps,
         } = record;
         Self {
             id,
             disks,
             since,
             checkpoint,
+            bitmaps,
         }
     }
 }
@@ -257,12 +297,14 @@ impl From<BeginRequest> for RequestRecord {
             disks,
             since,
             checkpoint,
+            bitmaps,
         } = request;
         Self {
             id,
             disks,
             since,
             checkpoint,
+            bitmaps,
         }
     }
 }

@@ -48,6 +48,15 @@ pub(crate) enum Record {
         /// Which one.
         uuid: Uuid,
     },
+    /// What dirty bitmaps became, by one command.
+    Bitmaps(Box<BitmapsRecord>),
+    /// Whether what a command on dirty bitmaps of several disks recorded counts.
+    BitmapsSettled {
+        /// Which one.
+        uuid: Uuid,
+        /// Whether it does.
+        counts: bool,
+    },
     /// A backup lost its instant on this disk, and never has it again.
     Broken {
         /// Which one.
@@ -87,6 +96,49 @@ pub(crate) struct BackupRecord {
     pub(crate) base: Option<Result<u32, String>>,
     /// The checkpoint that its commit makes, and its uuid.
     pub(crate) checkpoint: Option<(Name, Uuid)>,
+    /// The dirty bitmaps that it serves. Their bits are in its own folder, numbered in this order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) bitmaps: Vec<FrozenBitmapRecord>,
+}
+
+/// A dirty bitmap as it was when a backup began.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub(crate) struct FrozenBitmapRecord {
+    pub(crate) name: String,
+    pub(crate) uuid: Uuid,
+    pub(crate) granularity: u64,
+    /// The era since which it recorded, if it did.
+    pub(crate) since: Option<u32>,
+}
+
+/// A command on dirty bitmaps, as far as one disk is concerned.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub(crate) struct BitmapsRecord {
+    /// The command's, the same on all its disks.
+    pub(crate) uuid: Uuid,
+    /// All its disks, by uuid: of several, it counts when each of them has this record, or one has
+    /// the record that says so.
+    pub(crate) disks: Vec<Uuid>,
+    /// The era that began with it, or was the current one.
+    pub(crate) era: u32,
+    /// What bitmaps are from then on.
+    pub(crate) changed: Vec<BitmapRecord>,
+    /// Which are no more.
+    pub(crate) removed: Vec<Uuid>,
+}
+
+/// A persistent dirty bitmap after a change, but for its bits, which are in a file of their own.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub(crate) struct BitmapRecord {
+    pub(crate) name: String,
+    pub(crate) uuid: Uuid,
+    pub(crate) granularity: u64,
+    /// Which file.
+    pub(crate) revision: u64,
+    /// The era that began with the change, or was the current one.
+    pub(crate) era: u32,
+    /// The era since which it records, if it does.
+    pub(crate) since: Option<u32>,
 }
 
 /// What was asked for, to be compared when it is asked for again.
@@ -96,6 +148,8 @@ pub(crate) struct RequestRecord {
     pub(crate) disks: Option<Vec<Name>>,
     pub(crate) since: Option<String>,
     pub(crate) checkpoint: Option<Name>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) bitmaps: Option<Vec<String>>,
 }
 
 /// What a journal holds.

@@ -5,6 +5,7 @@
 //! image is not the one that was left, or not as it was left, nothing that was known of it can be
 //! used, and the next backup is a full one with the reason.
 
+mod bits;
 mod header;
 mod identity;
 mod journal;
@@ -18,7 +19,11 @@ use bitmap::{Era, EraMap, Granularity, PAGE_BYTES, PageTable, Salt};
 use block::{Cells, FileStorage, Storage};
 use uuid::Uuid;
 
-pub(crate) use journal::{BackupRecord, CheckpointRecord, Record, RequestRecord};
+pub(crate) use bits::{BitsFolder, BitsId, read as read_bits, write as write_bits};
+pub(crate) use journal::{
+    BackupRecord, BitmapRecord, BitmapsRecord, CheckpointRecord, FrozenBitmapRecord, Record,
+    RequestRecord,
+};
 
 use crate::disk::{Chronicle, Ending, Intents, Lease, LeaseRecord, NewEras, Recovery};
 use crate::failure::Failure;
@@ -378,9 +383,11 @@ fn highest_recorded(records: &[Record]) -> u32 {
         Record::Started { era } => era.saturating_add(1),
         Record::Checkpoint(checkpoint) => checkpoint.era,
         Record::Begun(backup) => backup.era,
+        Record::Bitmaps(bitmaps) => bitmaps.era,
         Record::Deleted { .. }
         | Record::Committed { .. }
         | Record::Aborted { .. }
+        | Record::BitmapsSettled { .. }
         | Record::Broken { .. } => 0,
     };
     records.iter().map(era).max().unwrap_or(0)

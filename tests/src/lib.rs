@@ -6,11 +6,13 @@
 
 pub mod server;
 
+pub mod bitmap;
 pub mod control;
 pub mod guest;
 pub mod loop_device;
 pub mod mount;
 pub mod process;
+pub mod qemu;
 pub mod raw_nbd;
 pub mod seeds;
 pub mod shadow;

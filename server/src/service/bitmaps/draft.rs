@@ -360,6 +360,7 @@ impl Draft {
     fn merge(&mut self, node: &str, target: &str, sources: &[Source]) -> Result<(), Failure> {
         let (disk_name, disk) = self.disk(node)?;
         let (size, at) = (disk.size, disk.find(target)?);
+        let is_target_good = disk.bitmaps[at].check();
         let mut parts = Vec::new();
         for source in sources {
             let (name, disk) = match &source.node {
@@ -367,6 +368,8 @@ impl Draft {
                 None => self.disk(node)?,
             };
             let found = &disk.bitmaps[disk.find(&source.name)?];
+            // In QEMU's order: that a source is there, that the target is good, that the source is.
+            is_target_good.clone()?;
             found.check()?;
             if disk.size != size {
                 return Err(bad(format!(
@@ -382,7 +385,6 @@ impl Draft {
             .get_mut(&disk_name)
             .expect("it was there a moment ago");
         let target = &mut disk.bitmaps[at];
-        target.check()?;
         if !parts.is_empty() {
             target.parts.extend(parts);
             target.fate = Fate::Changes;

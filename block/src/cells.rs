@@ -99,6 +99,12 @@ impl Cells {
         self.file.write_all_at(bytes, offset)
     }
 
+    /// Takes the space for `length` bytes from `offset` on now, and leaves the file as long as it is.
+    pub fn reserve_behind(&self, offset: u64, length: u64) -> io::Result<()> {
+        let keep = rustix::fs::FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(&*self.file, keep, offset, length)?)
+    }
+
     /// Takes the space for the first `length` bytes now, so that storing there cannot find it gone.
     pub fn reserve(&self, length: u64) -> io::Result<()> {
         let none = rustix::fs::FallocateFlags::empty();

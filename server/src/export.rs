@@ -126,7 +126,7 @@ fn find_frozen(service: &Service, name: &str) -> Option<Export> {
 /// The checkpoints for which a frozen disk can be seen as a difference.
 fn difference_bases(book: &Book, part: &FrozenDisk) -> Vec<(String, Era)> {
     match &part.base {
-        Base::Checkpoint { name, era } => vec![(name.to_string(), *era)],
+        Base::Checkpoint { name, era, .. } => vec![(name.to_string(), *era)],
         Base::None => book
             .bases(part)
             .map(|(name, era)| (name.to_string(), era))

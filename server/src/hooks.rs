@@ -1,6 +1,7 @@
 //! Where tests may reach into the order of things. Without the feature `test-hooks`, nowhere.
 
 use scratch::{Pace, Step};
+use time::OffsetDateTime;
 
 /// Steps in between for tests; compiled to nothing in a release.
 #[derive(Clone, Copy, Debug, Default)]
@@ -29,6 +30,25 @@ impl Pace for Hooks {
 /// Whether a freeze is to leave its gates open, to show that a test notices.
 pub(crate) fn leaves_gates_open() -> bool {
     cfg!(feature = "test-hooks") && std::env::var_os("STILLPOINT_TEST_LEAVE_GATES_OPEN").is_some()
+}
+
+/// What the clock on the wall says.
+pub(crate) fn wall_clock() -> OffsetDateTime {
+    OffsetDateTime::now_utc() + offset()
+}
+
+#[cfg(not(feature = "test-hooks"))]
+fn offset() -> std::time::Duration {
+    std::time::Duration::ZERO
+}
+
+/// By how many seconds a test has set the clock forward.
+#[cfg(feature = "test-hooks")]
+fn offset() -> std::time::Duration {
+    let file = std::env::var_os("STILLPOINT_TEST_CLOCK_FILE");
+    let text = file.and_then(|path| std::fs::read_to_string(path).ok());
+    let seconds = text.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    std::time::Duration::from_secs(seconds)
 }
 
 #[cfg(feature = "test-hooks")]

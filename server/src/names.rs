@@ -89,7 +89,7 @@ impl<'de> Deserialize<'de> for Name {
 }
 
 /// Long enough for a host, a purpose and a time; short enough for a file name with an ending.
-const NAME_MAX: usize = 64;
+pub(crate) const NAME_MAX: usize = 64;
 
 /// Words that mean something where a name may stand.
 const RESERVED: [&str; 4] = ["last", "latest", "auto", "none"];

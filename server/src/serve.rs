@@ -16,6 +16,7 @@ use crate::address::Address;
 use crate::control::{Control, converse};
 use crate::export::Role;
 use crate::failure::Failure;
+use crate::hooks::wall_clock;
 use crate::listen::{self, Group};
 use crate::lock_file::LockFile;
 use crate::nbd::{Client, Stream, Workers};
@@ -79,7 +80,7 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     for spec in &options.disks {
         disks.push(ServedDisk::open(spec, scratch_dir).await?);
     }
-    let service = Service::new(disks, options.freeze_timeout)
+    let service = Service::new(disks, options.freeze_timeout, wall_clock)
         .map_err(|error| cannot("restore backups", &error))?;
     let settled = service.settle().await;
     settled.map_err(|error| cannot("record what was found", &error))?;
@@ -88,6 +89,7 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
         let disk = Arc::clone(disk);
         keepers.spawn_local(async move { disk.look_after().await });
     }
+    keepers.spawn_local(Arc::clone(&service).keep_to_expiry());
     let listeners = bind(&options).await?;
     let (stop, stopping) = watch::channel(false);
     let workers = Workers::start(worker_count(), &service, &stopping)

@@ -18,7 +18,7 @@ use crate::files::Files;
 use crate::hooks::Hooks;
 use crate::lock_file::LockFile;
 use crate::names::Name;
-use crate::state::{BitsFolder, Lost, Record, State};
+use crate::state::{BitsFolder, Ledger, Lost, Record, State};
 
 /// Which image to serve, and how.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -53,6 +53,8 @@ pub(crate) struct ServedDisk {
     pub(crate) presumed: Vec<Era>,
     /// Checkpoints that are of no use any more, and why.
     pub(crate) lost: Option<Lost>,
+    /// Why checkpoints may not be known any more that once were, if so.
+    pub(crate) forgotten: Option<String>,
     /// Whoever holds this appends to the journal.
     pub(crate) state: Mutex<State>,
     /// The bits of its dirty bitmaps.
@@ -63,8 +65,8 @@ pub(crate) struct ServedDisk {
 
 /// What a disk's state says of the time before.
 pub(crate) struct Past {
-    /// What happened, in order.
-    pub(crate) records: Vec<Record>,
+    /// What happened.
+    pub(crate) ledger: Ledger,
     /// Whether backups that were open can go on.
     pub(crate) ending: Ending,
 }
@@ -85,6 +87,13 @@ impl ServedDisk {
     /// Makes `record` durable in the journal.
     pub(crate) async fn record(&self, record: &Record) -> io::Result<()> {
         self.state.lock().await.record(record).await
+    }
+
+    /// The same for what is so in any case: durable at the latest before the next record.
+    pub(crate) async fn record_or_owe(&self, record: &Record) {
+        if let Err(error) = self.state.lock().await.record_or_owe(record).await {
+            tracing::warn!(disk = %self.name, %error, "the journal cannot be written");
+        }
     }
 
     /// How much changed in `era` or later, and how much of that is only presumed: all of it, where
@@ -202,6 +211,7 @@ async fn open_disk(
         disk: Arc::new(disk),
         presumed: opened.presumed,
         lost: opened.lost,
+        forgotten: opened.ledger.loss.clone(),
         state: Mutex::new(opened.state),
         bits: BitsFolder::of(&state),
         scratch_dir,
@@ -210,7 +220,7 @@ async fn open_disk(
     Ok((
         served,
         Past {
-            records: opened.records,
+            ledger: opened.ledger,
             ending: opened.ending,
         },
     ))

@@ -223,17 +223,11 @@ impl Life {
         let all = members.expect("a list");
         let name = |member: &Value| member["name"].as_str().expect("a name").to_owned();
         let waiting: BTreeSet<String> = all.iter().filter(pending).map(name).collect();
-        let mut there: BTreeSet<String> = all.iter().filter(|m| !pending(m)).map(name).collect();
-        // One that was being made or deleted may be on some of the disks only. It is of no use to
-        // us, and goes.
+        let there: BTreeSet<String> = all.iter().filter(|m| !pending(m)).map(name).collect();
+        // One that was being made or deleted is on all of the disks, or on none.
         let disks_of = |member: &Value| member["disks"].as_array().map_or(0, Vec::len);
-        for partial in all.iter().filter(|m| disks_of(m) < DISKS.len()) {
-            let name = name(partial);
-            let told = known.checkpoints.get(&name);
-            let expected = told.is_none_or(|told| told.there == Sure::Unknown);
-            assert!(expected, "{what}: {told:?}, and is {partial}");
-            self.server.cli(&["checkpoint", "delete", &name]).ok();
-            there.remove(&name);
+        for checkpoint in all {
+            assert_eq!(disks_of(checkpoint), DISKS.len(), "{what}: {checkpoint}");
         }
 
         let Known {

@@ -1,13 +1,17 @@
 //! `stillpoint backup`: instants that are kept for as long as they are copied.
 
+use std::time::Duration;
+
 use clap::Subcommand;
 use serde::Serialize;
 
 use super::client::{self, Client};
 use super::problem::{Problem, exit};
 use super::show;
+use super::units::parse_duration;
 use super::{Answers, Disks, Done, NONE, pick};
-use crate::control::answers::{BackupAnswer, BackupState, Mode};
+use crate::control::answers::{BackupAnswer, BackupDisk, BackupState, Mode};
+use crate::service::FIRST_BACKUP;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum BackupCommand {
@@ -19,7 +23,8 @@ pub(super) enum BackupCommand {
         id: Option<String>,
         #[command(flatten)]
         disks: Disks,
-        /// Show what changed since this checkpoint, given by name or uuid.
+        /// Show what changed since this checkpoint, given by name or uuid; or `last`: since the
+        /// last backup that the consumer committed, of each disk.
         #[arg(long, value_name = "CHECKPOINT")]
         since: Option<String>,
         /// Make this checkpoint of the instant; it exists when the backup is committed.
@@ -28,6 +33,13 @@ pub(super) enum BackupCommand {
         /// Serve this dirty bitmap as it is at the instant; may be given more than once.
         #[arg(long = "bitmap", value_name = "NAME")]
         bitmaps: Vec<String>,
+        /// Whose backup this is: its commit moves the consumer on, and `--since last` is where that
+        /// was. Without --checkpoint one is made, and goes when the consumer has left it.
+        #[arg(long, value_name = "NAME")]
+        consumer: Option<String>,
+        /// Abort the backup if nobody has ended it by then, such as 30m, 12h or 7d.
+        #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+        expires: Option<Duration>,
     },
     /// Show all open backups.
     List,
@@ -69,7 +81,15 @@ impl BackupCommand {
                 since,
                 checkpoint,
                 bitmaps,
+                consumer,
+                expires,
             } => {
+                if let Some(since @ ("last" | "latest")) = since.as_deref()
+                    && consumer.is_none()
+                {
+                    let message = format!("--since {since} needs --consumer NAME");
+                    return Err(Problem::usage(message).hint("whose last backup is meant?"));
+                }
                 let is_incremental_wanted = since.is_some();
                 let disks = disks.arguments();
                 let arguments = Beginning {
@@ -78,12 +98,18 @@ impl BackupCommand {
                     since,
                     checkpoint,
                     bitmaps,
+                    consumer,
+                    // A part of a second is a second.
+                    expires_s: expires.map(|time| time.as_millis().div_ceil(1000) as u64),
                 };
                 let answer = client.execute("backup-begin", &arguments)?;
                 let mut done = answers.show(&answer, show::backup_begun)?;
                 let backup: BackupAnswer = client::parse(&answer)?;
-                let is_full = backup.disks.iter().any(|disk| disk.mode == Mode::Full);
-                if is_incremental_wanted && is_full {
+                // That a first backup is full is no surprise.
+                let is_surprise = |disk: &BackupDisk| {
+                    disk.mode == Mode::Full && disk.reason.as_deref() != Some(FIRST_BACKUP)
+                };
+                if is_incremental_wanted && backup.disks.iter().any(is_surprise) {
                     done.exit = exit::FULL;
                 }
                 Ok(done)
@@ -134,4 +160,8 @@ struct Beginning {
     checkpoint: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     bitmaps: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    consumer: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires_s: Option<u64>,
 }

@@ -29,8 +29,8 @@ pub(super) enum CheckpointCommand {
     Delete {
         /// Its name.
         name: String,
-        // There is nothing yet that would need it.
-        #[arg(long, hide = true)]
+        /// Also if it is the last one of a consumer, whose next backup is then a full one.
+        #[arg(long)]
         force: bool,
     },
 }

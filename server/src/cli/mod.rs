@@ -7,6 +7,7 @@ mod backup;
 mod bitmap;
 mod checkpoint;
 mod client;
+mod consumer;
 mod disk_option;
 mod problem;
 mod run_dir;
@@ -29,6 +30,7 @@ use backup::BackupCommand;
 use bitmap::BitmapCommand;
 use checkpoint::CheckpointCommand;
 use client::Client;
+use consumer::ConsumerCommand;
 use problem::Problem;
 
 /// Runs the command that the process was started with.
@@ -80,6 +82,7 @@ impl Command {
             Self::Checkpoint(command) => command.name(),
             Self::Backup(command) => command.name(),
             Self::Bitmap(command) => command.name(),
+            Self::Consumer(command) => command.name(),
             Self::Qmp { .. } => "qmp",
         }
     }
@@ -104,6 +107,9 @@ enum Command {
     /// Dirty bitmaps, as QEMU has them.
     #[command(subcommand)]
     Bitmap(BitmapCommand),
+    /// Whoever pulls backups: each has its own last checkpoint.
+    #[command(subcommand)]
+    Consumer(ConsumerCommand),
     /// Execute one control command and print what it returns.
     Qmp {
         /// The command, such as '{"execute":"query-status"}'.
@@ -146,6 +152,7 @@ impl Cli {
             Command::Checkpoint(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
             Command::Backup(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
             Command::Bitmap(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
+            Command::Consumer(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
             Command::Qmp { command } => {
                 let command: Box<RawValue> = serde_json::from_str(&command)
                     .map_err(|error| Problem::usage(format!("the command is no JSON: {error}")))?;

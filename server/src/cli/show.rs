@@ -5,7 +5,8 @@ use std::fmt::Write;
 use super::table::Table;
 use super::units::{microseconds, size};
 use crate::control::answers::{
-    BackupAnswer, BackupDisk, BackupState, CheckpointAnswer, ExportUse, Mode, Status,
+    BackupAnswer, BackupDisk, BackupState, CheckpointAnswer, ConsumerAnswer, ExportUse, Mode,
+    Status,
 };
 
 /// `status`.
@@ -110,12 +111,46 @@ pub(super) fn checkpoint(checkpoint: &CheckpointAnswer) -> String {
     text + &table.render()
 }
 
+/// `consumer list`.
+pub(super) fn consumers(all: &[ConsumerAnswer]) -> String {
+    if all.is_empty() {
+        return "no consumers\n".to_owned();
+    }
+    let mut table = Table::new([
+        "CONSUMER",
+        "DISK",
+        "LAST CHECKPOINT",
+        "CREATED",
+        "DIRTY",
+        "UNCERTAIN",
+        "NEXT",
+    ]);
+    for consumer in all {
+        for disk in &consumer.disks {
+            let next = match &disk.reason {
+                None => "incremental".to_owned(),
+                Some(reason) => format!("full, because {reason}"),
+            };
+            table.push([
+                consumer.name.to_string(),
+                disk.disk.to_string(),
+                disk.checkpoint.to_string(),
+                disk.created_at.clone(),
+                size(disk.dirty_bytes),
+                size(disk.uncertain_bytes),
+                next,
+            ]);
+        }
+    }
+    table.render()
+}
+
 /// `backup begin`.
 pub(super) fn backup_begun(backup: &BackupAnswer) -> String {
     let mut text = heading(backup);
     for disk in &backup.disks {
         text.push('\n');
-        describe_disk(&mut text, backup, disk);
+        describe_disk(&mut text, disk);
     }
     text.push('\n');
     if let Some(disk) = backup.disks.first() {
@@ -179,7 +214,7 @@ pub(super) fn backup(backup: &BackupAnswer) -> String {
     }
     for disk in &backup.disks {
         text.push('\n');
-        describe_disk(&mut text, backup, disk);
+        describe_disk(&mut text, disk);
         for ExportUse {
             export,
             bytes_read,
@@ -208,6 +243,12 @@ fn heading(backup: &BackupAnswer) -> String {
     say(&mut text, format_args!("backup      {}", backup.id));
     say(&mut text, format_args!("state       {state}"));
     say(&mut text, format_args!("frozen at   {}", backup.frozen_at));
+    if let Some(consumer) = &backup.consumer {
+        say(&mut text, format_args!("consumer    {consumer}"));
+    }
+    if let Some(expires_at) = &backup.expires_at {
+        say(&mut text, format_args!("expires at  {expires_at}"));
+    }
     if let Some(since) = &backup.since {
         say(&mut text, format_args!("since       {since}"));
     }
@@ -220,9 +261,9 @@ fn heading(backup: &BackupAnswer) -> String {
     text
 }
 
-fn describe_disk(text: &mut String, backup: &BackupAnswer, disk: &BackupDisk) {
+fn describe_disk(text: &mut String, disk: &BackupDisk) {
     let whole = size(disk.size);
-    let what = match (&disk.mode, &backup.since, &disk.reason) {
+    let what = match (&disk.mode, &disk.since, &disk.reason) {
         (Mode::Incremental, Some(since), _) => {
             format!(
                 "{} of {whole} changed since {since}",

@@ -29,7 +29,7 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     u64::try_from(whole + fraction).map_err(|_| wrong())
 }
 
-/// Reads a time with its unit: `500ms`, `1s`, `2m`, `1h`.
+/// Reads a time with its unit: `500ms`, `1s`, `2m`, `1h`, `7d`.
 pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("'{text}' is no time such as 500ms or 1s");
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
@@ -39,6 +39,7 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
         "s" => Ok(Duration::from_secs(number.into())),
         "m" => Ok(Duration::from_secs(60 * u64::from(number))),
         "h" => Ok(Duration::from_secs(3600 * u64::from(number))),
+        "d" => Ok(Duration::from_secs(86_400 * u64::from(number))),
         _ => Err(wrong()),
     }
 }
@@ -133,7 +134,8 @@ mod tests {
     fn times_have_a_unit() {
         assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
         assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
-        for text in ["", "5", "s", "1.5s", "-1s", "1d", "9999999999s", "1é"] {
+        assert_eq!(parse_duration("7d"), Ok(Duration::from_secs(604_800)));
+        for text in ["", "5", "s", "1.5s", "-1s", "1w", "9999999999s", "1é"] {
             assert!(parse_duration(text).is_err(), "{text:?}");
         }
         assert_eq!(parse_seconds("0.5"), Ok(Duration::from_millis(500)));

@@ -197,6 +197,36 @@ pub(crate) struct CheckpointDisk {
     pub(crate) uncertain_bytes: u64,
 }
 
+/// A consumer.
+#[derive(Debug, Deserialize, Serialize)]
+pub(crate) struct ConsumerAnswer {
+    /// Its name.
+    pub(crate) name: Name,
+    /// Where it is.
+    pub(crate) disks: Vec<ConsumerDisk>,
+}
+
+/// Where a consumer is on one disk.
+#[derive(Debug, Deserialize, Serialize)]
+pub(crate) struct ConsumerDisk {
+    /// The disk's name.
+    pub(crate) disk: Name,
+    /// The disk's identity.
+    pub(crate) disk_uuid: Uuid,
+    /// The checkpoint of the last backup that it committed.
+    pub(crate) checkpoint: Name,
+    /// The identity of that.
+    pub(crate) checkpoint_uuid: Uuid,
+    /// When that was taken.
+    pub(crate) created_at: String,
+    /// Why its next backup is full, if it is.
+    pub(crate) reason: Option<String>,
+    /// How much has changed since; all, if the next backup is full.
+    pub(crate) dirty_bytes: u64,
+    /// How much of that is only presumed to have changed.
+    pub(crate) uncertain_bytes: u64,
+}
+
 /// A backup.
 #[derive(Debug, Deserialize, Serialize)]
 pub(crate) struct BackupAnswer {
@@ -221,6 +251,9 @@ pub(crate) struct BackupAnswer {
     pub(crate) checkpoint_uuid: Option<Uuid>,
     /// For whom it is.
     pub(crate) consumer: Option<Name>,
+    /// When the server aborts it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) expires_at: Option<String>,
     /// For how long the guests were held.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) guest_stall_us: Option<u64>,
@@ -249,6 +282,10 @@ pub(crate) struct BackupDisk {
     pub(crate) size: u64,
     /// Whether a copy needs a base.
     pub(crate) mode: Mode,
+    /// The checkpoint that it begins from.
+    pub(crate) since: Option<Name>,
+    /// The identity of that.
+    pub(crate) since_uuid: Option<Uuid>,
     /// Why it is full, where an incremental was asked for.
     pub(crate) reason: Option<String>,
     /// How much a copy has to fetch.

@@ -1,5 +1,6 @@
 //! What each command does, and what it answers.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,7 +11,8 @@ use serde_json::value::{RawValue, to_raw_value};
 use super::Control;
 use super::answers::{
     BackupAnswer, BackupDisk, BackupState, CheckpointAnswer, CheckpointDisk, CommandName,
-    Difference, DiskAnswer, ExportUse, Mode, Sockets, Status, Version, path_text, time_text, uris,
+    ConsumerAnswer, ConsumerDisk, Difference, DiskAnswer, ExportUse, Mode, Sockets, Status,
+    Version, path_text, time_text, uris,
 };
 use super::bitmaps;
 use super::request::{COMMANDS, Command};
@@ -18,7 +20,7 @@ use crate::export::{Export, difference_name, frozen_name};
 use crate::failure::Failure;
 use crate::names::Name;
 use crate::served::ServedDisk;
-use crate::service::{Backup, Base, Checkpoint, FrozenDisk, Outcome, Service, Usage};
+use crate::service::{Backup, Base, Checkpoint, FrozenDisk, Last, Outcome, Service, Usage};
 
 /// Carries out `command`, from begin to end.
 pub(crate) async fn execute(
@@ -42,8 +44,8 @@ pub(crate) async fn execute(
             let checkpoint = service.create_checkpoint(name, disks).await?;
             answer(&describe_checkpoint(Arc::clone(service), checkpoint, None).await?)
         }
-        Command::DeleteCheckpoint { name, disks } => {
-            service.delete_checkpoint(&name, disks).await?;
+        Command::DeleteCheckpoint { name, disks, force } => {
+            service.delete_checkpoint(&name, disks, force).await?;
             nothing()
         }
         Command::Begin(request) => {
@@ -63,6 +65,11 @@ pub(crate) async fn execute(
             nothing()
         }
         Command::Nodes => answer(&bitmaps::nodes(Arc::clone(service)).await?),
+        Command::Consumers => answer(&consumers(service).await?),
+        Command::ForgetConsumer { name } => {
+            service.forget_consumer(&name).await?;
+            nothing()
+        }
         // What these do, they do to the conversation.
         Command::Capabilities | Command::Quit => nothing(),
     }
@@ -161,7 +168,8 @@ impl Control {
             since_uuid: backup.since.as_ref().map(|(_, uuid)| *uuid),
             checkpoint: backup.checkpoint.as_ref().map(|(name, _)| name.clone()),
             checkpoint_uuid: backup.checkpoint.as_ref().map(|(_, uuid)| *uuid),
-            consumer: None,
+            consumer: backup.request.consumer.clone(),
+            expires_at: backup.expires_at.map(time_text),
             guest_stall_us: None,
             disks: parts.map(|part| self.backup_disk(part)).collect(),
         }
@@ -178,11 +186,14 @@ impl Control {
             export,
         });
         let export = frozen_name(part);
+        let (since, since_uuid) = part.base.checkpoint().unzip();
         BackupDisk {
             disk: part.disk.name.clone(),
             disk_uuid: part.disk.uuid,
             size: part.frozen.size(),
             mode,
+            since,
+            since_uuid,
             reason,
             changed_bytes: part.changed_bytes,
             uncertain_bytes: part.uncertain_bytes,
@@ -269,6 +280,48 @@ async fn describe_checkpoint(
     tokio::task::spawn_blocking(count)
         .await
         .map_err(|error| Failure::new("internal", format!("counting what changed failed: {error}")))
+}
+
+/// Where all consumers are. Counting takes a while, as for checkpoints.
+async fn consumers(service: &Arc<Service>) -> Result<Vec<ConsumerAnswer>, Failure> {
+    let known = service.book().consumers.clone();
+    let service = Arc::clone(service);
+    let describe = move || {
+        let consumer = |(name, lasts): (Name, BTreeMap<Name, Last>)| {
+            let disk = |(disk, last): (&Name, &Last)| describe_last(&service, &name, disk, last);
+            let disks = lasts.iter().filter_map(disk).collect();
+            ConsumerAnswer { name, disks }
+        };
+        known.into_iter().map(consumer).collect()
+    };
+    tokio::task::spawn_blocking(describe)
+        .await
+        .map_err(|error| Failure::new("internal", format!("counting what changed failed: {error}")))
+}
+
+fn describe_last(
+    service: &Service,
+    consumer: &Name,
+    disk: &Name,
+    last: &Last,
+) -> Option<ConsumerDisk> {
+    let served = service.disks().get(disk)?;
+    let (reason, (dirty_bytes, uncertain_bytes)) =
+        match service.base_of_last(consumer, served, last) {
+            Base::Checkpoint { era, .. } => (None, served.dirty_bytes(era)),
+            Base::Unusable(reason) => (Some(reason), (served.disk.size(), served.disk.size())),
+            Base::None => return None,
+        };
+    Some(ConsumerDisk {
+        disk: disk.clone(),
+        disk_uuid: served.uuid,
+        checkpoint: last.name.clone(),
+        checkpoint_uuid: last.uuid,
+        created_at: time_text(last.created),
+        reason,
+        dirty_bytes,
+        uncertain_bytes,
+    })
 }
 
 fn nothing() -> Result<Box<RawValue>, Failure> {

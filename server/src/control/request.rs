@@ -45,6 +45,8 @@ pub(crate) enum Command {
         name: Name,
         /// On which disks; on all without.
         disks: Option<Vec<Name>>,
+        /// Even if it is the last one of a consumer.
+        force: bool,
     },
     /// `backup-begin`.
     Begin(BeginRequest),
@@ -62,6 +64,13 @@ pub(crate) enum Command {
     Bitmaps(Vec<Action>),
     /// `query-named-block-nodes`.
     Nodes,
+    /// `query-consumers`.
+    Consumers,
+    /// `consumer-forget`.
+    ForgetConsumer {
+        /// Which.
+        name: Name,
+    },
     /// `quit`.
     Quit,
 }
@@ -135,6 +144,8 @@ pub(crate) const COMMANDS: &[&str] = &[
     "block-dirty-bitmap-merge",
     "transaction",
     "query-named-block-nodes",
+    "query-consumers",
+    "consumer-forget",
     "quit",
 ];
 
@@ -185,20 +196,19 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
             name: arguments.required_name("name")?,
             disks: arguments.names("disks")?,
         },
-        "checkpoint-delete" => {
-            // Only a consumer's last checkpoint needs force, and there are no consumers.
-            arguments.flag("force")?;
-            Command::DeleteCheckpoint {
-                name: arguments.required_name("name")?,
-                disks: arguments.names("disks")?,
-            }
-        }
+        "checkpoint-delete" => Command::DeleteCheckpoint {
+            name: arguments.required_name("name")?,
+            disks: arguments.names("disks")?,
+            force: arguments.flag("force")?,
+        },
         "backup-begin" => Command::Begin(BeginRequest {
             id: arguments.name("id")?,
             disks: arguments.names("disks")?,
             since: arguments.text("since")?,
             checkpoint: arguments.name("checkpoint")?,
             bitmaps: arguments.texts("bitmaps")?,
+            consumer: arguments.name("consumer")?,
+            expires_s: arguments.number("expires_s", u64::MAX)?,
         }),
         "backup-commit" => Command::Commit {
             id: arguments.required_name("id")?,
@@ -212,6 +222,10 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
             arguments.flag("flat")?;
             Command::Nodes
         }
+        "query-consumers" => Command::Consumers,
+        "consumer-forget" => Command::ForgetConsumer {
+            name: arguments.required_name("name")?,
+        },
         "quit" => Command::Quit,
         _ => {
             if let Some(action) = bitmaps::action(name, arguments)? {
@@ -252,13 +266,16 @@ mod tests {
     #[test]
     fn arguments_become_a_command() {
         let begin = r#"{"execute":"backup-begin",
-            "arguments":{"id":"b1","disks":["vda"],"since":"cp1","checkpoint":"cp2"}}"#;
+            "arguments":{"id":"b1","disks":["vda"],"since":"cp1","checkpoint":"cp2",
+                "consumer":"nightly","expires_s":60}}"#;
         let expected = BeginRequest {
             id: Some(name("b1")),
             disks: Some(vec![name("vda")]),
             since: Some("cp1".to_owned()),
             checkpoint: Some(name("cp2")),
             bitmaps: None,
+            consumer: Some(name("nightly")),
+            expires_s: Some(60),
         };
         assert_eq!(parse(begin), Ok(Command::Begin(expected)));
         let capabilities = r#"{"execute":"qmp_capabilities","arguments":{"enable":[]}}"#;

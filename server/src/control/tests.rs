@@ -17,7 +17,12 @@ struct Client {
 impl Client {
     fn connect() -> Self {
         let control = Rc::new(Control {
-            service: Service::new(Vec::new(), Duration::from_secs(1)).expect("nothing to restore"),
+            service: Service::new(
+                Vec::new(),
+                Duration::from_secs(1),
+                time::OffsetDateTime::now_utc,
+            )
+            .expect("nothing to restore"),
             backup_addresses: Vec::new(),
             live_addresses: Vec::new(),
             run_dir: "/run/stillpoint".into(),

@@ -1,5 +1,6 @@
 //! Instants that are kept, from begin to commit or abort.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -10,9 +11,11 @@ use scratch::Snapshot;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use super::bases::Since;
 use super::bitmaps::FrozenBitmap;
 use super::book::{Backup, Base, BeginRequest, Checkpoint, FrozenDisk, Outcome};
-use super::{Counter, Event, Service, next_era, not_recorded, now, refuse_untrusted, restore};
+use super::expiry::expiry;
+use super::{Counter, Event, Service, next_era, not_recorded, refuse_untrusted, restore};
 use crate::disk::Freeze;
 use crate::failure::Failure;
 use crate::files::{Files, SnapshotDir};
@@ -32,22 +35,22 @@ impl Service {
             return Ok(open);
         }
         let id = self.choose_id(&request, &mut counter)?;
-        if let Some(name) = &request.checkpoint {
-            self.check_checkpoint_name(name)?;
-        }
-        let since = request
-            .since
-            .as_deref()
-            .map(|text| self.find_base(text))
-            .transpose()?;
+        self.check_consumer(&request)?;
+        let now = (self.clock)();
+        let checkpoint = self.checkpoint_name(&request, now)?;
+        let expires_at = expiry(&request, now)?;
         let disks = self.select(request.disks.as_deref())?;
-        refuse_base_of_none(since.as_ref(), &disks)?;
+        if checkpoint.is_some() {
+            self.check_room(disks.iter().map(|disk| &disk.name))?;
+        }
+        let since = self.find_base(&request, &disks)?;
         let mut bitmaps = self.bitmaps_to_freeze(&request, &disks)?;
 
         let mut prepared = Vec::new();
         for disk in disks {
+            let base = self.base_of(&since, &disk);
             let bitmaps = bitmaps.remove(&disk.name).unwrap_or_default();
-            prepared.push(prepare(&id, disk, since.as_ref(), bitmaps)?);
+            prepared.push(prepare(&id, disk, base, bitmaps)?);
         }
         let next = |part: &Prepared| Freeze {
             disk: Arc::clone(&part.disk.disk),
@@ -58,12 +61,18 @@ impl Service {
                 .followed_by(part.era, Some(Arc::clone(&part.snapshot))),
         };
         let pause = self.freeze(prepared.iter().map(next).collect()).await?;
-        let frozen_at = now();
-
-        let backup = self.prepare_entry(id, request, since, prepared, frozen_at, pause);
+        let entry = Entry {
+            id,
+            request,
+            checkpoint,
+            expires_at,
+            frozen_at: (self.clock)(),
+            pause,
+        };
+        let backup = self.prepare_entry(entry, &since, prepared);
         if let Err((disk, error)) = self.record_begin(&backup).await {
             let undo = Record::Aborted { uuid: backup.uuid };
-            self.record_where_possible(backup.disks.keys(), &undo).await;
+            self.record_or_owe(backup.disks.keys(), &undo).await;
             backup.disks.values().for_each(|part| part.end());
             return Err(not_recorded(&disk, &error));
         }
@@ -75,7 +84,8 @@ impl Service {
         Ok(backup)
     }
 
-    /// Ends a backup as a success: its checkpoint becomes visible.
+    /// Ends a backup as a success: its checkpoint becomes visible, and its consumer moves there. One
+    /// record does all of it, before scratch is touched.
     pub(crate) async fn commit_backup(&self, id: &Name) -> Result<(), Failure> {
         let _alone = self.instants.lock().await;
         let Some(backup) = self.open_or_ended(id, Outcome::Committed)? else {
@@ -92,35 +102,24 @@ impl Service {
         if let Some(reason) = backup.broken() {
             return Err(broken(id, &reason));
         }
-        self.record_commit(&backup).await?;
+        let record = Record::Committed { uuid: backup.uuid };
+        self.record_decision(backup.disks.keys(), &record).await?;
         self.end(&backup, Outcome::Committed);
+        self.drop_left_behind().await;
         Ok(())
     }
 
-    /// Ends a backup as a failure: as if it had never begun.
+    /// Ends a backup as a failure: as if it had never begun. It is recorded by the disk that would
+    /// have decided a commit, so that one that failed cannot come true afterwards.
     pub(crate) async fn abort_backup(&self, id: &Name) -> Result<(), Failure> {
         let _alone = self.instants.lock().await;
         let Some(backup) = self.open_or_ended(id, Outcome::Aborted)? else {
             return Ok(());
         };
         let record = Record::Aborted { uuid: backup.uuid };
-        self.record_where_possible(backup.disks.keys(), &record)
-            .await;
+        self.record_decision(backup.disks.keys(), &record).await?;
         self.end(&backup, Outcome::Aborted);
-        Ok(())
-    }
-
-    /// One record decides: a backup is committed when any of its disks says so, and scratch is not
-    /// touched before.
-    async fn record_commit(&self, backup: &Backup) -> Result<(), Failure> {
-        let record = Record::Committed { uuid: backup.uuid };
-        let mut disks = backup.disks.keys();
-        let Some(first) = disks.next() else {
-            return Ok(());
-        };
-        let decided = self.disks[first].record(&record).await;
-        decided.map_err(|error| not_recorded(first, &error))?;
-        self.record_where_possible(disks, &record).await;
+        self.drop_left_behind().await;
         Ok(())
     }
 
@@ -149,8 +148,13 @@ impl Service {
 
     fn choose_id(&self, request: &BeginRequest, counter: &mut Counter) -> Result<Name, Failure> {
         let book = self.book();
+        if book.backups.len() >= OPEN_BACKUPS_MAX {
+            let message = format!("{OPEN_BACKUPS_MAX} backups are open, and no more may be");
+            let hint = "commit or abort those that are not in use: stillpoint backup list";
+            return Err(Failure::new("too-many-backups", message).hint(hint));
+        }
         if let Some(id) = &request.id {
-            if book.ended.contains_key(id) {
+            if book.ended.get(id).is_some() {
                 let message = format!("backup id '{id}' was used before; ids are never reused");
                 return Err(Failure::new("backup-exists", message));
             }
@@ -159,55 +163,22 @@ impl Service {
         loop {
             counter.0 += 1;
             let id = Name::parse(&format!("b{}", counter.0)).expect("a letter and digits");
-            if book.backup(id.as_str()).is_none() && !book.ended.contains_key(&id) {
+            if book.backup(id.as_str()).is_none() && book.ended.get(&id).is_none() {
                 return Ok(id);
             }
         }
     }
 
-    fn find_base(&self, text: &str) -> Result<Found, Failure> {
-        let book = self.book();
-        let by_uuid = Uuid::try_parse(text).ok();
-        // A name may look like an identity, but is only asked for when none is meant.
-        let found = book
-            .checkpoints
-            .iter()
-            .find(|checkpoint| by_uuid == Some(checkpoint.uuid))
-            .or_else(|| book.checkpoint(text));
-        match (found, by_uuid) {
-            (
-                Some(Checkpoint {
-                    name,
-                    pending_of: Some(backup),
-                    ..
-                }),
-                _,
-            ) => {
-                let message =
-                    format!("checkpoint '{name}' exists only when backup '{backup}' is committed");
-                Err(Failure::new("unknown-checkpoint", message))
-            }
-            (Some(checkpoint), _) => Ok(Found::Checkpoint(checkpoint.clone())),
-            // Whoever remembers an identity that is gone gets a full, not a wrong incremental.
-            (None, Some(uuid)) => Ok(Found::Gone(uuid)),
-            (None, None) => {
-                let message = format!("there is no checkpoint '{text}'");
-                Err(Failure::new("unknown-checkpoint", message)
-                    .hint("see: stillpoint checkpoint list"))
-            }
-        }
-    }
-
     /// What will be entered in the book of a backup whose instant has been taken.
-    fn prepare_entry(
-        &self,
-        id: Name,
-        request: BeginRequest,
-        since: Option<Found>,
-        prepared: Vec<Prepared>,
-        frozen_at: OffsetDateTime,
-        pause: Duration,
-    ) -> Arc<Backup> {
+    fn prepare_entry(&self, entry: Entry, since: &Since, prepared: Vec<Prepared>) -> Arc<Backup> {
+        let Entry {
+            id,
+            request,
+            checkpoint,
+            expires_at,
+            frozen_at,
+            pause,
+        } = entry;
         let freeze = |part: Prepared| {
             let name = part.disk.name.clone();
             let is_first = !self
@@ -217,24 +188,21 @@ impl Service {
                 .any(|open| open.disks.contains_key(&name));
             (name, Arc::new(part.freeze(&id, is_first)))
         };
-        let disks = prepared.into_iter().map(freeze).collect();
-        let checkpoint = request
-            .checkpoint
-            .clone()
-            .map(|name| (name, Uuid::new_v4()));
+        let disks: BTreeMap<Name, Arc<FrozenDisk>> = prepared.into_iter().map(freeze).collect();
         let since = match since {
-            Some(Found::Checkpoint(base)) => Some((base.name, base.uuid)),
-            Some(Found::Gone(_)) | None => None,
+            Since::Checkpoint(base) => Some((base.name.clone(), base.uuid)),
+            Since::Last { .. } => common_base(disks.values()),
+            Since::Gone(_) | Since::Nothing => None,
         };
-        let uuid = Uuid::new_v4();
         Arc::new(Backup {
             id,
-            uuid,
+            uuid: Uuid::new_v4(),
             request,
             frozen_at,
             pause,
             since,
-            checkpoint,
+            checkpoint: checkpoint.map(|name| (name, Uuid::new_v4())),
+            expires_at,
             disks,
             lost: OnceLock::new(),
         })
@@ -264,20 +232,7 @@ impl Service {
 
     fn enter(&self, backup: &Arc<Backup>) {
         let mut book = self.book_mut();
-        if let Some((name, uuid)) = backup.checkpoint.clone() {
-            let era = |part: &FrozenDisk| part.frozen.snapshot().eras().frozen_in();
-            book.checkpoints.push(Checkpoint {
-                name,
-                uuid,
-                created: backup.frozen_at,
-                eras: backup
-                    .disks
-                    .iter()
-                    .map(|(name, part)| (name.clone(), era(part)))
-                    .collect(),
-                pending_of: Some(backup.id.clone()),
-            });
-        }
+        book.checkpoints.extend(backup.pending_checkpoint());
         book.backups.push(Arc::clone(backup));
     }
 
@@ -302,7 +257,7 @@ impl Service {
             return Ok(Some(Arc::clone(open)));
         }
         match self.book().ended.get(id) {
-            Some(outcome) if *outcome == wanted => Ok(None),
+            Some(outcome) if outcome == wanted => Ok(None),
             Some(Outcome::Committed) => Err(Failure::new(
                 "already-committed",
                 format!("backup '{id}' was committed"),
@@ -329,6 +284,7 @@ impl Service {
                     .iter_mut()
                     .filter(|c| ours(c))
                     .for_each(|c| c.pending_of = None);
+                Self::move_consumer(&mut book, backup);
             }
             Outcome::Aborted => book.checkpoints.retain(|checkpoint| !ours(checkpoint)),
         }
@@ -353,27 +309,27 @@ struct Prepared {
     bitmaps: Vec<FrozenBitmap>,
 }
 
-/// The checkpoint that someone asked for.
-enum Found {
-    Checkpoint(Checkpoint),
-    Gone(Uuid),
+/// What is known of a backup besides its disks, when its instant has been taken.
+struct Entry {
+    id: Name,
+    request: BeginRequest,
+    checkpoint: Option<Name>,
+    expires_at: Option<OffsetDateTime>,
+    frozen_at: OffsetDateTime,
+    pause: Duration,
 }
 
-fn refuse_base_of_none(since: Option<&Found>, disks: &[Arc<ServedDisk>]) -> Result<(), Failure> {
-    let Some(Found::Checkpoint(base)) = since else {
-        return Ok(());
-    };
-    if disks.iter().any(|disk| base.eras.contains_key(&disk.name)) {
-        return Ok(());
-    }
-    let message = format!("checkpoint '{}' is on none of these disks", base.name);
-    Err(Failure::new("unknown-checkpoint", message))
+/// The checkpoint that all those disks begin from that have one, if it is one.
+fn common_base<'a>(parts: impl Iterator<Item = &'a Arc<FrozenDisk>>) -> Option<(Name, Uuid)> {
+    let mut bases = parts.filter_map(|part| part.base.checkpoint());
+    let first = bases.next()?;
+    bases.all(|base| base == first).then_some(first)
 }
 
 fn prepare(
     id: &Name,
     disk: Arc<ServedDisk>,
-    since: Option<&Found>,
+    base: Base,
     bitmaps: Vec<FrozenBitmap>,
 ) -> Result<Prepared, Failure> {
     refuse_untrusted(&disk)?;
@@ -393,22 +349,6 @@ fn prepare(
         })?;
     }
     let snapshot = Arc::new(Snapshot::new(Arc::clone(disk.disk.map()), era, files));
-    let base = match since {
-        None => Base::None,
-        Some(Found::Gone(uuid)) => {
-            Base::Unusable(format!("no checkpoint with uuid {uuid} is known"))
-        }
-        Some(Found::Checkpoint(base)) => match base.eras.get(&disk.name) {
-            Some(&era) => match disk.why_lost(era) {
-                Some(why) => Base::Unusable(why.to_owned()),
-                None => Base::Checkpoint {
-                    name: base.name.clone(),
-                    era,
-                },
-            },
-            None => Base::Unusable(format!("checkpoint '{}' does not include it", base.name)),
-        },
-    };
     Ok(Prepared {
         disk,
         era,
@@ -447,7 +387,7 @@ impl Backup {
             disks: self.disks.values().map(|part| part.disk.uuid).collect(),
             has_disk_name: part.has_disk_name,
             request: self.request.clone().into(),
-            since: self.since.clone(),
+            since: part.base.checkpoint().or_else(|| self.since.clone()),
             base: match &part.base {
                 Base::None => None,
                 Base::Checkpoint { era, .. } => Some(Ok(era.number())),
@@ -455,6 +395,7 @@ impl Backup {
             },
             checkpoint: self.checkpoint.clone(),
             bitmaps: part.bitmaps.iter().map(FrozenBitmap::record).collect(),
+            expires_at: self.expires_at.map(restore::nanoseconds_of),
         }
     }
 }
@@ -463,3 +404,7 @@ fn broken(id: &Name, reason: &str) -> Failure {
     let message = format!("backup '{id}' is broken: {reason}");
     Failure::new("backup-broken", message).hint("its base is intact: abort it and begin anew")
 }
+
+/// Each takes three descriptors for each disk, of the 1,024 that a process usually may have, and a
+/// copy of every granule that is overwritten while it is open.
+const OPEN_BACKUPS_MAX: usize = 64;

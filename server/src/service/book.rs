@@ -1,6 +1,6 @@
 //! Which checkpoints and backups there are.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -16,18 +16,59 @@ use super::bitmaps::{Bitmaps, FrozenBitmap};
 use crate::files::{Files, SnapshotDir};
 use crate::names::Name;
 use crate::served::ServedDisk;
+use crate::state::ENDED_MAX;
+pub(crate) use crate::state::Outcome;
 
-/// Checkpoints and backups, as they are known to everyone.
+/// Checkpoints, backups and consumers, as they are known to everyone.
 #[derive(Default)]
 pub(crate) struct Book {
     /// Oldest first; pending ones too.
     pub(crate) checkpoints: Vec<Checkpoint>,
     /// The open ones, oldest first.
     pub(crate) backups: Vec<Arc<Backup>>,
-    /// How each backup that is no longer open ended.
-    pub(crate) ended: BTreeMap<Name, Outcome>,
+    /// How the backups that are no longer open ended.
+    pub(crate) ended: Ended,
+    /// Where each consumer is, by disk.
+    pub(crate) consumers: BTreeMap<Name, BTreeMap<Name, Last>>,
     /// Dirty bitmaps, which have a namespace of their own.
     pub(crate) bitmaps: Bitmaps,
+}
+
+/// Where a consumer is on a disk: at the checkpoint of the last backup that it has committed.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct Last {
+    /// Its name.
+    pub(crate) name: Name,
+    /// Its identity: the checkpoint itself may have been deleted, and the name used again.
+    pub(crate) uuid: Uuid,
+    /// When it was taken.
+    pub(crate) created: OffsetDateTime,
+}
+
+/// How backups ended: of the last [`ENDED_MAX`], so that their ids are not used again.
+#[derive(Default)]
+pub(crate) struct Ended {
+    outcomes: BTreeMap<Name, Outcome>,
+    /// Oldest first.
+    order: VecDeque<Name>,
+}
+
+impl Ended {
+    /// How the backup with this id ended.
+    pub(crate) fn get(&self, id: &Name) -> Option<Outcome> {
+        self.outcomes.get(id).copied()
+    }
+
+    pub(super) fn insert(&mut self, id: Name, outcome: Outcome) {
+        if self.outcomes.insert(id.clone(), outcome).is_none() {
+            self.order.push_back(id);
+        }
+        if self.order.len() > ENDED_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.outcomes.remove(&oldest);
+        }
+    }
 }
 
 /// A name for the instant at which an era began on each of some disks.
@@ -43,6 +84,8 @@ pub(crate) struct Checkpoint {
     pub(crate) eras: BTreeMap<Name, Era>,
     /// The backup whose commit makes it visible, until then.
     pub(crate) pending_of: Option<Name>,
+    /// It was made for a consumer, and goes when nobody needs it.
+    pub(crate) automatic: bool,
 }
 
 /// What a backup was asked for.
@@ -58,6 +101,10 @@ pub(crate) struct BeginRequest {
     pub(crate) checkpoint: Option<Name>,
     /// The dirty bitmaps that it serves.
     pub(crate) bitmaps: Option<Vec<String>>,
+    /// For whom it is: its commit moves the consumer on.
+    pub(crate) consumer: Option<Name>,
+    /// After how many seconds the server aborts it.
+    pub(crate) expires_s: Option<u64>,
 }
 
 /// An instant that is kept until it is committed or aborted.
@@ -76,19 +123,12 @@ pub(crate) struct Backup {
     pub(crate) since: Option<(Name, Uuid)>,
     /// The checkpoint that its commit makes: name and identity.
     pub(crate) checkpoint: Option<(Name, Uuid)>,
+    /// When the server aborts it, by its clock.
+    pub(crate) expires_at: Option<OffsetDateTime>,
     /// Its disks.
     pub(crate) disks: BTreeMap<Name, Arc<FrozenDisk>>,
     /// Why all of it was given up: the first of its disks that was lost.
     pub(super) lost: OnceLock<String>,
-}
-
-/// How a backup ended.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Outcome {
-    /// It succeeded: its checkpoint is a base.
-    Committed,
-    /// As if it had never begun.
-    Aborted,
 }
 
 /// One disk of a backup.
@@ -128,6 +168,8 @@ pub(crate) enum Base {
     Checkpoint {
         /// Its name.
         name: Name,
+        /// Its identity.
+        uuid: Uuid,
         /// The era that began with it.
         era: Era,
     },
@@ -178,6 +220,52 @@ impl Book {
         self.backups.iter().find(|backup| backup.id.as_str() == id)
     }
 
+    /// Whether an open backup begins from the checkpoint `uuid` on `disk`, or which.
+    pub(crate) fn user_of(&self, uuid: Uuid, disk: &Name) -> Option<&Name> {
+        let uses = |backup: &&Arc<Backup>| {
+            let base = backup.disks.get(disk).map(|part| &part.base);
+            base.is_some_and(|base| base.uuid() == Some(uuid))
+        };
+        self.backups.iter().find(uses).map(|backup| &backup.id)
+    }
+
+    /// The consumer whose last checkpoint on `disk` is `uuid`.
+    pub(crate) fn consumer_at(&self, uuid: Uuid, disk: &Name) -> Option<&Name> {
+        let is_there =
+            |lasts: &BTreeMap<Name, Last>| lasts.get(disk).is_some_and(|last| last.uuid == uuid);
+        let mut consumers = self.consumers.iter();
+        consumers
+            .find(|(_, lasts)| is_there(lasts))
+            .map(|(name, _)| name)
+    }
+
+    /// Checkpoints that were made for a consumer and that nobody needs any more, and where.
+    pub(super) fn left_behind(&self) -> Vec<(Uuid, Vec<Name>)> {
+        let mut left = Vec::new();
+        let automatic = |c: &&Checkpoint| c.automatic && c.pending_of.is_none();
+        for checkpoint in self.checkpoints.iter().filter(automatic) {
+            let uuid = checkpoint.uuid;
+            let is_needed = |disk: &Name| {
+                self.consumer_at(uuid, disk).is_some() || self.user_of(uuid, disk).is_some()
+            };
+            let disks = checkpoint.eras.keys().filter(|disk| !is_needed(disk));
+            let disks: Vec<Name> = disks.cloned().collect();
+            if !disks.is_empty() {
+                left.push((uuid, disks));
+            }
+        }
+        left
+    }
+
+    /// Forgets a checkpoint on some disks.
+    pub(super) fn remove_checkpoint(&mut self, uuid: Uuid, disks: &[Name]) {
+        for checkpoint in self.checkpoints.iter_mut().filter(|c| c.uuid == uuid) {
+            checkpoint.eras.retain(|disk, _| !disks.contains(disk));
+        }
+        self.checkpoints
+            .retain(|checkpoint| !checkpoint.eras.is_empty());
+    }
+
     /// The checkpoints that a frozen disk can be compared with, oldest first: name and era.
     pub(crate) fn bases<'a>(
         &'a self,
@@ -193,7 +281,52 @@ impl Book {
     }
 }
 
+impl Base {
+    /// The checkpoint, if it is one: name and identity.
+    pub(crate) fn checkpoint(&self) -> Option<(Name, Uuid)> {
+        match self {
+            Self::Checkpoint { name, uuid, .. } => Some((name.clone(), *uuid)),
+            Self::None | Self::Unusable(_) => None,
+        }
+    }
+
+    fn uuid(&self) -> Option<Uuid> {
+        match self {
+            Self::Checkpoint { uuid, .. } => Some(*uuid),
+            Self::None | Self::Unusable(_) => None,
+        }
+    }
+}
+
 impl Backup {
+    /// Where its commit moves its consumer.
+    pub(super) fn last(&self) -> Option<Last> {
+        let (name, uuid) = self.checkpoint.clone()?;
+        Some(Last {
+            name,
+            uuid,
+            created: self.frozen_at,
+        })
+    }
+
+    /// The checkpoint that its commit makes, as it is until then.
+    pub(super) fn pending_checkpoint(&self) -> Option<Checkpoint> {
+        let (name, uuid) = self.checkpoint.clone()?;
+        let era = |part: &FrozenDisk| part.frozen.snapshot().eras().frozen_in();
+        let eras = self
+            .disks
+            .iter()
+            .map(|(name, part)| (name.clone(), era(part)));
+        Some(Checkpoint {
+            name,
+            uuid,
+            created: self.frozen_at,
+            eras: eras.collect(),
+            pending_of: Some(self.id.clone()),
+            automatic: self.request.checkpoint.is_none(),
+        })
+    }
+
     /// Why it is broken, if it is.
     pub(crate) fn broken(&self) -> Option<String> {
         // Whoever asks before that has been told finds the disk itself.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::book::{Backup, Checkpoint};
-use super::{Service, next_era, not_recorded, now, refuse_untrusted, restore};
+use super::book::Checkpoint;
+use super::{Service, next_era, not_recorded, refuse_untrusted, restore};
 use crate::disk::Freeze;
 use crate::failure::Failure;
 use crate::names::Name;
@@ -22,6 +22,7 @@ impl Service {
         let _alone = self.instants.lock().await;
         self.check_checkpoint_name(&name)?;
         let disks = self.select(disks.as_deref())?;
+        self.check_room(disks.iter().map(|disk| &disk.name))?;
         let mut eras = BTreeMap::new();
         let mut freezes = Vec::new();
         for disk in disks {
@@ -35,41 +36,68 @@ impl Service {
             });
         }
         self.freeze(freezes).await?;
-        let created = now();
+        let created = (self.clock)();
         let checkpoint = Checkpoint {
             name,
             uuid: Uuid::new_v4(),
             created,
             eras,
             pending_of: None,
+            automatic: false,
         };
+        self.record_checkpoint(&checkpoint).await?;
+        self.book_mut().checkpoints.push(checkpoint.clone());
+        Ok(checkpoint)
+    }
+
+    /// Each disk says that it is there; then each says that all do. A server that is killed in
+    /// between leaves it on all of them, or it goes from all of them at the next start.
+    async fn record_checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), Failure> {
+        let disks = self.identities(checkpoint.eras.keys());
         // After the swap, so that no mark of the time before can carry its era; durable before
         // anyone is told.
         for (disk, era) in &checkpoint.eras {
             let record = Record::Checkpoint(CheckpointRecord {
                 name: checkpoint.name.clone(),
                 uuid: checkpoint.uuid,
-                created: restore::nanoseconds_of(created),
+                created: restore::nanoseconds_of(checkpoint.created),
                 era: era.number(),
+                disks: if disks.len() > 1 {
+                    disks.clone()
+                } else {
+                    Vec::new()
+                },
+                automatic: false,
             });
             if let Err(error) = self.disks[disk].record(&record).await {
                 let undo = Record::Deleted {
                     uuid: checkpoint.uuid,
+                    disks,
                 };
-                self.record_where_possible(checkpoint.eras.keys(), &undo)
-                    .await;
+                self.record_or_owe(checkpoint.eras.keys(), &undo).await;
                 return Err(not_recorded(disk, &error));
             }
         }
-        self.book_mut().checkpoints.push(checkpoint.clone());
-        Ok(checkpoint)
+        if disks.len() > 1 {
+            let complete = Record::Complete {
+                uuid: checkpoint.uuid,
+            };
+            self.record_or_owe(checkpoint.eras.keys(), &complete).await;
+        }
+        Ok(())
     }
 
-    /// Forgets a checkpoint. What changed since any other one stays known.
+    fn identities<'a>(&self, disks: impl Iterator<Item = &'a Name>) -> Vec<Uuid> {
+        disks.map(|disk| self.disks[disk].uuid).collect()
+    }
+
+    /// Forgets a checkpoint. What changed since any other one stays known. The last one of a
+    /// consumer goes only by `force`: its next backup is then a full one.
     pub(crate) async fn delete_checkpoint(
         &self,
         name: &Name,
         disks: Option<Vec<Name>>,
+        force: bool,
     ) -> Result<(), Failure> {
         let _alone = self.instants.lock().await;
         let disks: BTreeSet<Name> = self
@@ -77,29 +105,26 @@ impl Service {
             .into_iter()
             .map(|disk| disk.name.clone())
             .collect();
-        let checkpoint = self.deletable(name, &disks)?;
-        for disk in checkpoint.eras.keys().filter(|disk| disks.contains(*disk)) {
-            let record = Record::Deleted {
-                uuid: checkpoint.uuid,
-            };
-            let recorded = self.disks[disk].record(&record).await;
-            recorded.map_err(|error| not_recorded(disk, &error))?;
-        }
-        let mut book = self.book_mut();
-        let found = book
-            .checkpoints
-            .iter_mut()
-            .find(|c| c.uuid == checkpoint.uuid);
-        if let Some(found) = found {
-            found.eras.retain(|disk, _| !disks.contains(disk));
-        }
-        book.checkpoints
-            .retain(|checkpoint| !checkpoint.eras.is_empty());
+        let checkpoint = self.deletable(name, &disks, force)?;
+        let on = checkpoint.eras.keys().filter(|disk| disks.contains(*disk));
+        let on: Vec<Name> = on.cloned().collect();
+        let record = Record::Deleted {
+            uuid: checkpoint.uuid,
+            disks: self.identities(on.iter()),
+        };
+        self.record_decision(on.iter(), &record).await?;
+        self.book_mut().remove_checkpoint(checkpoint.uuid, &on);
         Ok(())
     }
 
-    /// The checkpoint of this name, unless a backup uses it on one of `disks`.
-    fn deletable(&self, name: &Name, disks: &BTreeSet<Name>) -> Result<Checkpoint, Failure> {
+    /// The checkpoint of this name, unless a backup uses it on one of `disks`, or a consumer is there
+    /// and nobody uses `force`.
+    fn deletable(
+        &self,
+        name: &Name,
+        disks: &BTreeSet<Name>,
+        force: bool,
+    ) -> Result<Checkpoint, Failure> {
         let book = self.book();
         let checkpoint = book.checkpoint(name.as_str()).ok_or_else(|| {
             Failure::new(
@@ -110,17 +135,40 @@ impl Service {
         if let Some(backup) = &checkpoint.pending_of {
             return Err(in_use(name, backup));
         }
-        let uses = |backup: &&Arc<Backup>| {
-            let since = backup
-                .since
-                .as_ref()
-                .is_some_and(|(_, since)| *since == checkpoint.uuid);
-            since && backup.disks.keys().any(|disk| disks.contains(disk))
-        };
-        match book.backups.iter().find(uses) {
-            Some(backup) => Err(in_use(name, &backup.id)),
-            None => Ok(checkpoint.clone()),
+        let on = || checkpoint.eras.keys().filter(|disk| disks.contains(*disk));
+        if let Some(backup) = on().find_map(|disk| book.user_of(checkpoint.uuid, disk)) {
+            return Err(in_use(name, backup));
         }
+        match on().find_map(|disk| book.consumer_at(checkpoint.uuid, disk)) {
+            Some(consumer) if !force => {
+                let message =
+                    format!("checkpoint '{name}' is the last one of consumer '{consumer}'");
+                let hint = "with --force it goes, and the consumer's next backup is a full one";
+                Err(Failure::new("checkpoint-in-use", message).hint(hint))
+            }
+            _ => Ok(checkpoint.clone()),
+        }
+    }
+
+    /// Refuses another checkpoint where a disk has too many.
+    pub(super) fn check_room<'a>(
+        &self,
+        mut disks: impl Iterator<Item = &'a Name>,
+    ) -> Result<(), Failure> {
+        let book = self.book();
+        let count = |disk: &Name| {
+            book.checkpoints
+                .iter()
+                .filter(|c| c.eras.contains_key(disk))
+                .count()
+        };
+        let Some(full) = disks.find(|disk| count(disk) >= CHECKPOINTS_MAX) else {
+            return Ok(());
+        };
+        let message =
+            format!("disk '{full}' has {CHECKPOINTS_MAX} checkpoints, and may have no more");
+        let hint = "delete those that are no base any more: stillpoint checkpoint delete NAME";
+        Err(Failure::new("too-many-checkpoints", message).hint(hint))
     }
 
     pub(super) fn check_checkpoint_name(&self, name: &Name) -> Result<(), Failure> {
@@ -151,3 +199,7 @@ fn in_use(name: &Name, backup: &Name) -> Failure {
     let message = format!("checkpoint '{name}' is in use by backup '{backup}'");
     Failure::new("checkpoint-in-use", message).hint("commit or abort the backup first")
 }
+
+/// Hourly ones of almost two years. Each is a record of 512 bytes in the journal, which is read at a
+/// start, and is listed with how much has changed since.
+const CHECKPOINTS_MAX: usize = 16_384;

@@ -3,10 +3,14 @@
 //! Everything that takes or ends an instant goes through one lock, in the order: prepare what can
 //! fail, freeze, enter in the book. Looking never waits for that.
 
+mod agree;
 mod backups;
+mod bases;
 mod bitmaps;
 mod book;
 mod checkpoints;
+mod consumers;
+mod expiry;
 mod restore;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,10 +23,11 @@ use bitmap::Era;
 use time::OffsetDateTime;
 use tokio::sync::{Mutex, broadcast};
 
+pub(crate) use bases::FIRST_BACKUP;
 pub(crate) use bitmaps::{Action, Addition, Bitmap, Source};
-pub(crate) use book::{Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Outcome, Usage};
-
-use bitmaps::{Restored, Settlement, restore as restore_bitmaps};
+pub(crate) use book::{
+    Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Last, Outcome, Usage,
+};
 
 use crate::disk::{Freeze, Tracking, freeze};
 use crate::failure::Failure;
@@ -30,6 +35,7 @@ use crate::files::Files;
 use crate::names::Name;
 use crate::served::{Past, ServedDisk};
 use crate::state::Record;
+use restore::Restored;
 
 /// Disks, and what is known of their past.
 pub(crate) struct Service {
@@ -38,12 +44,16 @@ pub(crate) struct Service {
     /// Held by whoever takes or ends an instant.
     instants: Mutex<Counter>,
     freeze_timeout: Duration,
+    clock: Clock,
+    /// What disks have to be told before anything else happens.
+    owed: std::sync::Mutex<Vec<(Name, Record)>>,
     /// The longest time for which the guests were held, in microseconds.
     longest_pause_us: AtomicU64,
     events: broadcast::Sender<Event>,
-    /// What was found undecided at the start, until it is recorded.
-    undecided: std::sync::Mutex<Vec<Settlement>>,
 }
+
+/// What time it is.
+pub(crate) type Clock = fn() -> OffsetDateTime;
 
 /// Numbers for backups without an id.
 #[derive(Default)]
@@ -75,22 +85,19 @@ pub(crate) enum Event {
 
 impl Service {
     /// Serves `disks`, with the checkpoints and backups that their journals tell of; a freeze gives
-    /// up when writes in flight take longer than `freeze_timeout`.
+    /// up when writes in flight take longer than `freeze_timeout`. Nothing else may be asked of it
+    /// before it has [settled](Self::settle).
     pub(crate) fn new(
         disks: Vec<(ServedDisk, Past)>,
         freeze_timeout: Duration,
+        clock: Clock,
     ) -> io::Result<Arc<Self>> {
         let (mut served, mut pasts) = (BTreeMap::new(), BTreeMap::new());
         for (disk, past) in disks {
             pasts.insert(disk.name.clone(), past);
             served.insert(disk.name.clone(), Arc::new(disk));
         }
-        let mut book = restore::book(&served, &pasts)?;
-        let Restored {
-            bitmaps,
-            settlements,
-        } = restore_bitmaps(&served, &pasts);
-        book.bitmaps = bitmaps;
+        let Restored { book, owed } = restore::restore(&served, pasts)?;
         let open: Vec<&Name> = book.backups.iter().map(|backup| &backup.id).collect();
         for disk in served.values() {
             disk.remove_leftovers(&open);
@@ -100,9 +107,10 @@ impl Service {
             book: RwLock::new(book),
             instants: Mutex::default(),
             freeze_timeout,
+            clock,
+            owed: std::sync::Mutex::new(owed),
             longest_pause_us: AtomicU64::new(0),
             events: broadcast::channel(EVENTS_MAX).0,
-            undecided: std::sync::Mutex::new(settlements),
         });
         for backup in &service.book().backups {
             service.watch(backup);
@@ -110,9 +118,16 @@ impl Service {
         Ok(service)
     }
 
-    /// Records which backups were found broken, before anything is written that they should have
-    /// kept: a later start may find their files again, and another end of its predecessor.
+    /// Records what was found, before anything is written.
+    ///
+    /// What a disk has not heard of yet: another start may be without those that know. Which backups
+    /// were found broken: a later start may find their files again, and another end of its
+    /// predecessor. Then what has expired meanwhile ends, and what nobody needs goes.
     pub(crate) async fn settle(&self) -> io::Result<()> {
+        let owed = std::mem::take(&mut *self.owed.lock().unwrap_or_else(PoisonError::into_inner));
+        for (disk, record) in owed {
+            self.disks[&disk].record(&record).await?;
+        }
         let backups = self.book().backups.clone();
         for backup in backups {
             for part in backup.disks.values() {
@@ -126,9 +141,16 @@ impl Service {
                 part.disk.record(&record).await?;
             }
         }
-        self.settle_bitmaps_found().await?;
+        self.book().bitmaps.remove_leftovers(&self.disks);
         for disk in self.disks.values() {
             disk.state.lock().await.settle().await?;
+        }
+        self.abort_expired().await;
+        self.drop_left_behind().await;
+        for disk in self.disks.values() {
+            if let Err(error) = disk.state.lock().await.tidy().await {
+                tracing::warn!(disk = %disk.name, %error, "the journal cannot be written anew");
+            }
         }
         Ok(())
     }
@@ -195,13 +217,25 @@ impl Service {
         Ok(pause)
     }
 
-    /// For what need not be everywhere: what it undoes was not acknowledged, or one disk's word is
-    /// enough.
-    async fn record_where_possible(&self, disks: impl Iterator<Item = &Name>, record: &Record) {
+    /// For what is so as soon as one disk says so: that of the first decides.
+    async fn record_decision(
+        &self,
+        mut disks: impl Iterator<Item = &Name>,
+        record: &Record,
+    ) -> Result<(), Failure> {
+        let Some(first) = disks.next() else {
+            return Ok(());
+        };
+        let decided = self.disks[first].record(record).await;
+        decided.map_err(|error| not_recorded(first, &error))?;
+        self.record_or_owe(disks, record).await;
+        Ok(())
+    }
+
+    /// For what is so in any case: what it undoes was not acknowledged, or another disk has said it.
+    async fn record_or_owe(&self, disks: impl Iterator<Item = &Name>, record: &Record) {
         for disk in disks {
-            if let Err(error) = self.disks[disk].record(record).await {
-                tracing::warn!(%disk, %error, "the journal cannot be written");
-            }
+            self.disks[disk].record_or_owe(record).await;
         }
     }
 
@@ -232,10 +266,6 @@ fn next_era(disk: &ServedDisk, tracking: &Tracking<Files>) -> Result<Era, Failur
 fn not_recorded(disk: &Name, error: &io::Error) -> Failure {
     let message = format!("disk '{disk}': the journal cannot be written: {error}");
     Failure::new("state", message).hint("nothing has changed: see to the storage and try again")
-}
-
-fn now() -> OffsetDateTime {
-    OffsetDateTime::now_utc()
 }
 
 /// A listener that falls this far behind loses the oldest events.

@@ -1,9 +1,9 @@
-//! Checkpoints and backups as the journals of the disks tell them.
+//! Checkpoints, backups and consumers as the journals of the disks tell them.
 //!
-//! Each disk tells its own part. A checkpoint is what those that know it say; a backup is open when
-//! every disk of it has the record of its beginning, and committed when any has the record of that.
+//! Each disk tells its own part; where one has not heard of something that others have, see
+//! [`agree`](super::agree).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -13,168 +13,137 @@ use scratch::Snapshot;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::bitmaps::FrozenBitmap;
-use super::book::{Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Outcome};
+use super::agree::{Told, agree};
+use super::bitmaps::{FrozenBitmap, load_bitmaps};
+use super::book::{Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Last};
 use crate::disk::Ending;
 use crate::files::{SnapshotDir, nowhere};
 use crate::names::Name;
 use crate::served::{Past, ServedDisk};
 use crate::state::{
-    BackupRecord, BitsId, CheckpointRecord, FrozenBitmapRecord, Record, RequestRecord, read_bits,
+    BackupRecord, BitsId, CheckpointRecord, FrozenBitmapRecord, Ledger, Record, RequestRecord,
+    read_bits,
 };
 
-/// What all the journals say together.
-#[derive(Default)]
-struct Told {
-    checkpoints: BTreeMap<Uuid, Checkpoint>,
-    deleted: BTreeSet<(Name, Uuid)>,
-    backups: BTreeMap<Uuid, BTreeMap<Name, BackupRecord>>,
-    outcomes: BTreeMap<Uuid, Outcome>,
-    broken: BTreeMap<(Name, Uuid), String>,
+/// What is known at a start.
+pub(super) struct Restored {
+    /// The book as it was, with the backups that can go on open again; the others that were open are
+    /// broken, and say why.
+    pub(super) book: Book,
+    /// What disks have not heard of yet.
+    pub(super) owed: Vec<(Name, Record)>,
 }
 
-/// The book as it was, with the backups that can go on open again; the others that were open are
-/// broken, and say why.
-pub(super) fn book(
+/// Joins what the disks tell.
+pub(super) fn restore(
     disks: &BTreeMap<Name, Arc<ServedDisk>>,
-    pasts: &BTreeMap<Name, Past>,
-) -> io::Result<Book> {
-    let told = Told::by(pasts);
+    pasts: BTreeMap<Name, Past>,
+) -> io::Result<Restored> {
+    let (mut told, mut endings) = (Told::new(), BTreeMap::new());
+    for (name, past) in pasts {
+        endings.insert(name.clone(), past.ending);
+        told.insert(name.clone(), (disks[&name].uuid, past.ledger));
+    }
+    let owed = agree(&mut told);
     let mut book = Book::default();
-    for (uuid, parts) in &told.backups {
-        let Some(any) = parts.values().next() else {
-            continue;
-        };
-        let complete = any.disks.iter().all(|disk| {
-            disks
-                .values()
-                .any(|d| d.uuid == *disk && parts.contains_key(&d.name))
-        });
-        let outcome = told.outcomes.get(uuid).copied();
-        let Some(outcome) = outcome.or((!complete).then_some(Outcome::Aborted)) else {
-            let pending_of = Some(any.id.clone());
-            book.checkpoints
-                .extend(checkpoint_of(parts, &told, pending_of));
-            let backup = reopen(*uuid, any, parts, &told, disks, pasts)?;
-            book.backups.push(Arc::new(backup));
-            continue;
-        };
-        book.ended.insert(any.id.clone(), outcome);
-        if outcome == Outcome::Committed {
-            book.checkpoints.extend(checkpoint_of(parts, &told, None));
+    let mut open: BTreeMap<Uuid, BTreeMap<Name, BackupRecord>> = BTreeMap::new();
+    let mut broken = BTreeMap::new();
+    for (disk, (_, ledger)) in told {
+        take_checkpoints(&mut book, &disk, &ledger);
+        let bitmaps = load_bitmaps(&disks[&disk], &ledger.bitmaps);
+        book.bitmaps.restore(disk.clone(), bitmaps);
+        for (consumer, last) in ledger.consumers {
+            let last = Last {
+                name: last.checkpoint,
+                uuid: last.uuid,
+                created: time_of(last.created),
+            };
+            let by_disk = book.consumers.entry(consumer).or_default();
+            by_disk.insert(disk.clone(), last);
+        }
+        for ended in ledger.ended {
+            if let Some(id) = ended.id {
+                book.ended.insert(id, ended.outcome);
+            }
+        }
+        for (uuid, reason) in ledger.broken {
+            broken.insert((disk.clone(), uuid), reason);
+        }
+        for (uuid, part) in ledger.open {
+            open.entry(uuid).or_default().insert(disk.clone(), part);
         }
     }
-    book.checkpoints.extend(told.checkpoints.into_values());
+    for (uuid, parts) in open {
+        let backup = reopen(uuid, &parts, &broken, disks, &endings)?;
+        book.checkpoints.extend(backup.pending_checkpoint());
+        book.backups.push(Arc::new(backup));
+    }
     book.checkpoints
         .sort_by_key(|checkpoint| checkpoint.created);
     book.backups.sort_by_key(|backup| backup.frozen_at);
-    Ok(book)
+    Ok(Restored { book, owed })
 }
 
-impl Told {
-    fn by(pasts: &BTreeMap<Name, Past>) -> Self {
-        let mut told = Self::default();
-        for (disk, past) in pasts {
-            for record in &past.records {
-                told.take(disk, record);
-            }
-        }
-        told
+fn take_checkpoints(book: &mut Book, disk: &Name, ledger: &Ledger) {
+    for record in ledger.checkpoints.values() {
+        let CheckpointRecord {
+            name,
+            uuid,
+            created,
+            era,
+            disks: _,
+            automatic,
+        } = record;
+        let known = book.checkpoints.iter().position(|c| c.uuid == *uuid);
+        let at = known.unwrap_or_else(|| {
+            book.checkpoints.push(Checkpoint {
+                name: name.clone(),
+                uuid: *uuid,
+                created: time_of(*created),
+                eras: BTreeMap::new(),
+                pending_of: None,
+                automatic: *automatic,
+            });
+            book.checkpoints.len() - 1
+        });
+        let eras = &mut book.checkpoints[at].eras;
+        eras.insert(disk.clone(), Era::from_number(*era));
     }
-
-    fn take(&mut self, disk: &Name, record: &Record) {
-        match record {
-            // Bitmaps have a namespace, and rules, of their own.
-            Record::Started { .. } | Record::Bitmaps(_) | Record::BitmapsSettled { .. } => {}
-            Record::Checkpoint(record) => {
-                let CheckpointRecord {
-                    name,
-                    uuid,
-                    created,
-                    era,
-                } = record;
-                let fresh = || Checkpoint {
-                    name: name.clone(),
-                    uuid: *uuid,
-                    created: time_of(*created),
-                    eras: BTreeMap::new(),
-                    pending_of: None,
-                };
-                let checkpoint = self.checkpoints.entry(*uuid).or_insert_with(fresh);
-                checkpoint.eras.insert(disk.clone(), Era::from_number(*era));
-            }
-            Record::Deleted { uuid } => {
-                self.deleted.insert((disk.clone(), *uuid));
-                if let Some(checkpoint) = self.checkpoints.get_mut(uuid) {
-                    checkpoint.eras.remove(disk);
-                    if checkpoint.eras.is_empty() {
-                        self.checkpoints.remove(uuid);
-                    }
-                }
-            }
-            Record::Begun(record) => {
-                let parts = self.backups.entry(record.uuid).or_default();
-                parts.insert(disk.clone(), (**record).clone());
-            }
-            Record::Broken { uuid, reason } => {
-                self.broken.insert((disk.clone(), *uuid), reason.clone());
-            }
-            Record::Committed { uuid } => {
-                self.outcomes.insert(*uuid, Outcome::Committed);
-            }
-            Record::Aborted { uuid } => {
-                self.outcomes.entry(*uuid).or_insert(Outcome::Aborted);
-            }
-        }
-    }
-}
-
-/// The checkpoint that a backup makes, on the disks that have not deleted it since.
-fn checkpoint_of(
-    parts: &BTreeMap<Name, BackupRecord>,
-    told: &Told,
-    pending_of: Option<Name>,
-) -> Option<Checkpoint> {
-    let any = parts.values().next()?;
-    let (name, uuid) = any.checkpoint.clone()?;
-    let there = parts
-        .iter()
-        .filter(|(disk, _)| !told.deleted.contains(&((*disk).clone(), uuid)));
-    let eras: BTreeMap<_, _> = there
-        .map(|(disk, part)| (disk.clone(), Era::from_number(part.era)))
-        .collect();
-    let created = time_of(any.frozen_at);
-    (!eras.is_empty()).then_some(Checkpoint {
-        name,
-        uuid,
-        created,
-        eras,
-        pending_of,
-    })
 }
 
 fn reopen(
     uuid: Uuid,
-    any: &BackupRecord,
-    parts: &BTreeMap<Name, BackupRecord>,
-    told: &Told,
+    records: &BTreeMap<Name, BackupRecord>,
+    broken: &BTreeMap<(Name, Uuid), String>,
     disks: &BTreeMap<Name, Arc<ServedDisk>>,
-    before: &BTreeMap<Name, Past>,
+    endings: &BTreeMap<Name, Ending>,
 ) -> io::Result<Backup> {
-    let reopen_part = |(name, part): (&Name, &BackupRecord)| {
-        let broken = told.broken.get(&(name.clone(), uuid)).cloned();
-        let disk = reopen_disk(part, Arc::clone(&disks[name]), before[name].ending, broken)?;
-        Ok((name.clone(), Arc::new(disk)))
-    };
-    let parts = parts.iter().map(reopen_part).collect::<io::Result<_>>()?;
+    let mut parts = BTreeMap::new();
+    for (name, record) in records {
+        let is_served = |uuid: &Uuid| disks.values().any(|disk| disk.uuid == *uuid);
+        let missing = || {
+            let missing = record.disks.iter().find(|uuid| !is_served(uuid))?;
+            Some(format!("its disk with uuid {missing} is not served"))
+        };
+        let broken = broken.get(&(name.clone(), uuid)).cloned();
+        let broken = broken.or_else(missing);
+        let part = reopen_disk(record, Arc::clone(&disks[name]), endings[name], broken)?;
+        parts.insert(name.clone(), Arc::new(part));
+    }
+    let any = records.values().next().expect("it is open on a disk");
+    let same = |record: &&BackupRecord| record.since == any.since;
     Ok(Backup {
         id: any.id.clone(),
         uuid,
         request: BeginRequest::from(any.request.clone()),
         frozen_at: time_of(any.frozen_at),
         pause: Duration::from_micros(any.pause_us),
-        since: any.since.clone(),
+        since: any
+            .since
+            .clone()
+            .filter(|_| records.values().all(|r| same(&r))),
         checkpoint: any.checkpoint.clone(),
+        expires_at: any.expires_at.map(time_of),
         disks: parts,
         lost: OnceLock::new(),
     })
@@ -224,8 +193,9 @@ fn reopen_disk(
     }
     let frozen = disk.disk.frozen(snapshot);
     let base = match (&part.since, &part.base) {
-        (Some((name, _)), Some(Ok(era))) => Base::Checkpoint {
+        (Some((name, uuid)), Some(Ok(era))) => Base::Checkpoint {
             name: name.clone(),
+            uuid: *uuid,
             era: Era::from_number(*era),
         },
         (_, Some(Err(reason))) => Base::Unusable(reason.clone()),
@@ -279,6 +249,8 @@ impl From<RequestRecord> for BeginRequest {
             since,
             checkpoint,
             bitmaps,
+            consumer,
+            expires_s,
         } = record;
         Self {
             id,
@@ -286,6 +258,8 @@ impl From<RequestRecord> for BeginRequest {
             since,
             checkpoint,
             bitmaps,
+            consumer,
+            expires_s,
         }
     }
 }
@@ -298,6 +272,8 @@ impl From<BeginRequest> for RequestRecord {
             since,
             checkpoint,
             bitmaps,
+            consumer,
+            expires_s,
         } = request;
         Self {
             id,
@@ -305,6 +281,8 @@ impl From<BeginRequest> for RequestRecord {
             since,
             checkpoint,
             bitmaps,
+            consumer,
+            expires_s,
         }
     }
 }

@@ -1,23 +1,44 @@
-//! What happened to a disk's checkpoints and backups, one record after the other.
+//! What happened to a disk's checkpoints, backups and consumers, one record after the other.
 //!
 //! A record begins at a multiple of 512 bytes, so that after damage the next one is found. What a
 //! record says is true whether or not the others can be read: a checkpoint is a name for an era, and
 //! it is the map that knows what changed. So a record that is lost costs a checkpoint, a backup or a
 //! deletion, and never makes a change disappear.
 
+//!
+//! The file is written anew when most of it is of no use any more, and when an append has failed, so
+//! that nobody knows whether the file has that record. What each crash point of that leaves behind:
+//!
+//! - before the rename: the old file, with all that was acknowledged, and one aside that nobody reads
+//!   and the next start removes;
+//! - after it: either file, depending on what the directory has kept. Both say the same, because
+//!   nothing is appended from when the ledger is copied until the directory is synced.
+
+use std::fs::{self, File};
 use std::io;
+use std::path::{Path, PathBuf};
 
 use block::Cells;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::ledger::Ledger;
 use crate::names::Name;
 
 /// The file, to which records are appended.
 pub(crate) struct Journal {
+    dir: PathBuf,
     cells: Cells,
     end: u64,
     number: u64,
+    /// What the file says, or will say when it has been written anew.
+    ledger: Ledger,
+    /// An append failed: the file is written anew before the next one.
+    in_doubt: bool,
+    /// How long the file may become before it is written anew.
+    bound: u64,
+    /// Up to where there is room, also on a file system that is full.
+    reserved: u64,
 }
 
 /// Something that happened.
@@ -29,16 +50,24 @@ pub(crate) enum Record {
         /// By number.
         era: u32,
     },
-    /// A checkpoint was taken.
+    /// A checkpoint was taken. One of several disks counts when each of them has this.
     Checkpoint(CheckpointRecord),
-    /// A checkpoint was deleted.
-    Deleted {
+    /// A checkpoint of several disks has its record on all of them.
+    Complete {
         /// Which one.
         uuid: Uuid,
     },
+    /// A checkpoint was deleted: on this disk, and on those others whether or not they say so too.
+    Deleted {
+        /// Which one.
+        uuid: Uuid,
+        /// On which disks, by uuid.
+        #[serde(default)]
+        disks: Vec<Uuid>,
+    },
     /// A backup was begun.
     Begun(Box<BackupRecord>),
-    /// A backup was committed: this alone makes its checkpoint visible.
+    /// A backup was committed: this alone makes its checkpoint visible, and moves its consumer there.
     Committed {
         /// Which one.
         uuid: Uuid,
@@ -64,6 +93,30 @@ pub(crate) enum Record {
         /// Why.
         reason: String,
     },
+    /// A consumer is at a checkpoint; in a journal that was written anew.
+    Consumer(ConsumerRecord),
+    /// A consumer is forgotten, on every disk where it was at one of these checkpoints.
+    Forgotten {
+        /// Which one.
+        consumer: Name,
+        /// Where it was, by the uuids of checkpoints.
+        at: Vec<Uuid>,
+    },
+    /// How backups ended; in a journal that was written anew.
+    Ended {
+        /// Oldest first.
+        backups: Vec<EndedRecord>,
+    },
+    /// Something that was known before may not be known any more.
+    Lost {
+        /// Why, in words.
+        reason: String,
+    },
+    /// The journal was written anew.
+    Rewritten {
+        /// The highest era that it named before.
+        era: u32,
+    },
 }
 
 /// A checkpoint, as far as one disk is concerned.
@@ -74,6 +127,44 @@ pub(crate) struct CheckpointRecord {
     /// Nanoseconds since 1970.
     pub(crate) created: i64,
     pub(crate) era: u32,
+    /// All its disks, by uuid, until each of them is known to have this record; none of one that
+    /// counts in any case.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) disks: Vec<Uuid>,
+    /// It was made for a consumer, and goes when nobody needs it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) automatic: bool,
+}
+
+/// Where a consumer is, as far as one disk is concerned.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub(crate) struct ConsumerRecord {
+    pub(crate) consumer: Name,
+    /// Its last checkpoint, which may have been deleted since.
+    pub(crate) checkpoint: Name,
+    /// The identity of that.
+    pub(crate) uuid: Uuid,
+    /// When it was taken, in nanoseconds since 1970.
+    pub(crate) created: i64,
+}
+
+/// A backup that has ended.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub(crate) struct EndedRecord {
+    /// None if its beginning was damaged.
+    pub(crate) id: Option<Name>,
+    pub(crate) uuid: Uuid,
+    pub(crate) outcome: Outcome,
+}
+
+/// How a backup ended.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Outcome {
+    /// It succeeded: its checkpoint is a base.
+    Committed,
+    /// As if it had never begun.
+    Aborted,
 }
 
 /// A backup, as far as one disk is concerned.
@@ -99,6 +190,16 @@ pub(crate) struct BackupRecord {
     /// The dirty bitmaps that it serves. Their bits are in its own folder, numbered in this order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) bitmaps: Vec<FrozenBitmapRecord>,
+    /// When the server aborts it, in nanoseconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) expires_at: Option<i64>,
+}
+
+impl BackupRecord {
+    /// Whether the name of its checkpoint was made up for a consumer.
+    pub(crate) fn is_checkpoint_automatic(&self) -> bool {
+        self.request.checkpoint.is_none() && self.checkpoint.is_some()
+    }
 }
 
 /// A dirty bitmap as it was when a backup began.
@@ -150,44 +251,153 @@ pub(crate) struct RequestRecord {
     pub(crate) checkpoint: Option<Name>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) bitmaps: Option<Vec<String>>,
+    #[serde(default)]
+    pub(crate) consumer: Option<Name>,
+    #[serde(default)]
+    pub(crate) expires_s: Option<u64>,
 }
 
-/// What a journal holds.
-#[derive(Debug)]
-pub(crate) struct History {
-    /// In the order in which it happened.
-    pub(crate) records: Vec<Record>,
-    /// How many blocks are not what they should be.
-    pub(crate) damaged: u64,
+/// How much of a journal is not what it should be.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(crate) struct Damage {
+    /// Blocks that are followed by a record: something was there once.
+    pub(crate) within: u64,
+    /// Blocks at the end, which may have been a record that was never complete.
+    pub(crate) at_end: u64,
 }
 
 impl Journal {
-    /// The journal that is in `cells`, and what it holds.
-    pub(crate) fn open(cells: Cells) -> io::Result<(Self, History)> {
+    /// The journal in `dir`, and what of it is damaged. A file that is missing is empty.
+    pub(crate) fn open(dir: &Path) -> io::Result<(Self, Damage)> {
+        // Not a journal yet when its server was killed.
+        let _ = fs::remove_file(dir.join(JOURNAL_ASIDE));
+        let path = dir.join(JOURNAL);
+        let cells = match Cells::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Cells::create(&path)?,
+            other => other?,
+        };
         let length = cells.length()?.min(LENGTH_MAX);
         let mut bytes = vec![0; length as usize];
         cells.load(0, &mut bytes)?;
-        let (history, number) = replay(&bytes);
+        let (records, damage, number) = replay(&bytes);
         // Behind everything that is there, whatever it is.
         let end = length.next_multiple_of(BLOCK as u64);
-        Ok((Self { cells, end, number }, history))
+        let mut journal = Self {
+            dir: dir.to_path_buf(),
+            cells,
+            end,
+            number,
+            ledger: records.iter().collect(),
+            in_doubt: false,
+            bound: LENGTH_MAX,
+            reserved: end,
+        };
+        journal.bound = bound_of(journal.rewritten()?.len() as u64);
+        journal.reserve();
+        Ok((journal, damage))
     }
 
-    /// Stores `record` and makes it durable.
+    /// An empty journal, which is durable as far as the file goes.
+    pub(crate) async fn create(dir: &Path) -> io::Result<()> {
+        Cells::create(&dir.join(JOURNAL))?.sync().await
+    }
+
+    /// What it says.
+    pub(crate) fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Stores `record` and makes it durable. After a failure it counts as never said.
     pub(crate) async fn append(&mut self, record: &Record) -> io::Result<()> {
-        let number = self.number + 1;
-        let frame = encode(number, record)?;
-        if self.end + frame.len() as u64 > LENGTH_MAX {
-            return Err(io::Error::new(
-                io::ErrorKind::StorageFull,
-                "the journal is full",
-            ));
+        let frame = encode(self.number + 1, record)?;
+        let end = self.end + frame.len() as u64;
+        if (self.in_doubt || end > self.bound)
+            && let Err(error) = self.rewrite().await
+            && (self.in_doubt || end > LENGTH_MAX)
+        {
+            return Err(error);
         }
+        let frame = encode(self.number + 1, record)?;
+        // In doubt until it is known to be there: what is stored may be found.
+        self.in_doubt = true;
         self.cells.store(self.end, &frame)?;
-        // Counted as there also if the sync fails: what is stored may be found.
         self.end += frame.len() as u64;
-        self.number = number;
-        self.cells.sync().await
+        self.number += 1;
+        self.cells.sync().await?;
+        self.in_doubt = false;
+        self.ledger.take(record);
+        self.reserve();
+        Ok(())
+    }
+
+    /// The same for what is so in any case: after a failure it is owed, and durable before anything
+    /// that is appended later.
+    pub(crate) async fn append_or_owe(&mut self, record: &Record) -> io::Result<()> {
+        let appended = self.append(record).await;
+        if appended.is_err() {
+            self.in_doubt = true;
+            self.ledger.take(record);
+        }
+        appended
+    }
+
+    /// Pays what is owed.
+    pub(crate) async fn settle(&mut self) -> io::Result<()> {
+        if self.in_doubt {
+            self.rewrite().await?;
+        }
+        Ok(())
+    }
+
+    /// Writes the file anew if less than half of it is of use.
+    pub(crate) async fn tidy(&mut self) -> io::Result<()> {
+        if 2 * self.rewritten()?.len() as u64 <= self.end {
+            self.rewrite().await?;
+        }
+        Ok(())
+    }
+
+    async fn rewrite(&mut self) -> io::Result<()> {
+        let bytes = self.rewritten()?;
+        let aside = self.dir.join(JOURNAL_ASIDE);
+        let cells = Cells::create(&aside)?;
+        cells.store(0, &bytes)?;
+        cells.sync().await?;
+        fs::rename(&aside, self.dir.join(JOURNAL))?;
+        self.cells = cells;
+        self.end = bytes.len() as u64;
+        self.number += self.ledger.records().len() as u64;
+        self.bound = bound_of(self.end);
+        self.reserved = self.end;
+        // Whichever of the two a power cut leaves has to have all that is acknowledged.
+        self.in_doubt = true;
+        let dir = File::open(&self.dir)?;
+        let synced = tokio::task::spawn_blocking(move || dir.sync_all()).await;
+        synced.map_err(io::Error::other)??;
+        self.in_doubt = false;
+        self.reserve();
+        Ok(())
+    }
+
+    /// The file as it would be written anew.
+    fn rewritten(&self) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        for (record, number) in self.ledger.records().iter().zip(self.number + 1..) {
+            bytes.extend(encode(number, record)?);
+        }
+        Ok(bytes)
+    }
+
+    /// Keeps room for the records to come, so that a backup can be ended on a file system that is
+    /// full because of it.
+    fn reserve(&mut self) {
+        if self.reserved >= self.end + RESERVED / 2 {
+            return;
+        }
+        // Where there is none, the next append fails, or does not.
+        if self.cells.reserve_behind(self.end, RESERVED).is_ok() {
+            self.reserved = self.end + RESERVED;
+        }
     }
 }
 
@@ -222,102 +432,45 @@ fn decode(bytes: &[u8]) -> Option<(u64, usize, Record)> {
     Some((number, end.next_multiple_of(BLOCK), record))
 }
 
-fn replay(bytes: &[u8]) -> (History, u64) {
-    let mut history = History {
-        records: Vec::new(),
-        damaged: 0,
-    };
+fn replay(bytes: &[u8]) -> (Vec<Record>, Damage, u64) {
+    let (mut records, mut damage) = (Vec::new(), Damage::default());
     let (mut at, mut last) = (0, 0);
     while at < bytes.len() {
         match decode(&bytes[at..]) {
             // A record from before, or in the wrong place, says nothing.
             Some((number, length, record)) if number > last => {
-                history.records.push(record);
+                records.push(record);
                 last = number;
                 at += length;
+                damage.within += std::mem::take(&mut damage.at_end);
             }
             _ => {
-                history.damaged += 1;
+                damage.at_end += 1;
                 at += BLOCK;
             }
         }
     }
-    (history, last)
+    (records, damage, last)
 }
 
+fn bound_of(length: u64) -> u64 {
+    (2 * length).clamp(BOUND_MIN, LENGTH_MAX)
+}
+
+pub(super) const JOURNAL: &str = "journal";
+const JOURNAL_ASIDE: &str = "journal.new";
 const MAGIC: &[u8; 4] = b"SPJR";
 const HEAD: usize = 24;
 const BLOCK: usize = 512;
-/// A hundred thousand records; more means that something is wrong.
+
+/// Some hundred thousand records; more means that something is wrong.
 const LENGTH_MAX: u64 = 64 << 20;
 
+/// A shorter journal is read in no time, and is not worth writing anew while the server runs.
+const BOUND_MIN: u64 = 256 << 10;
+
+/// Room for the ends of all backups that may be open, and then some.
+const RESERVED: u64 = 128 << 10;
+
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn records() -> Vec<Record> {
-        let checkpoint = |number: u32| {
-            Record::Checkpoint(CheckpointRecord {
-                name: Name::parse(&format!("cp{number}")).unwrap(),
-                uuid: Uuid::from_u128(number.into()),
-                created: i64::MAX,
-                era: number,
-            })
-        };
-        vec![
-            checkpoint(1),
-            Record::Started { era: u32::MAX },
-            checkpoint(2),
-            checkpoint(3),
-        ]
-    }
-
-    fn bytes() -> Vec<u8> {
-        let frames = records()
-            .into_iter()
-            .zip(1..)
-            .map(|(r, number)| encode(number, &r).unwrap());
-        frames.flatten().collect()
-    }
-
-    #[test]
-    fn what_was_appended_is_replayed() {
-        let (history, number) = replay(&bytes());
-        assert_eq!(
-            (history.records, history.damaged, number),
-            (records(), 0, 4)
-        );
-    }
-
-    #[test]
-    fn a_damaged_record_costs_itself_and_no_other() {
-        let good = bytes();
-        for at in 0..good.len() {
-            let mut bad = good.clone();
-            bad[at] ^= 0x10;
-            let (history, _) = replay(&bad);
-            let intact = records()
-                .into_iter()
-                .filter(|r| history.records.contains(r))
-                .count();
-            assert!(intact >= 3, "byte {at}: {history:?}");
-            assert!(
-                history.records.iter().all(|r| records().contains(r)),
-                "byte {at}"
-            );
-        }
-    }
-
-    #[test]
-    fn a_torn_end_is_not_replayed() {
-        let good = bytes();
-        for length in 0..good.len() {
-            let (history, _) = replay(&good[..length]);
-            assert_eq!(
-                history.records[..],
-                records()[..history.records.len()],
-                "{length} bytes"
-            );
-        }
-    }
-}
+mod tests;

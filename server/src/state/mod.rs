@@ -9,6 +9,7 @@ mod bits;
 mod header;
 mod identity;
 mod journal;
+mod ledger;
 
 use std::fs::File;
 use std::io;
@@ -21,16 +22,17 @@ use uuid::Uuid;
 
 pub(crate) use bits::{BitsFolder, BitsId, read as read_bits, write as write_bits};
 pub(crate) use journal::{
-    BackupRecord, BitmapRecord, BitmapsRecord, CheckpointRecord, FrozenBitmapRecord, Record,
-    RequestRecord,
+    BackupRecord, BitmapRecord, BitmapsRecord, CheckpointRecord, FrozenBitmapRecord, Outcome,
+    Record, RequestRecord,
 };
+pub(crate) use ledger::{ENDED_MAX, Ledger};
 
 use crate::disk::{Chronicle, Ending, Intents, Lease, LeaseRecord, NewEras, Recovery};
 use crate::failure::Failure;
 use crate::files::{CellPages, Files};
 use header::{Format, Header, HeaderError, Life};
 use identity::ImageIdentity;
-use journal::{History, Journal};
+use journal::{Damage, JOURNAL, Journal};
 
 /// The state of a disk that is being served.
 pub(crate) struct State {
@@ -58,7 +60,7 @@ pub(crate) struct Opened {
     /// Checkpoints of this era and before are of no use, and why.
     pub(crate) lost: Option<Lost>,
     /// What happened before.
-    pub(crate) records: Vec<Record>,
+    pub(crate) ledger: Ledger,
 }
 
 /// What was known, and is of no use any more.
@@ -108,6 +110,16 @@ impl State {
         self.journal.append(record).await
     }
 
+    /// Makes `record` durable, at the latest before the next one.
+    pub(crate) async fn record_or_owe(&mut self, record: &Record) -> io::Result<()> {
+        self.journal.append_or_owe(record).await
+    }
+
+    /// Writes the journal anew if most of it is of no use any more.
+    pub(crate) async fn tidy(&mut self) -> io::Result<()> {
+        self.journal.tidy().await
+    }
+
     /// Records that nothing is in doubt any more: all of that is marked by now, or recorded.
     pub(crate) async fn settle(&mut self) -> io::Result<()> {
         if !self.life.in_doubt {
@@ -127,6 +139,7 @@ impl State {
 
     /// Records a clean end, after which nothing is written. All else has been synced before.
     pub(crate) async fn close(&mut self, era: Era, image: &FileStorage) -> io::Result<()> {
+        self.journal.settle().await?;
         self.life.clean = true;
         self.life.era_high = era.number();
         self.life.image = ImageIdentity::of(image.file(), image.size())?;
@@ -182,7 +195,7 @@ async fn create(
         eras.sync().await?;
         let table = PageTable::create(pages_of(chunks), CellPages::create(&dir.join(PAGES))?)?;
         scratch::Durable::sync(table.store()).await?;
-        Cells::create(&dir.join(JOURNAL))?.sync().await?;
+        Journal::create(dir).await?;
         Cells::create(&dir.join(LEASE))?.sync().await?;
         let format = Format {
             uuid: Uuid::new_v4(),
@@ -223,22 +236,15 @@ async fn begin(
         format,
         life,
     } = found;
-    let (journal, History { records, damaged }) = Journal::open(open_or_create(dir, JOURNAL)?)?;
-    if damaged > 0 {
-        tracing::warn!(dir = %dir.display(), damaged, "blocks of the journal are damaged");
+    let begun_anew = lost.clone();
+    let (journal, damage) = Journal::open(dir)?;
+    if damage != Damage::default() {
+        tracing::warn!(dir = %dir.display(), ?damage, "blocks of the journal are damaged");
     }
     let lease_file = CellPages::from(open_or_create(dir, LEASE)?);
     let (lease, lease_record) = Lease::open(lease_file)?;
 
-    let here = Life {
-        boot: identity::boot()?,
-        mounts: [
-            identity::mount(image.file())?,
-            identity::mount(&File::open(dir)?)?,
-        ],
-        image: ImageIdentity::of(image.file(), image.size())?,
-        ..Life::default()
-    };
+    let here = life_here(dir, image)?;
     let ending = match &life {
         Some(life) => {
             let same_machine = life.boot == here.boot && life.mounts == here.mounts;
@@ -246,6 +252,7 @@ async fn begin(
         }
         None => Ending::PowerCut,
     };
+    let forgotten = begun_anew.or_else(|| journal_loss(&journal, damage, ending, life.as_ref()));
     if let Some(life) = life.as_ref().filter(|_| ending == Ending::PowerCut) {
         // At once: after a sync that failed, the next one may well succeed, and would prove nothing.
         header.store(&Life {
@@ -270,7 +277,7 @@ async fn begin(
     let known = before
         .era_high
         .max(before.lost_era)
-        .max(highest_recorded(&records));
+        .max(journal.ledger().highest_era);
     let files = (
         CellPages::from(eras),
         CellPages::from(open_or_create(dir, PAGES)?),
@@ -290,6 +297,9 @@ async fn begin(
     };
     let known = Era::from_number(known);
     let recovered = recovery.start(ending, known, &mut start).await?;
+    if let Some(reason) = forgotten.filter(|_| start.journal.ledger().loss.is_none()) {
+        start.journal.append(&Record::Lost { reason }).await?;
+    }
     // After it is recorded why, if it is short.
     open_or_create(dir, ERAS)?.extend(whole)?;
     if recovered.damaged_bytes > 0 {
@@ -302,12 +312,10 @@ async fn begin(
         journal,
         ..
     } = start;
-    let started = records.iter().filter_map(|record| match record {
-        Record::Started { era } => Some(Era::from_number(*era)),
-        _ => None,
-    });
+    let ledger = journal.ledger().clone();
+    let presumed = ledger.presumed.iter().map(|era| Era::from_number(*era));
     Ok(Opened {
-        presumed: started.chain([recovered.eras.presumed]).collect(),
+        presumed: presumed.collect(),
         uuid: format.uuid,
         map: recovered.map,
         intents: Intents::new(recovered.regions, lease),
@@ -319,7 +327,20 @@ async fn begin(
             life,
             journal,
         },
-        records,
+        ledger,
+    })
+}
+
+/// This machine, these mounts, and the image as it is.
+fn life_here(dir: &Path, image: &FileStorage) -> io::Result<Life> {
+    Ok(Life {
+        boot: identity::boot()?,
+        mounts: [
+            identity::mount(image.file())?,
+            identity::mount(&File::open(dir)?)?,
+        ],
+        image: ImageIdentity::of(image.file(), image.size())?,
+        ..Life::default()
     })
 }
 
@@ -377,20 +398,20 @@ fn changed_image(before: &Life, here: &Life, ending: Ending, lease: LeaseRecord)
     }
 }
 
-fn highest_recorded(records: &[Record]) -> u32 {
-    let era = |record: &Record| match record {
-        // The guests' era is the next.
-        Record::Started { era } => era.saturating_add(1),
-        Record::Checkpoint(checkpoint) => checkpoint.era,
-        Record::Begun(backup) => backup.era,
-        Record::Bitmaps(bitmaps) => bitmaps.era,
-        Record::Deleted { .. }
-        | Record::Committed { .. }
-        | Record::Aborted { .. }
-        | Record::BitmapsSettled { .. }
-        | Record::Broken { .. } => 0,
-    };
-    records.iter().map(era).max().unwrap_or(0)
+/// Why the journal may not say what it once said, if so. What is at its end may have been a record
+/// that was never complete, except after a clean end.
+fn journal_loss(
+    journal: &Journal,
+    damage: Damage,
+    ending: Ending,
+    life: Option<&Life>,
+) -> Option<String> {
+    let has_run = life.is_some_and(|life| life.boot != [0; 16]);
+    if damage.within > 0 || (damage.at_end > 0 && ending == Ending::Clean) {
+        return Some("records of its journal are damaged".to_owned());
+    }
+    let is_empty = *journal.ledger() == Ledger::default();
+    (has_run && is_empty).then(|| "its journal is missing, or empty".to_owned())
 }
 
 fn refuse_other_granularity(
@@ -448,7 +469,6 @@ const HEADER: &str = "header";
 const HEADER_ASIDE: &str = "header.new";
 const ERAS: &str = "eras";
 const PAGES: &str = "pages";
-const JOURNAL: &str = "journal";
 const LEASE: &str = "lease";
 
 /// File systems stamp changes with a coarse clock, and a write of a process that was killed may

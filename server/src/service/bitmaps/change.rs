@@ -154,7 +154,7 @@ impl Service {
         }
         let uuid = first.uuid;
         let disks = recorded().map(|outcome| &outcome.disk.name);
-        self.record_where_possible(disks, &Record::BitmapsSettled { uuid, counts })
+        self.record_or_owe(disks, &Record::BitmapsSettled { uuid, counts })
             .await;
     }
 }
@@ -312,7 +312,7 @@ impl BitmapDraft {
 
 impl Bitmaps {
     /// Those of `disk` are these.
-    pub(super) fn restore(&mut self, disk: Name, bitmaps: Vec<Bitmap>) {
+    pub(in crate::service) fn restore(&mut self, disk: Name, bitmaps: Vec<Bitmap>) {
         self.0.insert(disk, bitmaps);
     }
 }

@@ -16,7 +16,7 @@ use bitmap::{BitGranularity, DirtySet, Era};
 use uuid::Uuid;
 
 pub(crate) use draft::{Action, Addition, Source};
-pub(super) use restore::{Restored, Settlement, restore};
+pub(super) use restore::load_bitmaps;
 
 use super::{BeginRequest, Service};
 use crate::failure::Failure;

@@ -142,7 +142,7 @@ impl Machine {
         old.resize(eras.now().len(), 0);
         let entry = chunk as usize * ENTRY_BYTES;
         let sector = entry / 512 * 512;
-        match sim.below(3) {
+        match sim.below(4) {
             0 => {
                 let start = sim.one_of(&[sector, entry, entry + 1]);
                 let length = 1 + sim.below((sector + 512 - start) as u64) as usize;

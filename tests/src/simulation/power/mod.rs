@@ -97,7 +97,12 @@ pub fn play(seed: u64, tally: &mut PowerTally) {
         if sim.one_in(8) {
             crash(&machine, Crash::PowerCut, tally);
         }
-        let patience = if sim.one_in(3) { sim.below(60) } else { ENOUGH };
+        // A start that has damage to mark is more often interrupted in the middle of that.
+        let patience = match sim.below(3) {
+            0 => sim.below(60),
+            1 if machine.rotten.get() => sim.below(16),
+            _ => ENOUGH,
+        };
         let Some(life) = start(&machine, patience, tally) else {
             tally.interrupted_starts += 1;
             continue;

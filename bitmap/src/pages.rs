@@ -1,7 +1,8 @@
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 
 use crate::PageStore;
+use crate::sync::{Mutex, MutexGuard};
 
 /// What is durably known about each page of an era map: which of its regions were ever written,
 /// which are active, and what it sums to while none is.
@@ -160,7 +161,9 @@ fn decode(number: u32, bytes: &[u8; SECTOR_BYTES]) -> Option<Sector> {
         record.active = u16::from_le_bytes(place[4..6].try_into().ok()?);
         record.filled = u16::from_le_bytes(place[6..8].try_into().ok()?);
     }
-    (encode(number, &sector) == *bytes).then_some(sector)
+    // Nothing is active that was not filled before.
+    let possible = sector.iter().all(|r| r.active & !r.filled == 0);
+    (possible && encode(number, &sector) == *bytes).then_some(sector)
 }
 
 /// What storage writes whole or not at all.

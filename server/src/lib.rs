@@ -21,3 +21,11 @@ mod files;
 mod hooks;
 mod lock_file;
 mod names;
+
+/// The parsers that nobody outside needs but a fuzzer.
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing {
+    pub use crate::control::fuzzing::control;
+    pub use crate::state::fuzzing::{header, journal};
+}

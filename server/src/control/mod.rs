@@ -10,6 +10,8 @@ mod arguments;
 pub(crate) mod bitmaps;
 mod decoder;
 mod execute;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod request;
 
 use std::path::PathBuf;

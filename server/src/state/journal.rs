@@ -402,7 +402,7 @@ impl Journal {
 }
 
 /// A record: magic, CRC-32 of all that follows, number, length, JSON, zeroes up to a whole block.
-fn encode(number: u64, record: &Record) -> io::Result<Vec<u8>> {
+pub(super) fn encode(number: u64, record: &Record) -> io::Result<Vec<u8>> {
     let text = serde_json::to_vec(record).map_err(io::Error::other)?;
     let mut frame = Vec::with_capacity((HEAD + text.len()).next_multiple_of(BLOCK));
     frame.extend(MAGIC);
@@ -432,7 +432,8 @@ fn decode(bytes: &[u8]) -> Option<(u64, usize, Record)> {
     Some((number, end.next_multiple_of(BLOCK), record))
 }
 
-fn replay(bytes: &[u8]) -> (Vec<Record>, Damage, u64) {
+/// What is in `bytes`, what of it is damaged, and the highest number.
+pub(super) fn replay(bytes: &[u8]) -> (Vec<Record>, Damage, u64) {
     let (mut records, mut damage) = (Vec::new(), Damage::default());
     let (mut at, mut last) = (0, 0);
     while at < bytes.len() {

@@ -6,6 +6,8 @@
 //! used, and the next backup is a full one with the reason.
 
 mod bits;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod header;
 mod identity;
 mod journal;

@@ -1,0 +1,64 @@
+//! What must hold of any bytes in a state file, for fuzzing.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use block::Cells;
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use super::header::{Header, HeaderError};
+use super::journal;
+
+/// Reads `bytes` as a header; what is accepted is read the same after it was written again.
+///
+/// # Panics
+///
+/// If it is not.
+pub fn header(bytes: &[u8]) {
+    let (format, life) = match Header::open(cells(&file(bytes))) {
+        Ok((_, format, life)) => (format, life),
+        Err(HeaderError::Damaged | HeaderError::Newer(_)) => return,
+        Err(HeaderError::Io(error)) => panic!("memory does not fail: {error}"),
+    };
+    let Some(mut life) = life else {
+        return;
+    };
+    let again = file(&[]);
+    let mut header = Header::create(cells(&again), &format).expect("memory does not fail");
+    header.store(&life).expect("memory does not fail");
+    let (_, format_again, life_again) = Header::open(cells(&again)).expect("it was just written");
+    let mut life_again = life_again.expect("it was just written");
+    assert_eq!(format_again, format);
+    // A reason that was no text has become longer, and is cut to what fits.
+    assert!(life.lost_reason.starts_with(&life_again.lost_reason));
+    life.lost_reason.clear();
+    life_again.lost_reason.clear();
+    assert_eq!(life_again, life);
+}
+
+/// Replays `bytes` as a journal; what is found is found again after it was written again.
+///
+/// # Panics
+///
+/// If it is not.
+pub fn journal(bytes: &[u8]) {
+    let (records, damage, number) = journal::replay(bytes);
+    assert!(records.len() as u64 <= number, "numbers rise");
+    assert!(damage.within + damage.at_end <= bytes.len().div_ceil(512) as u64);
+    let mut again = Vec::new();
+    for (record, number) in records.iter().zip(1..) {
+        again.extend(journal::encode(number, record).expect("it was JSON before"));
+    }
+    let (found, damage, _) = journal::replay(&again);
+    assert_eq!((found, damage.within, damage.at_end), (records, 0, 0));
+}
+
+fn file(bytes: &[u8]) -> File {
+    let file = File::from(memfd_create("fuzzing", MemfdFlags::CLOEXEC).expect("there is memory"));
+    file.write_all_at(bytes, 0).expect("there is memory");
+    file
+}
+
+fn cells(file: &File) -> Cells {
+    Cells::from(file.try_clone().expect("there are descriptors"))
+}

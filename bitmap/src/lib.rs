@@ -18,6 +18,7 @@ mod pages;
 mod regions;
 mod run;
 mod store;
+mod sync;
 
 pub use bits::{BitGranularity, BitGranularityError, Bits, DirtySet};
 pub use entry::Salt;

@@ -1,10 +1,10 @@
 use std::io;
 use std::ops::Range;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crate::eras::ERAS_PER_PAGE;
 use crate::pages::{PageRecord, PageTable};
+use crate::sync::{AtomicU64, AtomicUsize, Ordering};
 use crate::{Chunks, Granularity, PageStore};
 
 /// Which regions of a disk are being written, so that a power cut leaves a bounded doubt.
@@ -199,9 +199,8 @@ impl<P: PageStore> Regions<P> {
     }
 
     fn word(&self, region: Region) -> &AtomicU64 {
-        let page = self.words[region.page() as usize].get_or_init(|| {
-            Box::new([const { AtomicU64::new(INACTIVE) }; REGIONS_PER_PAGE as usize])
-        });
+        let page = self.words[region.page() as usize]
+            .get_or_init(|| Box::new(std::array::from_fn(|_| AtomicU64::new(INACTIVE))));
         &page[(region.0 % REGIONS_PER_PAGE) as usize]
     }
 }
@@ -398,3 +397,7 @@ mod tests {
         );
     }
 }
+
+#[cfg(all(test, feature = "loom"))]
+#[path = "regions/loom.rs"]
+mod loom_tests;

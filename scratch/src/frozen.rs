@@ -1,7 +1,6 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 
 use bitmap::{DirtySet, Era, Run};
 use block::{Extent, Storage};
@@ -11,6 +10,7 @@ use crate::allocation::allocation;
 use crate::granules::{bytes, granules};
 use crate::preserved::Kept;
 use crate::snapshot::Snapshot;
+use crate::sync::{Ordering, fence};
 use crate::world::{Pace, Step, World};
 
 /// Reads a disk as it was at the instant of its snapshot.

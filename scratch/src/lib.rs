@@ -11,6 +11,7 @@ mod granules;
 mod preserve;
 mod preserved;
 mod snapshot;
+mod sync;
 mod world;
 
 pub use claims::Claims;

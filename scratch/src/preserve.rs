@@ -1,7 +1,6 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 
 use block::{Storage, is_zero};
 use bytes::{Bytes, BytesMut};
@@ -11,6 +10,7 @@ use crate::claims::Claims;
 use crate::granules::{GRANULE, bytes, granules};
 use crate::preserved::{Kept, KeptRun};
 use crate::snapshot::Snapshot;
+use crate::sync::{Ordering, fence};
 use crate::world::{Pace, Step, World};
 
 /// Returns once a write to `range` can no longer be seen by anyone who reads one of `snapshots`.
@@ -27,6 +27,8 @@ pub async fn preserve<W: World>(
 ) -> io::Result<()> {
     let wanted = granules(range);
     if !lacking(snapshots, &wanted) {
+        // Whoever sees the guest's write sees the bits too, although another writer has set them.
+        fence(Ordering::Release);
         return Ok(());
     }
     // Only writers meet here: whoever comes second finds the bits set and has nothing to copy.
@@ -189,3 +191,7 @@ fn give_up<W: World>(
     }
     Ok(())
 }
+
+#[cfg(all(test, feature = "loom"))]
+#[path = "preserve/loom.rs"]
+mod loom_tests;

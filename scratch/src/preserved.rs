@@ -1,9 +1,10 @@
 use std::io;
 use std::ops::Range;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use bitmap::PageStore;
+
+use crate::sync::{AtomicU64, Ordering};
 
 /// For each granule of a disk, whether its old contents are kept, and how.
 ///
@@ -127,7 +128,7 @@ impl<P: PageStore> Preserved<P> {
             return;
         }
         let page = self.pages[(granule / GRANULES_PER_PAGE) as usize]
-            .get_or_init(|| Box::new([const { AtomicU64::new(0) }; WORDS_PER_PAGE as usize]));
+            .get_or_init(|| Box::new(std::array::from_fn(|_| AtomicU64::new(0))));
         let (word, shift) = place(granule);
         page[word].fetch_or(bits << shift, Ordering::Release);
     }
@@ -153,7 +154,7 @@ pub(crate) const STATES_OFFSET: u64 = 4096;
 
 const GRANULES_PER_WORD: u64 = 32;
 /// A page of memory holds the bits of 64 MiB of disk.
-const WORDS_PER_PAGE: u64 = 512;
+const WORDS_PER_PAGE: u64 = if cfg!(feature = "loom") { 1 } else { 512 };
 const GRANULES_PER_PAGE: u64 = GRANULES_PER_WORD * WORDS_PER_PAGE;
 
 #[cfg(test)]

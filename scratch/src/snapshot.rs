@@ -1,5 +1,4 @@
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use bitmap::{Era, EraMap, EraRun, FrozenEras, PageStore};
@@ -8,6 +7,7 @@ use tokio::sync::Notify;
 
 use crate::granules::{GRANULE, granules};
 use crate::preserved::Preserved;
+use crate::sync::{AtomicU64, Ordering};
 use crate::world::{Durable, World};
 
 /// What is kept of one disk at one instant: old bytes, and old eras.

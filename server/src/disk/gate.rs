@@ -1,8 +1,9 @@
 use std::ops::Deref;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::sync::Notify;
+
+use crate::sync::{AtomicBool, AtomicUsize, Ordering, fence};
 
 /// What everyone enters who changes something, and what can be closed to have a moment without
 /// change.
@@ -176,3 +177,7 @@ mod tests {
         assert_eq!(*gate.enter().await, 2);
     }
 }
+
+#[cfg(all(test, feature = "loom"))]
+#[path = "gate/loom.rs"]
+mod loom_tests;

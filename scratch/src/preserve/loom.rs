@@ -1,0 +1,191 @@
+//! Guests and someone who reads the past, in every order in which they can see each other.
+//!
+//! Relaxed atomics stand for the image and for scratch: what one thread stores there another sees
+//! late, unless something orders it.
+
+use loom::future::block_on;
+use loom::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use loom::thread;
+
+use bitmap::{Era, EraMap, Granularity, MemoryPages, Salt};
+use block::{Extent, Zeroing};
+
+use super::*;
+use crate::world::{Durable, Unpaced};
+use crate::{Frozen, SnapshotFiles};
+
+struct Checked;
+
+impl World for Checked {
+    type Image = Memory;
+    type Scratch = Memory;
+    type Pages = Pages;
+    type Pace = Unpaced;
+}
+
+/// A byte for each granule.
+struct Memory {
+    granules: Vec<AtomicU8>,
+    read: fn(&AtomicU8) -> u8,
+}
+
+struct Pages(MemoryPages);
+
+impl Memory {
+    /// The checker knows of each byte only who was there last: that a guest reads what it is about to
+    /// overwrite would hide from it that someone else has read that too, if it took the guest for
+    /// a mere reader.
+    fn image() -> Self {
+        Self::new(OLD, |granule| granule.fetch_add(0, Relaxed))
+    }
+
+    fn scratch() -> Self {
+        Self::new(0, |granule| granule.load(Relaxed))
+    }
+
+    fn new(value: u8, read: fn(&AtomicU8) -> u8) -> Self {
+        let granules = (0..GRANULES).map(|_| AtomicU8::new(value)).collect();
+        Self { granules, read }
+    }
+}
+
+impl Storage for Memory {
+    fn size(&self) -> u64 {
+        GRANULES * GRANULE
+    }
+
+    async fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let granules = self.granules[(offset / GRANULE) as usize..].iter();
+        for (granule, part) in granules.zip(buffer.chunks_mut(GRANULE as usize)) {
+            part.fill((self.read)(granule));
+        }
+        Ok(())
+    }
+
+    async fn write(&self, offset: u64, data: &Bytes) -> io::Result<()> {
+        let granules = self.granules[(offset / GRANULE) as usize..].iter();
+        for (granule, part) in granules.zip(data.chunks(GRANULE as usize)) {
+            granule.store(part[0], Relaxed);
+        }
+        Ok(())
+    }
+
+    async fn zero(&self, _: Range<u64>, _: Zeroing) -> io::Result<()> {
+        unreachable!("nobody zeroes here")
+    }
+
+    async fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    async fn extents(&self, range: Range<u64>) -> io::Result<Vec<Extent>> {
+        Ok(vec![Extent { range, hole: false }])
+    }
+}
+
+impl bitmap::PageStore for Pages {
+    fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.store(offset, bytes)
+    }
+
+    fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.0.load(offset, bytes)
+    }
+
+    fn stored(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        self.0.stored(offset)
+    }
+}
+
+impl Durable for Pages {
+    async fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Two to be written, and one that is kept from the beginning.
+const GRANULES: u64 = 3;
+const OLD: u8 = 1;
+
+struct Scene {
+    image: Arc<Memory>,
+    snapshots: [Arc<Snapshot<Checked>>; 1],
+    claims: Claims,
+}
+
+impl Scene {
+    fn new() -> Arc<Self> {
+        let pages = || Pages(MemoryPages::default());
+        let size = GRANULES * GRANULE;
+        let live = EraMap::new(size, Granularity::DEFAULT, Salt::default(), pages());
+        let files = SnapshotFiles {
+            scratch: Memory::scratch(),
+            states: pages(),
+            eras: pages(),
+        };
+        let snapshot = Snapshot::new(Arc::new(live), Era::from_number(2), files);
+        // So that the page of bits is there: how it comes into being, the checker cannot see.
+        let kept = KeptRun {
+            granules: 2..3,
+            kept: Kept::Hole,
+        };
+        snapshot.preserved.keep(&kept).unwrap();
+        Arc::new(Self {
+            image: Arc::new(Memory::image()),
+            snapshots: [Arc::new(snapshot)],
+            claims: Claims::default(),
+        })
+    }
+
+    fn write(self: &Arc<Self>, value: u8, granules: Range<u64>) -> thread::JoinHandle<()> {
+        let scene = Arc::clone(self);
+        thread::spawn(move || {
+            let range = bytes(&granules, scene.image.size());
+            let data = vec![value; (range.end - range.start) as usize].into();
+            let (image, snapshots) = (&*scene.image, &scene.snapshots);
+            block_on(async {
+                preserve(&range, image, snapshots, &scene.claims, &Unpaced)
+                    .await
+                    .unwrap();
+                image.write(range.start, &data).await.unwrap();
+            });
+        })
+    }
+
+    fn read_the_past(&self, granules: u64) {
+        let snapshot = Arc::clone(&self.snapshots[0]);
+        let frozen = Frozen::new(Arc::clone(&self.image), snapshot, Arc::new(Unpaced));
+        let mut buffer = vec![0; (granules * GRANULE) as usize];
+        block_on(frozen.read(0, &mut buffer)).unwrap();
+        assert!(buffer.iter().all(|byte| *byte == OLD), "{}", buffer[0]);
+    }
+}
+
+fn check(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(preemptions);
+    builder.check(model);
+}
+
+#[test]
+fn loom_the_past_is_read_as_it_was() {
+    check(4, || {
+        let scene = Scene::new();
+        let writer = scene.write(7, 0..1);
+        scene.read_the_past(1);
+        writer.join().unwrap();
+        scene.read_the_past(1);
+    });
+}
+
+#[test]
+fn loom_the_past_is_read_as_it_was_whoever_copies_it() {
+    check(3, || {
+        let scene = Scene::new();
+        let writers = [scene.write(7, 0..2), scene.write(8, 0..1)];
+        scene.read_the_past(2);
+        for writer in writers {
+            writer.join().unwrap();
+        }
+    });
+}

@@ -1,0 +1,7 @@
+//! What threads share: the standard library's, or under the feature `loom` that of a model checker,
+//! which tries every order in which threads can see what others do.
+
+#[cfg(feature = "loom")]
+pub(crate) use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
+#[cfg(not(feature = "loom"))]
+pub(crate) use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};

@@ -8,6 +8,8 @@
 mod change;
 mod draft;
 mod restore;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

@@ -13,7 +13,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::LocalSet;
 
 use crate::address::Address;
-use crate::control::{Control, converse};
+use crate::control::{Control, converse, turn_away};
 use crate::export::Role;
 use crate::failure::Failure;
 use crate::hooks::wall_clock;
@@ -156,6 +156,9 @@ async fn accept(
         tokio::select! {
             Some(client) = clients.recv() => workers.serve(client),
             accepted = listeners.control.accept() => match accepted {
+                Ok((stream, _)) if conversations.len() >= CONTROL_CLIENTS_MAX => {
+                    turn_away(stream, CONTROL_CLIENTS_MAX);
+                }
                 Ok((stream, _)) => {
                     conversations.spawn_local(converse(stream, Rc::clone(control)));
                 }
@@ -382,6 +385,10 @@ const RUN_DIR_MODE: u32 = 0o755;
 /// the usual 1,024 descriptors those of one role leave enough for the other, for control and for
 /// backups.
 const CLIENTS_MAX: usize = 256;
+
+/// Clients of the control socket: some times what watches a server and works with it. Whoever comes
+/// on top is told so at once, since a command that waits outside looks like a server that hangs.
+const CONTROL_CLIENTS_MAX: usize = 128;
 
 /// Clients that have been accepted and not yet been given to a worker.
 const CLIENTS_WAITING_MAX: usize = 16;

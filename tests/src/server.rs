@@ -144,6 +144,12 @@ impl Server {
     /// Starts the server again after a stop or a kill.
     #[track_caller]
     pub fn start(&mut self) {
+        self.try_start().unwrap_or_else(|why| panic!("{why}"));
+    }
+
+    /// Starts the server again, or returns why it did not.
+    #[track_caller]
+    pub fn try_start(&mut self) -> Result<(), String> {
         assert!(self.child.is_none(), "the server runs already");
         let notify = self.path("notify");
         // Left from an earlier start.
@@ -161,10 +167,13 @@ impl Server {
         loop {
             match process::readable_or_ended(Some(socket.as_fd()), child, PATIENCE) {
                 Woken::Readable => {}
-                other => panic!(
-                    "{other:?} before READY=1: {line}\n{}",
-                    read(&self.path("stderr"))
-                ),
+                other => {
+                    let log = read(&self.path("stderr"));
+                    self.child
+                        .take()
+                        .map(|mut child| (child.kill(), child.wait()));
+                    return Err(format!("{other:?} before READY=1: {line}\n{log}"));
+                }
             }
             let mut message = [0; 4096];
             let length = socket.recv(&mut message).expect("a datagram");
@@ -172,7 +181,7 @@ impl Server {
                 .split(|byte| *byte == b'\n')
                 .any(|line| line == b"READY=1")
             {
-                return;
+                return Ok(());
             }
         }
     }

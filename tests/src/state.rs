@@ -104,3 +104,36 @@ pub fn begin_since(server: &Server, id: &str, disk: &str, since: &str) -> Begun 
     server.abort(id);
     begun
 }
+
+/// A record of a journal: where it begins, where the next may, and what it says.
+#[derive(Clone, Debug)]
+pub struct Recorded {
+    /// In bytes.
+    pub at: usize,
+    /// In bytes.
+    pub end: usize,
+    /// Its JSON.
+    pub says: serde_json::Value,
+}
+
+/// The records of a journal, as far as they are whole.
+pub fn journal(state: &Path) -> Vec<Recorded> {
+    let bytes = fs::read(state.join("journal")).expect("the journal");
+    let mut records = Vec::new();
+    let mut at = 0;
+    while at + 24 <= bytes.len() {
+        let length: [u8; 8] = bytes[at + 16..at + 24].try_into().expect("eight bytes");
+        let end = at + 24 + u64::from_le_bytes(length) as usize;
+        let is_record = bytes[at..].starts_with(b"SPJR") && end <= bytes.len();
+        let says = is_record.then(|| serde_json::from_slice(&bytes[at + 24..end]).ok());
+        let Some(says) = says.flatten() else {
+            at += 512;
+            continue;
+        };
+        let next = end.next_multiple_of(512);
+        let end = next;
+        records.push(Recorded { at, end, says });
+        at = next;
+    }
+    records
+}

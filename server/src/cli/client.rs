@@ -63,7 +63,11 @@ impl Client {
             path,
         };
         client.limit(Some(patience))?;
-        if client.receive()?.greeting.is_none() {
+        let first = client.receive()?;
+        if let Some(fault) = first.error {
+            return Err(fault.into());
+        }
+        if first.greeting.is_none() {
             return Err(client.nonsense("no greeting"));
         }
         client.execute("qmp_capabilities", &super::NONE)?;

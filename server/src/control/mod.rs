@@ -14,6 +14,7 @@ mod execute;
 pub(crate) mod fuzzing;
 mod request;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -88,6 +89,17 @@ pub(crate) async fn converse(stream: UnixStream, context: Rc<Control>) {
     }
     if end == End::Quit {
         context.stop.send_replace(true);
+    }
+}
+
+/// Tells a client that `most` others are there already, and hangs up.
+pub(crate) fn turn_away(stream: UnixStream, most: usize) {
+    let message = format!("{most} clients use the control socket already");
+    let failure = Failure::new("too-many-clients", message).hint("try again when one has gone");
+    tracing::warn!(most, "a control client is turned away");
+    // It fits into the buffer of a new socket; and who does not listen learns by the end.
+    if let Ok(stream) = stream.into_std() {
+        let _ = (&stream).write(&line(&Reply::failure(&failure, None)));
     }
 }
 

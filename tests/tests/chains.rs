@@ -80,7 +80,7 @@ impl Life {
                     });
                 }
             }
-            what += &format!(", {left} eras");
+            what = format!("{what}, {left} eras");
             server.start();
         }
         Self {
@@ -355,6 +355,12 @@ impl Life {
 
     /// Compares all that the server says with the model.
     fn check(&mut self, qmp: &mut Qmp) {
+        self.check_checkpoints(qmp);
+        self.check_consumers(qmp);
+        self.check_backups(qmp);
+    }
+
+    fn check_checkpoints(&self, qmp: &mut Qmp) {
         let list = qmp.execute("query-checkpoints", &json!({}));
         let mut found = BTreeMap::new();
         for checkpoint in list.as_array().expect("a list") {
@@ -373,7 +379,9 @@ impl Life {
             .map(|(uuid, (_, s))| (uuid.clone(), bytes(s)))
             .collect();
         assert_eq!(found, expected, "{}: {list}", self.what);
+    }
 
+    fn check_consumers(&self, qmp: &mut Qmp) {
         let list = qmp.execute("query-consumers", &json!({}));
         let expected = self
             .consumers
@@ -384,9 +392,9 @@ impl Life {
         for consumer in list.as_array().expect("a list") {
             for disk in consumer["disks"].as_array().expect("a list") {
                 let lasts = &self.consumers[consumer["name"].as_str().expect("a name")];
-                let last = &lasts[disk["disk"].as_str().expect("a name")];
-                assert_eq!(disk["checkpoint_uuid"], **last, "{}: {consumer}", self.what);
-                let is_there = self.knows(last, disk["disk"].as_str().expect("a name"));
+                let at = &lasts[disk["disk"].as_str().expect("a name")];
+                assert_eq!(disk["checkpoint_uuid"], **at, "{}: {consumer}", self.what);
+                let is_there = self.knows(at, disk["disk"].as_str().expect("a name"));
                 assert_eq!(
                     disk["reason"].is_null(),
                     is_there,
@@ -395,7 +403,9 @@ impl Life {
                 );
             }
         }
+    }
 
+    fn check_backups(&self, qmp: &mut Qmp) {
         let list = qmp.execute("query-backups", &json!({}));
         let mut open = names(&list, "backups", "id");
         open.sort();

@@ -288,7 +288,8 @@ impl Journal {
             end,
             number,
             ledger: records.iter().collect(),
-            in_doubt: false,
+            // What may have been a record once must not stand between others.
+            in_doubt: damage.at_end > 0,
             bound: LENGTH_MAX,
             reserved: end,
         };
@@ -335,10 +336,15 @@ impl Journal {
     pub(crate) async fn append_or_owe(&mut self, record: &Record) -> io::Result<()> {
         let appended = self.append(record).await;
         if appended.is_err() {
-            self.in_doubt = true;
-            self.ledger.take(record);
+            self.owe(record);
         }
         appended
+    }
+
+    /// Says `record` with whatever is appended next.
+    pub(crate) fn owe(&mut self, record: &Record) {
+        self.in_doubt = true;
+        self.ledger.take(record);
     }
 
     /// Pays what is owed.

@@ -142,7 +142,7 @@ impl Ledger {
             Record::Bitmaps(Box::new(BitmapsRecord {
                 uuid: Uuid::nil(),
                 disks: Vec::new(),
-                era: changed.iter().map(|bitmap| bitmap.era).max().unwrap_or(0),
+                era: 0,
                 changed: changed.to_vec(),
                 removed: Vec::new(),
             }))

@@ -239,7 +239,7 @@ async fn begin(
         life,
     } = found;
     let begun_anew = lost.clone();
-    let (journal, damage) = Journal::open(dir)?;
+    let (mut journal, damage) = Journal::open(dir)?;
     if damage != Damage::default() {
         tracing::warn!(dir = %dir.display(), ?damage, "blocks of the journal are damaged");
     }
@@ -255,6 +255,10 @@ async fn begin(
         None => Ending::PowerCut,
     };
     let forgotten = begun_anew.or_else(|| journal_loss(&journal, damage, ending, life.as_ref()));
+    if let Some(reason) = forgotten.filter(|_| journal.ledger().loss.is_none()) {
+        // With the record of this start, before what is damaged is gone.
+        journal.owe(&Record::Lost { reason });
+    }
     if let Some(life) = life.as_ref().filter(|_| ending == Ending::PowerCut) {
         // At once: after a sync that failed, the next one may well succeed, and would prove nothing.
         header.store(&Life {
@@ -299,9 +303,6 @@ async fn begin(
     };
     let known = Era::from_number(known);
     let recovered = recovery.start(ending, known, &mut start).await?;
-    if let Some(reason) = forgotten.filter(|_| start.journal.ledger().loss.is_none()) {
-        start.journal.append(&Record::Lost { reason }).await?;
-    }
     // After it is recorded why, if it is short.
     open_or_create(dir, ERAS)?.extend(whole)?;
     if recovered.damaged_bytes > 0 {

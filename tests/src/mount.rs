@@ -1,6 +1,8 @@
-//! File systems that are full soon. They need root, or a `sudo` that asks for nothing.
+//! File systems that are full soon, or fail otherwise. They need root, or a `sudo` that asks for nothing.
 
-use std::path::Path;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tempfile::TempDir;
@@ -15,7 +17,7 @@ use crate::tools::{path, sparse_file, tool};
 pub struct Mount {
     directory: TempDir,
     /// What it is on, if it is on something.
-    _device: Option<(LoopDevice, TempDir)>,
+    device: Option<(LoopDevice, TempDir)>,
 }
 
 impl Mount {
@@ -49,15 +51,39 @@ impl Mount {
         let output = as_root("mount", &[source, &[path(directory.path())]].concat());
         let hint = "tests of full file systems need root, or `sudo -n mount`";
         assert_eq!(output.code(), 0, "{hint}\n{output}");
-        Self {
-            directory,
-            _device: device,
-        }
+        Self { directory, device }
     }
 
     /// Where it is mounted.
     pub fn path(&self) -> &Path {
         self.directory.path()
+    }
+
+    /// Shuts an ext4 down, as a failure of its device would: what it has not written is lost. Then
+    /// unmounts it and mounts it again.
+    #[track_caller]
+    pub fn lose_power(&self) {
+        let (device, _) = self.device.as_ref().expect("it is on a device");
+        // EXT4_IOC_SHUTDOWN, without flushing the journal.
+        let program = "import fcntl, os, struct, sys\n\
+                       folder = os.open(sys.argv[1], os.O_RDONLY)\n\
+                       fcntl.ioctl(folder, 0x8004587d, struct.pack('I', 2))";
+        as_root("/usr/bin/python3", &["-c", program, path(self.path())]).ok();
+        as_root("umount", &[path(self.path())]).ok();
+        as_root("mount", &[path(device.path()), path(self.path())]).ok();
+    }
+
+    /// Takes all the space that is left, until what is returned is dropped.
+    #[track_caller]
+    pub fn fill(&self) -> Filler {
+        let filler = Filler(self.path().join("filler"));
+        let mut file = File::create(&filler.0).expect("a file there");
+        // By ever smaller pieces, to the last block.
+        for size in [1 << 20, 4096, 512] {
+            while file.write_all(&vec![1; size]).is_ok() {}
+        }
+        file.sync_all().expect("what was written is there");
+        filler
     }
 
     /// Lets everyone who changes something there wait, until what is returned is dropped.
@@ -77,6 +103,18 @@ impl Drop for Frozen<'_> {
         let output = as_root("fsfreeze", &["--unfreeze", path(self.0.path())]);
         if output.code() != 0 {
             eprintln!("{output}");
+        }
+    }
+}
+
+/// What fills a file system, removed when dropped.
+#[derive(Debug)]
+pub struct Filler(PathBuf);
+
+impl Drop for Filler {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.0) {
+            eprintln!("{}: {error}", self.0.display());
         }
     }
 }

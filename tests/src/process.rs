@@ -1,9 +1,9 @@
 //! Running programs, and saying well what went wrong.
 
-use std::fmt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
+use std::{fmt, fs};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd};
@@ -270,4 +270,22 @@ impl Drop for EndedOnDrop {
         let _ = pidfd_send_signal(&process, Signal::TERM);
         let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], None);
     }
+}
+
+/// Returns when a thread of the process waits in the kernel for something that cannot be interrupted.
+#[track_caller]
+pub fn wait_until_blocked(pid: u32) {
+    let begun = Instant::now();
+    while begun.elapsed() < PATIENCE {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the server runs");
+        let mut states = tasks.flatten().filter_map(|task| {
+            let stat = fs::read_to_string(task.path().join("stat")).ok()?;
+            stat.rsplit(") ").next()?.chars().next()
+        });
+        if states.any(|state| state == 'D') {
+            return;
+        }
+        std::thread::yield_now();
+    }
+    panic!("no thread waits for the storage");
 }

@@ -1,9 +1,6 @@
 //! Storage that holds a write up holds no instant up for longer than it may.
 
-use std::fs;
-use std::time::Instant;
-
-use stillpoint_tests::process::PATIENCE;
+use stillpoint_tests::process::wait_until_blocked;
 use stillpoint_tests::raw_nbd::command;
 use stillpoint_tests::tools::{path, sparse_file};
 use stillpoint_tests::{CHUNK, MIB, Mount, Server};
@@ -49,21 +46,4 @@ fn an_instant_that_waits_too_long_for_a_write_is_refused_and_taken_later() {
     server.begin("b1", &["--since", "cp1"]);
     let begun = server.open_frozen("vda@b1", &[]).read(3 * CHUNK, 4096);
     assert_eq!(begun.unwrap(), data);
-}
-
-/// Returns when a thread of the process waits in the kernel for something that cannot be interrupted.
-fn wait_until_blocked(pid: u32) {
-    let begun = Instant::now();
-    while begun.elapsed() < PATIENCE {
-        let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the server runs");
-        let mut states = tasks.flatten().filter_map(|task| {
-            let stat = fs::read_to_string(task.path().join("stat")).ok()?;
-            stat.rsplit(") ").next()?.chars().next()
-        });
-        if states.any(|state| state == 'D') {
-            return;
-        }
-        std::thread::yield_now();
-    }
-    panic!("no thread waits for the storage");
 }

@@ -134,6 +134,7 @@ impl Bits {
         if !records.remainder().is_empty() {
             return None;
         }
+        let pages_max = u64::MAX / granularity.0 / BITS_PER_PAGE;
         let mut pages = BTreeMap::new();
         for record in records {
             let (number, words) = record.split_at(8);
@@ -146,7 +147,7 @@ impl Bits {
             let is_last = pages
                 .last_key_value()
                 .is_none_or(|(last, _)| *last < number);
-            if number > LAST_PAGE || !is_last {
+            if number >= pages_max || !is_last {
                 return None;
             }
             pages.insert(number, page);
@@ -277,9 +278,6 @@ const BITS_PER_PAGE: u64 = 64 * WORDS_PER_PAGE as u64;
 /// A page with its number.
 const PAGE_RECORD_BYTES: usize = 8 + 8 * WORDS_PER_PAGE;
 
-/// The page of the last byte that can be counted, with the finest granularity.
-const LAST_PAGE: u64 = u64::MAX / 512 / BITS_PER_PAGE;
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -360,8 +358,10 @@ mod tests {
         assert_eq!(Bits::from_bytes(granularity(4096), &stored[1..]), None);
         let twice = [&stored[..], &stored[..]].concat();
         assert_eq!(Bits::from_bytes(granularity(4096), &twice), None);
-        let beyond = [&[0xff; 8][..], &stored[8..PAGE_RECORD_BYTES]].concat();
-        assert_eq!(Bits::from_bytes(granularity(4096), &beyond), None);
+        let last = u64::MAX / 4096 / BITS_PER_PAGE - 1;
+        let page = |number: u64| [&number.to_le_bytes(), &stored[8..PAGE_RECORD_BYTES]].concat();
+        assert!(Bits::from_bytes(granularity(4096), &page(last)).is_some());
+        assert_eq!(Bits::from_bytes(granularity(4096), &page(last + 1)), None);
     }
 
     #[test]

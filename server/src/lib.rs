@@ -28,5 +28,5 @@ mod sync;
 #[doc(hidden)]
 pub mod fuzzing {
     pub use crate::control::fuzzing::control;
-    pub use crate::state::fuzzing::{header, journal};
+    pub use crate::state::fuzzing::{bits, header, journal};
 }

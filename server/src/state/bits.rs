@@ -131,7 +131,7 @@ pub(crate) fn read(path: &Path, id: BitsId, granularity: BitGranularity) -> Resu
 }
 
 /// Head, then the pages.
-fn encode(id: BitsId, bits: &Bits) -> Vec<u8> {
+pub(super) fn encode(id: BitsId, bits: &Bits) -> Vec<u8> {
     let pages = bits.to_bytes();
     let mut bytes = Vec::with_capacity(HEAD + pages.len());
     bytes.extend(MAGIC);
@@ -147,7 +147,11 @@ fn encode(id: BitsId, bits: &Bits) -> Vec<u8> {
     bytes
 }
 
-fn decode(id: BitsId, granularity: BitGranularity, bytes: &[u8]) -> Result<Bits, String> {
+pub(super) fn decode(
+    id: BitsId,
+    granularity: BitGranularity,
+    bytes: &[u8],
+) -> Result<Bits, String> {
     let damaged = || "its bits are damaged".to_owned();
     let field = |at: usize| -> Result<u64, String> {
         let bytes = bytes.get(at..at + 8).ok_or_else(damaged)?;

@@ -3,12 +3,16 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use bitmap::BitGranularity;
 use block::Cells;
 use rustix::fs::{MemfdFlags, memfd_create};
 
+use uuid::Uuid;
+
+use super::BitsId;
 use super::header::{Header, HeaderError};
-use super::journal;
 use super::ledger::Ledger;
+use super::{bits as files, journal};
 
 /// Reads `bytes` as a header; what is accepted is read the same after it was written again.
 ///
@@ -63,6 +67,38 @@ pub fn journal(bytes: &[u8]) {
     ledger.presumed.clear();
     anew.presumed.clear();
     assert_eq!(anew, ledger);
+}
+
+/// Reads `bytes` as the bits of the bitmap that they say they are of; what is accepted is what would be
+/// written of it.
+///
+/// # Panics
+///
+/// If it is not.
+pub fn bits(bytes: &[u8]) {
+    let field = |at: usize| {
+        bytes
+            .get(at..at + 8)
+            .map(|b| b.try_into().expect("eight bytes"))
+    };
+    let (Some(uuid), Some(revision), Some(granularity)) = (
+        bytes
+            .get(24..40)
+            .and_then(|uuid| Uuid::from_slice(uuid).ok()),
+        field(40).map(u64::from_le_bytes),
+        field(48).map(u64::from_le_bytes),
+    ) else {
+        return;
+    };
+    let Ok(granularity) = BitGranularity::new(granularity) else {
+        return;
+    };
+    let id = BitsId { uuid, revision };
+    if let Ok(bits) = files::decode(id, granularity, bytes) {
+        assert_eq!(files::encode(id, &bits), bytes);
+        let dirty = bits.dirty(0..u64::MAX).map(|range| range.end - range.start);
+        assert_eq!(dirty.sum::<u64>(), bits.dirty_bytes());
+    }
 }
 
 fn file(bytes: &[u8]) -> File {

@@ -271,3 +271,15 @@ fn more_backup_clients_than_there_is_room_for_wait_and_nobody_else_does() {
     scene.server.abort("b2");
     scene.goes_on();
 }
+
+#[test]
+fn more_control_clients_than_there_may_be_are_turned_away_with_a_reason() {
+    let server = Server::with_disk(MIB);
+    let mut clients: Vec<_> = (0..128).map(|_| server.qmp()).collect();
+    let refused = server.cli(&["status"]);
+    assert!(refused.error(1).contains("128 clients"), "{refused}");
+    // Those who are there are served, and a place that becomes free is taken.
+    clients[127].execute("query-status", &serde_json::json!({}));
+    drop(clients.pop());
+    server.cli(&["status", "--wait", "20"]).ok();
+}

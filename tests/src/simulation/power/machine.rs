@@ -97,6 +97,9 @@ impl Machine {
             }
         }
         self.oracle.borrow_mut().crashed(self.sim.tick());
+        if self.sim.one_in(2) {
+            self.old_eras.replace(self.eras.medium().now().to_vec());
+        }
         *self.map.borrow_mut() = None;
         self.seconds.set(self.seconds.get() + self.sim.below(100));
         let header = Header::read(self);
@@ -138,11 +141,10 @@ impl Machine {
         let page = self.shape.page_of(chunk);
         let calm = !active[page.clone()].contains(&true);
         let mut eras = self.eras.medium();
-        let mut old = self.old_eras.borrow_mut();
-        old.resize(eras.now().len(), 0);
+        let old = self.old_eras.borrow();
         let entry = chunk as usize * ENTRY_BYTES;
         let sector = entry / 512 * 512;
-        match sim.below(4) {
+        match sim.below(if calm { 6 } else { 2 }) {
             0 => {
                 let start = sim.one_of(&[sector, entry, entry + 1]);
                 let length = 1 + sim.below((sector + 512 - start) as u64) as usize;
@@ -155,10 +157,9 @@ impl Machine {
                     eras.damage(at, &[flipped]);
                 }
             }
-            _ if calm => eras.damage(sector, &old[sector..sector + 512]),
+            _ if !old.is_empty() => eras.damage(sector, &old[sector..sector + 512]),
             _ => {}
         }
-        old.clone_from_slice(eras.now());
         self.rotten.set(true);
         self.oracle.borrow_mut().rotted(&page, &active);
     }

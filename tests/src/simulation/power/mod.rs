@@ -100,7 +100,7 @@ pub fn play(seed: u64, tally: &mut PowerTally) {
         // A start that has damage to mark is more often interrupted in the middle of that.
         let patience = match sim.below(3) {
             0 => sim.below(60),
-            1 if machine.rotten.get() => sim.below(16),
+            1 if machine.rotten.get() => 5 + sim.below(8),
             _ => ENOUGH,
         };
         let Some(life) = start(&machine, patience, tally) else {
@@ -173,8 +173,8 @@ fn serve(life: &Rc<Life>, tally: &mut PowerTally) {
         if executor.run_for(patience) {
             tally.clean_ends += 1;
             // Its process is gone; what it stored is there.
-            crash(&life.machine, Crash::Kill, tally);
-            tally.kills -= 1;
+            life.machine.crash(Crash::Kill);
+            rot_sometimes(&life.machine, 8, tally);
             return;
         }
     }
@@ -193,7 +193,11 @@ fn crash(machine: &Machine, crash: Crash, tally: &mut PowerTally) {
         Crash::PowerCut => tally.power_cuts += 1,
     }
     machine.crash(crash);
-    if machine.sim.one_in(24) {
+    rot_sometimes(machine, 32, tally);
+}
+
+fn rot_sometimes(machine: &Machine, one_in: u64, tally: &mut PowerTally) {
+    if machine.sim.one_in(one_in) {
         machine.rot();
         tally.rots += 1;
     }

@@ -59,10 +59,14 @@ impl Ended {
         self.outcomes.get(id).copied()
     }
 
+    /// An id whose beginning could not be recorded may be used again; once committed, it is that.
     pub(super) fn insert(&mut self, id: Name, outcome: Outcome) {
-        if self.outcomes.insert(id.clone(), outcome).is_none() {
-            self.order.push_back(id);
+        match self.outcomes.get(&id) {
+            Some(Outcome::Committed) => return,
+            Some(Outcome::Aborted) => {}
+            None => self.order.push_back(id.clone()),
         }
+        self.outcomes.insert(id, outcome);
         if self.order.len() > ENDED_MAX
             && let Some(oldest) = self.order.pop_front()
         {

@@ -15,15 +15,15 @@ impl Service {
     /// The clock is the one on the wall, which may be set at any time, and goes on while no server
     /// does; so it is looked at again and again.
     pub(crate) async fn keep_to_expiry(self: Arc<Self>) {
-        let mut check = tokio::time::interval(CHECK);
         loop {
-            check.tick().await;
-            self.abort_expired().await;
+            let aborted = self.abort_expired().await;
+            tokio::time::sleep(if aborted { CHECK } else { AGAIN }).await;
         }
     }
 
-    /// Aborts the open backups whose time has come. One that cannot be aborted is tried again.
-    pub(super) async fn abort_expired(&self) {
+    /// Aborts the open backups whose time has come, and says whether it could.
+    pub(super) async fn abort_expired(&self) -> bool {
+        let mut aborted = true;
         let now = (self.clock)();
         let is_over = |at: Option<OffsetDateTime>| at.is_some_and(|at| at <= now);
         let open = self.book().backups.clone();
@@ -32,8 +32,10 @@ impl Service {
             if let Err(failure) = self.abort_backup(&backup.id).await {
                 // Or it was committed at the last moment.
                 tracing::warn!(backup = %backup.id, %failure, "it is not aborted");
+                aborted = false;
             }
         }
+        aborted
     }
 }
 
@@ -55,6 +57,9 @@ pub(super) fn expiry(
 
 /// How late a backup may be aborted, at most.
 const CHECK: Duration = Duration::from_secs(1);
+
+/// When the journal cannot be written, it may be some time until somebody sees to the storage.
+const AGAIN: Duration = Duration::from_secs(30);
 
 /// Ten years: whoever means more means never.
 const EXPIRES_MAX_S: u64 = 10 * 366 * 24 * 3600;

@@ -26,6 +26,9 @@ pub enum FrozenError {
     /// Something of it was overwritten and is not kept.
     #[error("the snapshot is broken: {0}")]
     Broken(String),
+    /// Nobody keeps it any more.
+    #[error("the snapshot has ended")]
+    Ended,
     /// The disk or the scratch failed.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -54,7 +57,7 @@ impl<W: World> Frozen<W> {
     /// Fills `buffer` with what was at `offset`.
     pub async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), FrozenError> {
         let range = offset..offset + buffer.len() as u64;
-        self.whole()?;
+        self.snapshot.whole()?;
         self.image.read(offset, buffer).await?;
         // What the disk returned was read before the bits are.
         fence(Ordering::Acquire);
@@ -64,16 +67,27 @@ impl<W: World> Frozen<W> {
             let target = &mut buffer[(part.start - offset) as usize..(part.end - offset) as usize];
             match run.kept {
                 Kept::Not => {}
-                Kept::Data => self.snapshot.scratch.read(part.start, target).await?,
+                Kept::Data => self.read_kept(part.start, target).await?,
                 Kept::Zero | Kept::Hole => target.fill(0),
             }
         }
-        self.whole()
+        // What scratch returned was read before it is asked whether that was still there.
+        fence(Ordering::Acquire);
+        self.snapshot.whole()
+    }
+
+    async fn read_kept(&self, offset: u64, target: &mut [u8]) -> Result<(), FrozenError> {
+        let read = self.snapshot.scratch.read(offset, target).await;
+        if read.is_err() {
+            // Perhaps only because it has gone.
+            self.snapshot.whole()?;
+        }
+        Ok(read?)
     }
 
     /// What of `range` took space then: adjacent extents from its start on, at least one.
     pub async fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>, FrozenError> {
-        self.whole()?;
+        self.snapshot.whole()?;
         let today = allocation(&*self.image, bytes(&granules(&range), self.size())).await?;
         fence(Ordering::Acquire);
         self.pace.step(Step::ReadPast).await;
@@ -92,7 +106,7 @@ impl<W: World> Frozen<W> {
                 }
             }
         }
-        self.whole()?;
+        self.snapshot.whole()?;
         Ok(then)
     }
 
@@ -104,14 +118,14 @@ impl<W: World> Frozen<W> {
         since: Era,
         limit: usize,
     ) -> Result<Vec<Run>, FrozenError> {
-        self.whole()?;
+        self.snapshot.whole()?;
         let runs = self
             .snapshot
             .eras
             .changes(range, since)
             .take(limit)
             .collect();
-        self.whole()?;
+        self.snapshot.whole()?;
         Ok(runs)
     }
 
@@ -122,17 +136,11 @@ impl<W: World> Frozen<W> {
         set: &DirtySet,
         limit: usize,
     ) -> Result<Vec<Run>, FrozenError> {
-        self.whole()?;
+        self.snapshot.whole()?;
         let runs = set.frozen_runs(&self.snapshot.eras, range);
         let runs = runs.take(limit).collect();
-        self.whole()?;
+        self.snapshot.whole()?;
         Ok(runs)
-    }
-
-    fn whole(&self) -> Result<(), FrozenError> {
-        self.snapshot
-            .broken()
-            .map_or(Ok(()), |why| Err(FrozenError::Broken(why.to_owned())))
     }
 }
 

@@ -15,9 +15,9 @@ use crate::world::{Pace, Step, World};
 
 /// Returns once a write to `range` can no longer be seen by anyone who reads one of `snapshots`.
 ///
-/// A snapshot that cannot keep what is about to be overwritten is broken; the others are not touched
-/// by that. An error means that a break could not be recorded, and that the write must not be
-/// issued.
+/// What a snapshot cannot keep breaks it, and the others are not touched by that; or, on
+/// [other terms](crate::OnError), fails the write. An error means that the write must not be issued:
+/// on those terms, or because a break could not be recorded.
 pub async fn preserve<W: World>(
     range: &Range<u64>,
     image: &W::Image,
@@ -39,15 +39,15 @@ pub async fn preserve<W: World>(
         let old = match read_old(image, &range).await {
             Ok(old) => old,
             Err(error) => {
-                give_up(snapshots, &run, |_| {
-                    format!("old contents cannot be read: {error}")
-                })?;
+                for snapshot in in_order(snapshots, &run) {
+                    snapshot.cannot_keep("old contents cannot be read", &error)?;
+                }
                 continue;
             }
         };
-        for snapshot in snapshots.iter().filter(|snapshot| lacks(snapshot, &run)) {
+        for snapshot in in_order(snapshots, &run) {
             if let Err(error) = keep(snapshot, &run, &old, pace).await {
-                snapshot.break_with(format!("scratch: {error}"))?;
+                snapshot.cannot_keep("scratch", &error)?;
             }
         }
         pace.step(Step::Release).await;
@@ -113,6 +113,10 @@ async fn keep<W: World>(
     old: &Old,
     pace: &W::Pace,
 ) -> io::Result<()> {
+    let Some(_keeping) = snapshot.enter() else {
+        // Broken or ended meanwhile, it needs nothing any more.
+        return Ok(());
+    };
     let missing: Vec<KeptRun> = snapshot
         .preserved
         .runs(run.clone())
@@ -122,7 +126,10 @@ async fn keep<W: World>(
         .iter()
         .flat_map(|part| alike(part.granules.clone(), run.start, &old.kept))
     {
+        let count = part.granules.end - part.granules.start;
+        let mut taken = None;
         if part.kept == Kept::Data {
+            taken = Some(snapshot.allowance().take(count * GRANULE)?);
             let range = bytes(&part.granules, snapshot.size());
             let from = (range.start - run.start * GRANULE) as usize;
             let length = (range.end - range.start) as usize;
@@ -130,10 +137,13 @@ async fn keep<W: World>(
                 .scratch
                 .write(range.start, &old.data.slice(from..from + length))
                 .await?;
-            snapshot.count_scratch(part.granules.end - part.granules.start);
         }
         pace.step(Step::Keep).await;
         snapshot.preserved.keep(&part)?;
+        if let Some(taken) = taken {
+            taken.stored();
+            snapshot.count_scratch(count);
+        }
     }
     Ok(())
 }
@@ -156,7 +166,7 @@ fn alike(granules: Range<u64>, first: u64, kept: &[Kept]) -> impl Iterator<Item 
 }
 
 fn lacks<W: World>(snapshot: &Snapshot<W>, granules: &Range<u64>) -> bool {
-    snapshot.broken().is_none() && !snapshot.preserved.covers(granules)
+    !snapshot.is_over() && !snapshot.preserved.covers(granules)
 }
 
 fn lacking<W: World>(snapshots: &[Arc<Snapshot<W>>], granules: &Range<u64>) -> bool {
@@ -181,15 +191,19 @@ fn lacking_runs<W: World>(
     runs
 }
 
-fn give_up<W: World>(
-    snapshots: &[Arc<Snapshot<W>>],
+/// Those that lack something of `run`, first those for which the write rather fails: a write that is
+/// not issued breaks nobody.
+fn in_order<'a, W: World>(
+    snapshots: &'a [Arc<Snapshot<W>>],
     run: &Range<u64>,
-    reason: impl Fn(&Snapshot<W>) -> String,
-) -> io::Result<()> {
-    for snapshot in snapshots.iter().filter(|snapshot| lacks(snapshot, run)) {
-        snapshot.break_with(reason(snapshot))?;
-    }
-    Ok(())
+) -> impl Iterator<Item = &'a Arc<Snapshot<W>>> {
+    let lacking = move |first: bool| {
+        let run = run.clone();
+        snapshots
+            .iter()
+            .filter(move |s| s.comes_first() == first && lacks(s, &run))
+    };
+    lacking(true).chain(lacking(false))
 }
 
 #[cfg(all(test, feature = "loom"))]

@@ -4,22 +4,30 @@ use std::sync::OnceLock;
 
 use bitmap::PageStore;
 
+use crate::code::{Code, Copy};
+use crate::head::damaged;
 use crate::sync::{AtomicU64, Ordering};
 
 /// For each granule of a disk, whether its old contents are kept, and how.
 ///
 /// Two bits a granule in memory, on pages that come into being when they are needed; one byte a
-/// granule in the store, so that writers on neighbouring granules need not agree. The store is
-/// told first. A granule that was kept stays kept.
+/// granule in each of two stores, so that writers on neighbouring granules need not agree. The stores
+/// are told first, one after the other. A granule that was kept stays kept.
+///
+/// A process that is killed between the two leaves a granule that is kept, says the first, and that
+/// the disk still has: that is harmless. The other way round, or two that say different things, is
+/// damage.
 #[derive(Debug)]
 pub(crate) struct Preserved<P> {
     pages: Box<[OnceLock<Box<Page>>]>,
     store: P,
+    second: P,
+    code: Code,
 }
 
 /// How the old contents of a granule are kept.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Kept {
+pub enum Kept {
     /// Not at all: the disk still has them.
     Not = 0,
     /// In scratch.
@@ -38,34 +46,81 @@ pub(crate) struct KeptRun {
 }
 
 impl<P: PageStore> Preserved<P> {
-    /// Nothing is kept yet, of `count` granules; `store` holds zeroes from [`STATES_OFFSET`] on.
-    pub(crate) fn new(count: u64, store: P) -> Self {
+    /// Nothing is kept yet, of `count` granules; `store` holds zeroes from [`STATES_OFFSET`] on, and
+    /// `second` nothing else.
+    pub(crate) fn new(count: u64, store: P, second: P, code: Code) -> Self {
         let pages = (0..count.div_ceil(GRANULES_PER_PAGE))
             .map(|_| OnceLock::new())
             .collect();
-        Self { pages, store }
+        Self {
+            pages,
+            store,
+            second,
+            code,
+        }
     }
 
-    /// The same after a restart, as far as `store` has it; and how many granules are in scratch.
-    pub(crate) fn reopen(count: u64, store: P) -> io::Result<(Self, u64)> {
-        let preserved = Self::new(count, store);
-        let (mut offset, mut in_scratch) = (STATES_OFFSET, 0);
-        while let Some(stored) = preserved.store.stored(offset)? {
-            let end = stored.end.min(STATES_OFFSET + count);
-            let mut at = stored.start.max(STATES_OFFSET);
-            while at < end {
-                let mut states = [0; 4096];
-                let length = states.len().min((end - at) as usize);
-                preserved.store.load(at, &mut states[..length])?;
-                for (granule, state) in (at - STATES_OFFSET..).zip(&states[..length]) {
-                    in_scratch += u64::from(*state == Kept::Data as u8);
-                    preserved.set(granule, u64::from(*state & 0b11));
+    /// The same after a restart, as far as the stores have it; and how many granules are in scratch.
+    ///
+    /// Fails if anything in the stores is not what was stored.
+    pub(crate) fn reopen(count: u64, store: P, second: P, code: Code) -> io::Result<(Self, u64)> {
+        let preserved = Self::new(count, store, second, code);
+        let mut in_scratch = 0;
+        // A state that either of them has is a state, or damage to the other.
+        for (store, first_byte) in [(&preserved.store, STATES_OFFSET), (&preserved.second, 0)] {
+            let mut offset = first_byte;
+            while let Some(stored) = store.stored(offset)? {
+                let from = stored.start.max(first_byte) - first_byte;
+                let to = stored.end.saturating_sub(first_byte).min(count);
+                let mut at = from;
+                while at < to {
+                    let piece = at..to.min(at + PIECE);
+                    in_scratch += preserved.take_in(&piece)?;
+                    at = piece.end;
                 }
-                at += length as u64;
+                offset = stored.end;
             }
-            offset = stored.end;
         }
         Ok((preserved, in_scratch))
+    }
+
+    /// Takes into memory what the stores say of `granules`, and says how many are in scratch that
+    /// were not known of.
+    fn take_in(&self, granules: &Range<u64>) -> io::Result<u64> {
+        let length = (granules.end - granules.start) as usize;
+        let (mut first, mut second) = (vec![0; length], vec![0; length]);
+        self.store
+            .load(STATES_OFFSET + granules.start, &mut first)?;
+        self.second.load(granules.start, &mut second)?;
+        let mut in_scratch = 0;
+        for (granule, (first, second)) in granules.clone().zip(first.into_iter().zip(second)) {
+            let kept = self.believe(granule, first, second)?;
+            if kept == Kept::Not || self.kept(granule) == kept {
+                continue;
+            }
+            in_scratch += u64::from(kept == Kept::Data);
+            self.set(granule, kept as u64);
+            if second == 0 {
+                // So that damage to the first is noticed again from here on.
+                let byte = self.code.byte(Copy::Second, granule, kept);
+                self.second.store(granule, &[byte])?;
+            }
+        }
+        Ok(in_scratch)
+    }
+
+    fn believe(&self, granule: u64, first: u8, second: u8) -> io::Result<Kept> {
+        let states = (
+            self.code.kept(Copy::First, granule, first),
+            self.code.kept(Copy::Second, granule, second),
+        );
+        match states {
+            (Some(kept), Some(Kept::Not)) => Ok(kept),
+            (Some(kept), Some(again)) if kept == again => Ok(kept),
+            _ => Err(damaged(format!(
+                "the states are damaged at granule {granule}"
+            ))),
+        }
     }
 
     /// How `granule` is kept.
@@ -108,17 +163,20 @@ impl<P: PageStore> Preserved<P> {
         })
     }
 
-    /// Records that `run`, of which nothing was kept before, is kept now: in the store first.
+    /// Records that `run`, of which nothing was kept before, is kept now: in the stores first.
     ///
     /// Whoever holds the claim on these granules calls this, and nobody else.
     pub(crate) fn keep(&self, run: &KeptRun) -> io::Result<()> {
-        let length = (run.granules.end - run.granules.start) as usize;
-        self.store.store(
-            STATES_OFFSET + run.granules.start,
-            &vec![run.kept as u8; length],
-        )?;
-        for granule in run.granules.clone() {
-            self.set(granule, run.kept as u64);
+        let KeptRun { granules, kept } = run;
+        let bytes = |copy| -> Vec<u8> {
+            let byte = |granule| self.code.byte(copy, granule, *kept);
+            granules.clone().map(byte).collect()
+        };
+        self.store
+            .store(STATES_OFFSET + granules.start, &bytes(Copy::First))?;
+        self.second.store(granules.start, &bytes(Copy::Second))?;
+        for granule in granules.clone() {
+            self.set(granule, *kept as u64);
         }
         Ok(())
     }
@@ -137,6 +195,11 @@ impl<P: PageStore> Preserved<P> {
     pub(crate) fn store(&self) -> &P {
         &self.store
     }
+
+    /// The other store.
+    pub(crate) fn second(&self) -> &P {
+        &self.second
+    }
 }
 
 fn place(granule: u64) -> (usize, u64) {
@@ -152,6 +215,9 @@ type Page = [AtomicU64; WORDS_PER_PAGE as usize];
 /// Where the states begin in the store; a page for the snapshot's own record comes before.
 pub(crate) const STATES_OFFSET: u64 = 4096;
 
+/// So many granules are looked at at a time after a restart.
+const PIECE: u64 = 4096;
+
 const GRANULES_PER_WORD: u64 = 32;
 /// A page of memory holds the bits of 64 MiB of disk.
 const WORDS_PER_PAGE: u64 = if cfg!(feature = "loom") { 1 } else { 512 };
@@ -163,9 +229,12 @@ mod tests {
 
     use super::*;
 
+    const CODE: Code = Code::new(5);
+
     #[test]
     fn runs_say_how_each_granule_is_kept_across_pages() {
-        let preserved = Preserved::new(3 * GRANULES_PER_PAGE, MemoryPages::default());
+        let pages = MemoryPages::default;
+        let preserved = Preserved::new(3 * GRANULES_PER_PAGE, pages(), pages(), CODE);
         let border = GRANULES_PER_PAGE;
         let data = KeptRun {
             granules: border - 2..border + 1,
@@ -178,22 +247,94 @@ mod tests {
         preserved.keep(&data).unwrap();
         preserved.keep(&hole).unwrap();
 
-        let found: Vec<_> = preserved.runs(border - 3..border + 4).collect();
-        let before = KeptRun {
-            granules: border - 3..border - 2,
-            kept: Kept::Not,
+        let expected = |preserved: &Preserved<MemoryPages>| {
+            let found: Vec<_> = preserved.runs(border - 3..border + 4).collect();
+            let before = KeptRun {
+                granules: border - 3..border - 2,
+                kept: Kept::Not,
+            };
+            let after = KeptRun {
+                granules: border + 2..border + 4,
+                kept: Kept::Not,
+            };
+            assert_eq!(found, [before, data.clone(), hole.clone(), after]);
+            assert!(preserved.covers(&data.granules));
+            assert!(!preserved.covers(&(border..border + 3)));
         };
-        let after = KeptRun {
-            granules: border + 2..border + 4,
-            kept: Kept::Not,
-        };
-        assert_eq!(found, [before, data.clone(), hole, after]);
-        assert!(preserved.covers(&data.granules));
-        assert!(!preserved.covers(&(border..border + 3)));
-        let stored = preserved.store().contents();
-        assert_eq!(
-            stored[(STATES_OFFSET + border - 2) as usize..],
-            [1, 1, 1, 3]
-        );
+        expected(&preserved);
+        let (first, second) = (preserved.store.contents(), preserved.second.contents());
+        let (again, in_scratch) = reopen(first, second).unwrap();
+        expected(&again);
+        assert_eq!(in_scratch, 3);
+    }
+
+    const COUNT: u64 = 3 * GRANULES_PER_PAGE;
+
+    fn reopen(first: Vec<u8>, second: Vec<u8>) -> io::Result<(Preserved<MemoryPages>, u64)> {
+        Preserved::reopen(COUNT, first.into(), second.into(), CODE)
+    }
+
+    /// The stores of a snapshot that keeps granules 2 to 5 and 9, as they are after each store.
+    fn histories() -> Vec<(Vec<u8>, Vec<u8>)> {
+        let pages = MemoryPages::default;
+        let preserved = Preserved::new(COUNT, pages(), pages(), CODE);
+        let mut histories = vec![(vec![], vec![])];
+        for (granules, kept) in [(2..4, Kept::Data), (4..6, Kept::Hole), (9..10, Kept::Zero)] {
+            let before = preserved.second.contents();
+            preserved.keep(&KeptRun { granules, kept }).unwrap();
+            histories.push((preserved.store.contents(), before));
+            histories.push((preserved.store.contents(), preserved.second.contents()));
+        }
+        histories
+    }
+
+    #[test]
+    fn a_kill_between_any_two_stores_is_no_damage() {
+        for (number, (first, second)) in histories().into_iter().enumerate() {
+            let (preserved, in_scratch) = reopen(first, second).unwrap();
+            let kept: Vec<_> = (0..10).map(|g| preserved.kept(g)).collect();
+            let runs = number.div_ceil(2);
+            assert_eq!(in_scratch, if runs >= 1 { 2 } else { 0 }, "after {number}");
+            let expected =
+                |granule, at, state| if runs >= at { state } else { Kept::Not } == kept[granule];
+            assert!(expected(3, 1, Kept::Data), "after {number}: {kept:?}");
+            assert!(expected(4, 2, Kept::Hole), "after {number}: {kept:?}");
+            assert!(expected(9, 3, Kept::Zero), "after {number}: {kept:?}");
+            // What the second did not have it has now.
+            let first = preserved.store.contents();
+            let lost = vec![0; first.len()];
+            let again = reopen(lost, preserved.second.contents());
+            assert_eq!(again.is_err(), runs > 0, "after {number}");
+        }
+    }
+
+    #[test]
+    fn whatever_happens_to_one_store_nothing_wrong_is_believed() {
+        let (first, second) = histories().pop().unwrap();
+        let (good, _) = reopen(first.clone(), second.clone()).unwrap();
+        let offset = STATES_OFFSET as usize;
+        let mut bad: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
+        for at in 0..14 {
+            for byte in 0..=255 {
+                let (mut a, mut b) = (first.clone(), second.clone());
+                a.resize(offset + 14, 0);
+                b.resize(14, 0);
+                a[offset + at] = byte;
+                b[at] = byte;
+                bad.extend([(a, second.clone()), (first.clone(), b)]);
+            }
+            bad.push((first[..offset + at.min(9)].to_vec(), second.clone()));
+            bad.push((first.clone(), second[..at.min(9)].to_vec()));
+        }
+        let mut missed = 0;
+        for (first, second) in bad {
+            let Ok((found, _)) = reopen(first.clone(), second.clone()) else {
+                continue;
+            };
+            let wrong = (0..14).any(|g| found.kept(g) != good.kept(g));
+            missed += u32::from(wrong);
+        }
+        // Where nothing was kept, three bytes of 255 are states.
+        assert!(missed <= 9 * 3, "{missed}");
     }
 }

@@ -1,13 +1,18 @@
 use std::io;
 use std::sync::{Arc, OnceLock};
 
-use bitmap::{Era, EraMap, EraRun, FrozenEras, PageStore};
+use bitmap::{Era, EraMap, EraRun, FrozenEras};
 use block::Storage;
 use tokio::sync::Notify;
 
+use crate::allowance::Allowance;
+use crate::code::Code;
+use crate::frozen::FrozenError;
 use crate::granules::{GRANULE, granules};
-use crate::preserved::Preserved;
-use crate::sync::{AtomicU64, Ordering};
+use crate::head::Head;
+use crate::preserved::{Kept, Preserved};
+use crate::sync::{AtomicBool, AtomicU64, Ordering};
+use crate::terms::{OnError, Terms, refused_write};
 use crate::world::{Durable, World};
 
 /// What is kept of one disk at one instant: old bytes, and old eras.
@@ -17,71 +22,123 @@ use crate::world::{Durable, World};
 /// where one is set by now takes those granules from scratch. A guest never waits for a reader.
 ///
 /// A snapshot that could not keep something is broken, for good: the record of that is stored
-/// before the write that it could not keep up with is issued.
+/// before the write that it could not keep up with is issued. One that is broken or has ended is
+/// over: nobody is answered from it any more, and what it keeps may go.
 pub struct Snapshot<W: World> {
     pub(crate) scratch: W::Scratch,
     pub(crate) preserved: Preserved<W::Pages>,
     pub(crate) eras: FrozenEras<W::Pages>,
+    nonce: u64,
+    terms: Terms,
     broken: OnceLock<String>,
     breaking: Notify,
+    over: AtomicBool,
+    /// How many are storing something in scratch.
+    keeping: AtomicU64,
+    left: Notify,
     scratch_used: AtomicU64,
 }
 
-/// Where a snapshot keeps things. All three hold only zeroes when it begins.
+/// Where a snapshot keeps things. All of them hold only zeroes when it begins.
 pub struct SnapshotFiles<W: World> {
     /// Old bytes, each at its own offset; as large as the disk.
     pub scratch: W::Scratch,
     /// The snapshot's own record, and a byte for each granule.
     pub states: W::Pages,
+    /// Another byte for each granule, to tell damage by.
+    pub second: W::Pages,
     /// Old eras.
     pub eras: W::Pages,
 }
 
+/// Someone is storing something in scratch, which does not go meanwhile.
+pub(crate) struct Keeping<'a, W: World>(&'a Snapshot<W>);
+
 impl<W: World> Snapshot<W> {
-    /// The instant at which era `frozen_in` begins on the disk whose live map is `live`.
+    /// The instant at which era `frozen_in` begins on the disk whose live map is `live`; no other
+    /// snapshot has the number `nonce`.
     ///
     /// Room for the record of a break must have been reserved in `files.states`:
     /// [`RECORD_BYTES`](Self::RECORD_BYTES).
-    pub fn new(live: Arc<EraMap<W::Pages>>, frozen_in: Era, files: SnapshotFiles<W>) -> Self {
+    pub fn new(
+        live: Arc<EraMap<W::Pages>>,
+        frozen_in: Era,
+        files: SnapshotFiles<W>,
+        terms: Terms,
+        nonce: u64,
+    ) -> io::Result<Self> {
+        let head = Head {
+            nonce,
+            broken: None,
+        };
+        head.store(&files.states)?;
         let count = granules(&(0..live.size())).end;
-        Self {
-            scratch: files.scratch,
-            preserved: Preserved::new(count, files.states),
-            eras: FrozenEras::new(live, frozen_in, files.eras),
-            broken: OnceLock::new(),
-            breaking: Notify::new(),
-            scratch_used: AtomicU64::new(0),
-        }
+        let SnapshotFiles {
+            scratch,
+            states,
+            second,
+            eras,
+        } = files;
+        let preserved = Preserved::new(count, states, second, Code::new(nonce));
+        let eras = FrozenEras::new(live, frozen_in, eras);
+        Ok(Self::of(scratch, preserved, eras, terms, nonce))
     }
 
     /// The same instant after a restart within one life of the machine, from what is in `files`.
+    ///
+    /// Fails if that is damaged.
     pub fn reopen(
         live: Arc<EraMap<W::Pages>>,
         frozen_in: Era,
         files: SnapshotFiles<W>,
+        terms: Terms,
     ) -> io::Result<Self> {
+        let SnapshotFiles {
+            scratch,
+            states,
+            second,
+            eras,
+        } = files;
+        let Head { nonce, broken } = Head::load(&states)?;
         let count = granules(&(0..live.size())).end;
-        let (preserved, in_scratch) = Preserved::reopen(count, files.states)?;
-        let snapshot = Self {
-            scratch: files.scratch,
-            preserved,
-            eras: FrozenEras::reopen(live, frozen_in, files.eras)?,
-            broken: OnceLock::new(),
-            breaking: Notify::new(),
-            scratch_used: AtomicU64::new(in_scratch * GRANULE),
-        };
-        if let Some(reason) = snapshot.recorded_break()? {
+        let (preserved, in_scratch) = Preserved::reopen(count, states, second, Code::new(nonce))?;
+        let eras = FrozenEras::reopen(live, frozen_in, eras)?;
+        let snapshot = Self::of(scratch, preserved, eras, terms, nonce);
+        snapshot.terms.allowance.add(in_scratch * GRANULE);
+        snapshot.count_scratch(in_scratch);
+        if let Some(reason) = broken {
             snapshot.lose(reason);
         }
         Ok(snapshot)
     }
 
-    fn recorded_break(&self) -> io::Result<Option<String>> {
-        let mut record = [0; REASON_MAX + 2];
-        self.preserved.store().load(BREAK_OFFSET, &mut record)?;
-        let length = usize::from(u16::from_le_bytes([record[0], record[1]]));
-        let reason = &record[2..2 + length.min(REASON_MAX)];
-        Ok((length > 0).then(|| String::from_utf8_lossy(reason).into_owned()))
+    /// What the record in `states` says why the snapshot is broken, if it does.
+    ///
+    /// Fails if the record is damaged.
+    pub fn recorded_break(states: &W::Pages) -> io::Result<Option<String>> {
+        Ok(Head::load(states)?.broken)
+    }
+
+    fn of(
+        scratch: W::Scratch,
+        preserved: Preserved<W::Pages>,
+        eras: FrozenEras<W::Pages>,
+        terms: Terms,
+        nonce: u64,
+    ) -> Self {
+        Self {
+            scratch,
+            preserved,
+            eras,
+            nonce,
+            terms,
+            broken: OnceLock::new(),
+            breaking: Notify::new(),
+            over: AtomicBool::new(false),
+            keeping: AtomicU64::new(0),
+            left: Notify::new(),
+            scratch_used: AtomicU64::new(0),
+        }
     }
 
     /// How much of the states file belongs to the snapshot's own record.
@@ -97,6 +154,16 @@ impl<W: World> Snapshot<W> {
         &self.eras
     }
 
+    /// How it keeps the old contents of `granule`.
+    pub fn kept(&self, granule: u64) -> Kept {
+        self.preserved.kept(granule)
+    }
+
+    /// From what it takes its scratch.
+    pub fn allowance(&self) -> &Allowance {
+        &self.terms.allowance
+    }
+
     /// Keeps eras that are about to be overwritten.
     pub fn put_aside(&self, run: &EraRun) -> io::Result<()> {
         self.eras.put_aside(run)
@@ -105,6 +172,21 @@ impl<W: World> Snapshot<W> {
     /// Why the instant is lost, if it is.
     pub fn broken(&self) -> Option<&str> {
         self.broken.get().map(String::as_str)
+    }
+
+    /// Whether it is broken or has ended.
+    pub fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
+    }
+
+    /// Fails unless what was read before the call is what was there at the instant.
+    pub(crate) fn whole(&self) -> Result<(), FrozenError> {
+        if !self.is_over() {
+            return Ok(());
+        }
+        Err(self.broken().map_or(FrozenError::Ended, |why| {
+            FrozenError::Broken(why.to_owned())
+        }))
     }
 
     /// Waits until the instant is lost, and says why.
@@ -118,6 +200,23 @@ impl<W: World> Snapshot<W> {
             }
             breaking.await;
         }
+    }
+
+    /// Something of the instant cannot be kept, because of `error`, and is about to be overwritten.
+    ///
+    /// An error means that it must not be: as the terms have it, or because the break could not be
+    /// stored.
+    pub fn cannot_keep(&self, what: &str, error: &io::Error) -> io::Result<()> {
+        let reason = format!("{what}: {error}");
+        match self.terms.on_error {
+            OnError::BreakBackup => self.break_with(reason),
+            OnError::FailGuestWrite => Err(refused_write(reason, error)),
+        }
+    }
+
+    /// Whether a guest's write fails rather than this breaks.
+    pub(crate) fn comes_first(&self) -> bool {
+        self.terms.on_error == OnError::FailGuestWrite
     }
 
     /// Gives the instant up. When this returns, everyone who asks knows, after a kill as well.
@@ -138,27 +237,68 @@ impl<W: World> Snapshot<W> {
     }
 
     fn record_break(&self, reason: &str) -> io::Result<()> {
-        let mut record = Vec::with_capacity(REASON_MAX + 2);
-        let mut length = reason.len().min(REASON_MAX);
-        while !reason.is_char_boundary(length) {
-            length -= 1;
-        }
-        record.extend((length as u16).to_le_bytes());
-        record.extend(&reason.as_bytes()[..length]);
-        self.preserved.store().store(BREAK_OFFSET, &record)
+        let head = Head {
+            nonce: self.nonce,
+            broken: Some(reason.to_owned()),
+        };
+        head.store(self.preserved.store())
     }
 
     fn lose(&self, reason: String) {
         // Whoever came first has said why.
         let _ = self.broken.set(reason);
+        self.over.store(true, Ordering::SeqCst);
         self.breaking.notify_waiters();
+    }
+
+    /// Nobody needs the instant any more.
+    pub fn end(&self) {
+        self.over.store(true, Ordering::SeqCst);
+    }
+
+    /// Waits, when it is over, until nothing more is stored in scratch; then what is there may go.
+    ///
+    /// Whoever reads the past asks at last whether it is over, so what was read from where something
+    /// has gone is not believed; and whoever stores has counted itself before asking, so nothing
+    /// comes after what has gone.
+    pub async fn quiet(&self) {
+        loop {
+            let left = self.left.notified();
+            tokio::pin!(left);
+            left.as_mut().enable();
+            if self.keeping.load(Ordering::SeqCst) == 0 {
+                return;
+            }
+            left.await;
+        }
+    }
+
+    /// What was in scratch is gone, and others may take as much.
+    pub fn released(&self) {
+        let used = self.scratch_used.swap(0, Ordering::Relaxed);
+        self.terms.allowance.give_back(used);
+    }
+
+    /// Keeps what is in scratch from going, unless it is over.
+    pub(crate) fn enter(&self) -> Option<Keeping<'_, W>> {
+        self.keeping.fetch_add(1, Ordering::SeqCst);
+        let keeping = Keeping(self);
+        // Counted before the look, as whoever ends it says so before looking at the count: one of
+        // the two sees the other.
+        (!self.is_over()).then_some(keeping)
     }
 
     /// Makes durable what is kept.
     pub async fn sync(&self) -> io::Result<()> {
         self.scratch.sync().await?;
         self.preserved.store().sync().await?;
+        self.preserved.second().sync().await?;
         self.eras.store().sync().await
+    }
+
+    /// Makes durable that it is broken.
+    pub async fn sync_record(&self) -> io::Result<()> {
+        self.preserved.store().sync().await
     }
 
     /// How many bytes of old contents are in scratch.
@@ -172,8 +312,17 @@ impl<W: World> Snapshot<W> {
     }
 }
 
-/// Where the record of a break begins; a length of zero says that there is none.
-const BREAK_OFFSET: u64 = 0;
+impl<W: World> Drop for Keeping<'_, W> {
+    fn drop(&mut self) {
+        let last = self.0.keeping.fetch_sub(1, Ordering::SeqCst) == 1;
+        if last && self.0.is_over() {
+            self.0.left.notify_waiters();
+        }
+    }
+}
 
-/// Fits into the first sector with its length.
-const REASON_MAX: usize = 500;
+impl<W: World> Drop for Snapshot<W> {
+    fn drop(&mut self) {
+        self.released();
+    }
+}

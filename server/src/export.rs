@@ -65,6 +65,7 @@ impl From<FrozenError> for ExportError {
     fn from(error: FrozenError) -> Self {
         match error {
             FrozenError::Broken(reason) => Self::Broken(reason),
+            FrozenError::Ended => Self::Ended,
             FrozenError::Io(error) => Self::Io(error),
         }
     }

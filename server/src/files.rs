@@ -91,37 +91,78 @@ impl SnapshotDir {
         let states = Cells::create(&dir.path.join(STATES))?;
         states.reserve(Snapshot::<Files>::RECORD_BYTES)?;
         states.extend(states_bytes(size))?;
+        let second = Cells::create(&dir.path.join(SECOND))?;
+        second.extend(granules(size))?;
         let files = SnapshotFiles {
             scratch: FileStorage::new(scratch)?,
             states: CellPages(states),
+            second: CellPages(second),
             eras: CellPages::create(&dir.path.join(ERAS))?,
         };
         Ok((dir, files))
     }
 
-    /// The folder and its files, as an earlier server left them.
-    pub(crate) fn open(path: PathBuf, size: u64) -> io::Result<(Self, SnapshotFiles<Files>)> {
+    /// The folder as an earlier server left it, whatever that is.
+    pub(crate) fn left_at(path: PathBuf) -> Self {
+        Self {
+            path,
+            kept: AtomicBool::new(true),
+        }
+    }
+
+    /// The files in it.
+    pub(crate) fn open(&self, size: u64) -> io::Result<SnapshotFiles<Files>> {
         let scratch = File::options()
             .read(true)
             .write(true)
-            .open(path.join(SCRATCH))?;
+            .open(self.path.join(SCRATCH))?;
         let files: SnapshotFiles<Files> = SnapshotFiles {
             scratch: FileStorage::new(scratch)?,
-            states: CellPages(Cells::open(&path.join(STATES))?),
-            eras: CellPages(Cells::open(&path.join(ERAS))?),
+            states: CellPages(Cells::open(&self.path.join(STATES))?),
+            second: CellPages(Cells::open(&self.path.join(SECOND))?),
+            eras: CellPages(Cells::open(&self.path.join(ERAS))?),
         };
         if block::Storage::size(&files.scratch) != size
             || files.states.0.length()? != states_bytes(size)
+            || files.second.0.length()? != granules(size)
         {
-            return Err(io::Error::other("the scratch files are not whole"));
+            return Err(io::Error::other("the files are not whole"));
         }
-        Ok((
-            Self {
-                path,
-                kept: AtomicBool::new(true),
-            },
-            files,
-        ))
+        Ok(files)
+    }
+
+    /// Why what is in it is broken, if that is recorded.
+    pub(crate) fn recorded_break(&self) -> Option<String> {
+        let states = CellPages(Cells::open(&self.path.join(STATES)).ok()?);
+        Snapshot::<Files>::recorded_break(&states).ok()?
+    }
+
+    /// The folder that it is in.
+    pub(crate) fn parent(&self) -> &Path {
+        self.path.parent().unwrap_or(&self.path)
+    }
+
+    /// Gives back the space of the files, and leaves the record. What is left is too short to be
+    /// taken for a snapshot, also after a kill at any moment.
+    pub(crate) async fn release(&self) {
+        let path = self.path.clone();
+        let released = tokio::task::spawn_blocking(move || {
+            // The first is what tells, and what counts.
+            for (file, length) in [
+                (SCRATCH, 0),
+                (STATES, Snapshot::<Files>::RECORD_BYTES),
+                (SECOND, 0),
+                (ERAS, 0),
+            ] {
+                shorten(&path.join(file), length)?;
+            }
+            Ok(())
+        });
+        let released = released.await.map_err(io::Error::other);
+        if let Err(error) = released.and_then(|done: io::Result<()>| done) {
+            let path = self.path.display();
+            tracing::warn!(%path, %error, "scratch takes space that nobody needs");
+        }
     }
 
     /// Makes the folder and its files survive, as files, whatever happens to the machine.
@@ -164,7 +205,21 @@ impl Drop for SnapshotDir {
 
 /// How long the states of a disk of `size` bytes are: a state that is missing is no state.
 fn states_bytes(size: u64) -> u64 {
-    Snapshot::<Files>::RECORD_BYTES + size.div_ceil(scratch::GRANULE)
+    Snapshot::<Files>::RECORD_BYTES + granules(size)
+}
+
+fn granules(size: u64) -> u64 {
+    size.div_ceil(scratch::GRANULE)
+}
+
+/// Cuts the file at `path`, if there is one and it is longer.
+fn shorten(path: &Path, length: u64) -> io::Result<()> {
+    match File::options().write(true).open(path) {
+        Ok(file) if file.metadata()?.len() > length => file.set_len(length),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Files that nobody can find, for a snapshot of which nothing is left.
@@ -175,12 +230,14 @@ pub(crate) fn nowhere(size: u64) -> io::Result<SnapshotFiles<Files>> {
     Ok(SnapshotFiles {
         scratch: FileStorage::new(scratch)?,
         states: CellPages(Cells::from(file()?)),
+        second: CellPages(Cells::from(file()?)),
         eras: CellPages(Cells::from(file()?)),
     })
 }
 
 const SCRATCH: &str = "scratch";
 const STATES: &str = "states";
+const SECOND: &str = "states2";
 const ERAS: &str = "eras";
 
 /// The folder itself, the one of all backups, and the one that that is in.

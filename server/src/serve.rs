@@ -22,7 +22,7 @@ use crate::lock_file::LockFile;
 use crate::nbd::{Client, Stream, Workers};
 use crate::notify;
 use crate::served::{DiskSpec, ServedDisk};
-use crate::service::Service;
+use crate::service::{ScratchOptions, Service};
 
 /// How to serve.
 #[derive(Clone, Debug)]
@@ -45,6 +45,8 @@ pub(crate) struct ServeOptions {
     pub(crate) allow_plaintext: bool,
     /// How long a freeze waits for writes in flight.
     pub(crate) freeze_timeout: Duration,
+    /// How much scratch backups may take.
+    pub(crate) scratch: ScratchOptions,
 }
 
 /// Serves until told to stop, by a signal or over the control socket.
@@ -80,7 +82,7 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     for spec in &options.disks {
         disks.push(ServedDisk::open(spec, scratch_dir).await?);
     }
-    let service = Service::new(disks, options.freeze_timeout, wall_clock)
+    let service = Service::new(disks, options.freeze_timeout, wall_clock, options.scratch)
         .map_err(|error| cannot("restore backups", &error))?;
     let settled = service.settle().await;
     settled.map_err(|error| cannot("record what was found", &error))?;

@@ -162,6 +162,8 @@ impl ServedDisk {
         for snapshot in &self.disk.tracking().snapshots {
             if let Err(error) = snapshot.sync().await {
                 snapshot.break_with(format!("scratch cannot be synced: {error}"))?;
+                // Else another boot would take it for whole, as after any clean end.
+                snapshot.sync_record().await?;
             }
         }
         let era = self.disk.tracking().era;

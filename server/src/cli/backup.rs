@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::client::{self, Client};
 use super::problem::{Problem, exit};
 use super::show;
-use super::units::parse_duration;
+use super::units::{parse_duration, parse_size};
 use super::{Answers, Disks, Done, NONE, pick};
 use crate::control::answers::{BackupAnswer, BackupDisk, BackupState, Mode};
 use crate::service::FIRST_BACKUP;
@@ -40,6 +40,10 @@ pub(super) enum BackupCommand {
         /// Abort the backup if nobody has ended it by then, such as 30m, 12h or 7d.
         #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
         expires: Option<Duration>,
+        /// Keep at most this much of overwritten blocks for it, such as 10G; it breaks before that is
+        /// exceeded [default: `serve --backup-scratch-limit`].
+        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+        scratch_limit: Option<u64>,
     },
     /// Show all open backups.
     List,
@@ -83,6 +87,7 @@ impl BackupCommand {
                 bitmaps,
                 consumer,
                 expires,
+                scratch_limit,
             } => {
                 if let Some(since @ ("last" | "latest")) = since.as_deref()
                     && consumer.is_none()
@@ -101,6 +106,7 @@ impl BackupCommand {
                     consumer,
                     // A part of a second is a second.
                     expires_s: expires.map(|time| time.as_millis().div_ceil(1000) as u64),
+                    scratch_limit,
                 };
                 let answer = client.execute("backup-begin", &arguments)?;
                 let mut done = answers.show(&answer, show::backup_begun)?;
@@ -164,4 +170,5 @@ struct Beginning {
     consumer: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     expires_s: Option<u64>,
+    scratch_limit: Option<u64>,
 }

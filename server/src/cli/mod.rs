@@ -11,6 +11,7 @@ mod consumer;
 mod disk_option;
 mod problem;
 mod run_dir;
+mod scratch_options;
 mod serve;
 mod show;
 mod table;

@@ -12,6 +12,7 @@ use tracing_subscriber::EnvFilter;
 
 use super::disk_option;
 use super::problem::Problem;
+use super::scratch_options::ScratchArgs;
 use super::units::parse_duration;
 use crate::address::Address;
 use crate::serve::{ServeOptions, run};
@@ -49,6 +50,8 @@ pub(super) struct ServeArgs {
     /// How long an instant may wait for writes in flight, such as 500ms or 1s.
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = parse_duration)]
     freeze_timeout: Duration,
+    #[command(flatten)]
+    scratch: ScratchArgs,
 }
 
 /// Serves until stopped.
@@ -79,6 +82,7 @@ fn options(args: ServeArgs, run_dir: PathBuf) -> Result<ServeOptions, Problem> {
         socket_group: args.socket_group,
         allow_plaintext: args.allow_plaintext,
         freeze_timeout: args.freeze_timeout,
+        scratch: args.scratch.options(),
     })
 }
 

@@ -34,7 +34,10 @@ pub(super) fn status(status: &Status) -> String {
     text.push('\n');
     for (name, value) in [
         ("checkpoints", status.checkpoints.to_string()),
-        ("scratch used", size(status.scratch_used_bytes)),
+        (
+            "scratch used",
+            used_of(status.scratch_used_bytes, status.scratch_limit_bytes),
+        ),
         (
             "longest guest stall",
             microseconds(status.longest_guest_stall_us),
@@ -212,6 +215,10 @@ pub(super) fn backup(backup: &BackupAnswer) -> String {
             format_args!("guest stall {}", microseconds(stall)),
         );
     }
+    if let Some(used) = backup.scratch_used_bytes {
+        let used = used_of(used, backup.scratch_limit_bytes);
+        say(&mut text, format_args!("scratch     {used}"));
+    }
     for disk in &backup.disks {
         text.push('\n');
         describe_disk(&mut text, disk);
@@ -298,6 +305,13 @@ fn backup_state(backup: &BackupAnswer) -> &'static str {
     match backup.state {
         BackupState::Open => "open",
         BackupState::Broken => "broken",
+    }
+}
+
+fn used_of(used: u64, limit: Option<u64>) -> String {
+    match limit {
+        None => size(used),
+        Some(limit) => format!("{} of {}", size(used), size(limit)),
     }
 }
 

@@ -95,6 +95,10 @@ struct Happening {
     outcome: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    used: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limit: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -127,6 +131,8 @@ pub(crate) struct Status {
     pub(crate) backups: Vec<BackupAnswer>,
     /// What all backups keep.
     pub(crate) scratch_used_bytes: u64,
+    /// What they may keep, if there is a limit.
+    pub(crate) scratch_limit_bytes: Option<u64>,
     /// The longest time for which a freeze held the guests.
     pub(crate) longest_guest_stall_us: u64,
     /// Where it listens.
@@ -257,6 +263,12 @@ pub(crate) struct BackupAnswer {
     /// For how long the guests were held.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) guest_stall_us: Option<u64>,
+    /// What it keeps, on all its disks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) scratch_used_bytes: Option<u64>,
+    /// What it may keep, if there is a limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) scratch_limit_bytes: Option<u64>,
     /// Its disks.
     pub(crate) disks: Vec<BackupDisk>,
 }
@@ -394,8 +406,13 @@ impl Reply {
 impl Notice {
     /// How clients are told of `event` at time `now`.
     pub(crate) fn new(event: Event, now: OffsetDateTime) -> Self {
+        let (mut used, mut limit) = (None, None);
         let (event, id, outcome, reason) = match event {
             Event::Begun { id } => ("BACKUP_BEGUN", id, None, None),
+            Event::ScratchThreshold { id, nearest } => {
+                (used, limit) = (Some(nearest.used), Some(nearest.limit));
+                ("SCRATCH_THRESHOLD", id, None, None)
+            }
             Event::Ended { id, outcome } => {
                 let outcome = match outcome {
                     Outcome::Committed => "committed",
@@ -411,6 +428,8 @@ impl Notice {
                 id,
                 outcome,
                 reason,
+                used,
+                limit,
             },
             timestamp: Timestamp {
                 seconds: now.unix_timestamp(),

@@ -78,7 +78,6 @@ pub(crate) async fn execute(
 impl Control {
     fn status(&self) -> Status {
         let backups = self.all_backups();
-        let parts = backups.iter().flat_map(|backup| &backup.disks);
         let texts = |addresses: &[crate::address::Address]| {
             addresses.iter().map(ToString::to_string).collect()
         };
@@ -88,7 +87,8 @@ impl Control {
             run_dir: path_text(&self.run_dir),
             disks: self.disks(),
             checkpoints: self.service.book().checkpoints.len(),
-            scratch_used_bytes: parts.filter_map(|part| part.scratch_used_bytes).sum(),
+            scratch_used_bytes: self.service.scratch().used(),
+            scratch_limit_bytes: self.service.scratch().limit(),
             backups,
             longest_guest_stall_us: self.service.longest_pause().as_micros() as u64,
             sockets: Sockets {
@@ -144,6 +144,8 @@ impl Control {
     fn backup_in_use(&self, backup: &Backup) -> BackupAnswer {
         let mut answer = self.backup(backup);
         answer.guest_stall_us = Some(backup.pause.as_micros() as u64);
+        answer.scratch_used_bytes = Some(backup.budget.own().used());
+        answer.scratch_limit_bytes = backup.budget.own().limit();
         for (answer, part) in answer.disks.iter_mut().zip(backup.disks.values()) {
             answer.exports = Some(export_uses(part));
             answer.scratch_used_bytes = Some(part.frozen.snapshot().scratch_used());
@@ -171,6 +173,8 @@ impl Control {
             consumer: backup.request.consumer.clone(),
             expires_at: backup.expires_at.map(time_text),
             guest_stall_us: None,
+            scratch_used_bytes: None,
+            scratch_limit_bytes: None,
             disks: parts.map(|part| self.backup_disk(part)).collect(),
         }
     }

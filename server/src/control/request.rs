@@ -209,6 +209,7 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
             bitmaps: arguments.texts("bitmaps")?,
             consumer: arguments.name("consumer")?,
             expires_s: arguments.number("expires_s", u64::MAX)?,
+            scratch_limit: arguments.number("scratch_limit", u64::MAX)?,
         }),
         "backup-commit" => Command::Commit {
             id: arguments.required_name("id")?,
@@ -267,7 +268,7 @@ mod tests {
     fn arguments_become_a_command() {
         let begin = r#"{"execute":"backup-begin",
             "arguments":{"id":"b1","disks":["vda"],"since":"cp1","checkpoint":"cp2",
-                "consumer":"nightly","expires_s":60}}"#;
+                "consumer":"nightly","expires_s":60,"scratch_limit":4096}}"#;
         let expected = BeginRequest {
             id: Some(name("b1")),
             disks: Some(vec![name("vda")]),
@@ -276,6 +277,7 @@ mod tests {
             bitmaps: None,
             consumer: Some(name("nightly")),
             expires_s: Some(60),
+            scratch_limit: Some(4096),
         };
         assert_eq!(parse(begin), Ok(Command::Begin(expected)));
         let capabilities = r#"{"execute":"qmp_capabilities","arguments":{"enable":[]}}"#;

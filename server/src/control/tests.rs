@@ -6,7 +6,7 @@ use tokio::task::LocalSet;
 
 use super::*;
 use crate::names::Name;
-use crate::service::BeginRequest;
+use crate::service::{BeginRequest, ScratchOptions};
 
 struct Client {
     stream: BufReader<UnixStream>,
@@ -21,6 +21,7 @@ impl Client {
                 Vec::new(),
                 Duration::from_secs(1),
                 time::OffsetDateTime::now_utc,
+                ScratchOptions::default(),
             )
             .expect("nothing to restore"),
             backup_addresses: Vec::new(),

@@ -280,9 +280,9 @@ impl<W: World> Disk<W> {
     async fn mark(&self, range: &Range<u64>, tracking: &Tracking<W>) -> io::Result<()> {
         for run in self.map.older(range, tracking.era) {
             // The old era is kept first, or a map of the past would not find it.
-            for snapshot in tracking.snapshots.iter().filter(|s| s.broken().is_none()) {
+            for snapshot in tracking.snapshots.iter().filter(|s| !s.is_over()) {
                 if let Err(error) = snapshot.put_aside(&run) {
-                    snapshot.break_with(format!("old eras: {error}"))?;
+                    snapshot.cannot_keep("old eras", &error)?;
                 }
             }
             self.pace.step(Step::Mark).await;

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bitmap::Era;
-use scratch::Snapshot;
+use scratch::{Budget, Snapshot};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -46,11 +46,14 @@ impl Service {
         let since = self.find_base(&request, &disks)?;
         let mut bitmaps = self.bitmaps_to_freeze(&request, &disks)?;
 
+        let budget = self
+            .space
+            .budget(self.space.limit_of(request.scratch_limit));
         let mut prepared = Vec::new();
         for disk in disks {
             let base = self.base_of(&since, &disk);
             let bitmaps = bitmaps.remove(&disk.name).unwrap_or_default();
-            prepared.push(prepare(&id, disk, base, bitmaps)?);
+            prepared.push(self.prepare(&id, disk, base, bitmaps, &budget)?);
         }
         let next = |part: &Prepared| Freeze {
             disk: Arc::clone(&part.disk.disk),
@@ -68,12 +71,14 @@ impl Service {
             expires_at,
             frozen_at: (self.clock)(),
             pause,
+            budget,
         };
         let backup = self.prepare_entry(entry, &since, prepared);
         if let Err((disk, error)) = self.record_begin(&backup).await {
             let undo = Record::Aborted { uuid: backup.uuid };
             self.record_or_owe(backup.disks.keys(), &undo).await;
             backup.disks.values().for_each(|part| part.end());
+            release(&backup).await;
             return Err(not_recorded(&disk, &error));
         }
         self.enter(&backup);
@@ -104,7 +109,7 @@ impl Service {
         }
         let record = Record::Committed { uuid: backup.uuid };
         self.record_decision(backup.disks.keys(), &record).await?;
-        self.end(&backup, Outcome::Committed);
+        self.end(&backup, Outcome::Committed).await;
         self.drop_left_behind().await;
         Ok(())
     }
@@ -118,7 +123,7 @@ impl Service {
         };
         let record = Record::Aborted { uuid: backup.uuid };
         self.record_decision(backup.disks.keys(), &record).await?;
-        self.end(&backup, Outcome::Aborted);
+        self.end(&backup, Outcome::Aborted).await;
         self.drop_left_behind().await;
         Ok(())
     }
@@ -178,6 +183,7 @@ impl Service {
             expires_at,
             frozen_at,
             pause,
+            budget,
         } = entry;
         let freeze = |part: Prepared| {
             let name = part.disk.name.clone();
@@ -203,6 +209,7 @@ impl Service {
             since,
             checkpoint: checkpoint.map(|name| (name, Uuid::new_v4())),
             expires_at,
+            budget,
             disks,
             lost: OnceLock::new(),
         })
@@ -236,11 +243,11 @@ impl Service {
         book.backups.push(Arc::clone(backup));
     }
 
-    /// Tells everyone when the backup breaks.
+    /// Tells everyone when the backup comes near its limits, and when it breaks.
     pub(super) fn watch(self: &Arc<Self>, backup: &Arc<Backup>) {
         let (service, backup) = (Arc::clone(self), Arc::clone(backup));
         tokio::task::spawn_local(async move {
-            let Some(reason) = backup.breaks().await else {
+            let Some(reason) = service.watermarks_until_broken(&backup).await else {
                 return;
             };
             tracing::error!(backup = %backup.id, reason, "broken");
@@ -248,7 +255,30 @@ impl Service {
                 id: backup.id.clone(),
                 reason: reason.to_owned(),
             });
+            release(&backup).await;
         });
+    }
+
+    async fn watermarks_until_broken<'a>(&self, backup: &'a Backup) -> Option<&'a str> {
+        let broken = backup.breaks();
+        tokio::pin!(broken);
+        // Those that an earlier server has told of are not told of again.
+        let mut known = backup.budget.level();
+        loop {
+            let level = tokio::select! {
+                biased;
+                level = backup.budget.rises(known) => level,
+                reason = &mut broken => return reason,
+            };
+            for _ in known..level {
+                let Some(nearest) = backup.nearest_limit() else {
+                    continue;
+                };
+                let id = backup.id.clone();
+                self.announce(Event::ScratchThreshold { id, nearest });
+            }
+            known = level;
+        }
     }
 
     /// The open backup, or `None` if it has ended in this very way already.
@@ -273,7 +303,19 @@ impl Service {
         }
     }
 
-    fn end(&self, backup: &Backup, outcome: Outcome) {
+    async fn end(&self, backup: &Backup, outcome: Outcome) {
+        self.enter_end(backup, outcome);
+        for part in backup.disks.values() {
+            part.end();
+        }
+        release(backup).await;
+        self.announce(Event::Ended {
+            id: backup.id.clone(),
+            outcome,
+        });
+    }
+
+    fn enter_end(&self, backup: &Backup, outcome: Outcome) {
         let mut book = self.book_mut();
         book.backups.retain(|open| open.id != backup.id);
         book.ended.insert(backup.id.clone(), outcome);
@@ -288,14 +330,6 @@ impl Service {
             }
             Outcome::Aborted => book.checkpoints.retain(|checkpoint| !ours(checkpoint)),
         }
-        drop(book);
-        for part in backup.disks.values() {
-            part.end();
-        }
-        self.announce(Event::Ended {
-            id: backup.id.clone(),
-            outcome,
-        });
     }
 }
 
@@ -317,6 +351,7 @@ struct Entry {
     expires_at: Option<OffsetDateTime>,
     frozen_at: OffsetDateTime,
     pause: Duration,
+    budget: Arc<Budget>,
 }
 
 /// The checkpoint that all those disks begin from that have one, if it is one.
@@ -326,37 +361,48 @@ fn common_base<'a>(parts: impl Iterator<Item = &'a Arc<FrozenDisk>>) -> Option<(
     bases.all(|base| base == first).then_some(first)
 }
 
-fn prepare(
-    id: &Name,
-    disk: Arc<ServedDisk>,
-    base: Base,
-    bitmaps: Vec<FrozenBitmap>,
-) -> Result<Prepared, Failure> {
-    refuse_untrusted(&disk)?;
-    let tracking = disk.disk.tracking();
-    let era = next_era(&disk, &tracking)?;
-    let path: PathBuf = disk.snapshot_dir(id);
-    let (dir, files) = SnapshotDir::create(path.clone(), disk.disk.size()).map_err(|error| {
-        let message = format!("cannot make scratch files in '{}': {error}", path.display());
-        Failure::new("scratch", message)
-    })?;
-    // Nobody changes these while an instant is being taken; of the eras, the snapshot keeps its own.
-    for (number, bitmap) in bitmaps.iter().enumerate() {
-        let bits = BitsId::frozen(bitmap.uuid);
-        write_bits(&dir.bitmap(number), bits, &bitmap.dirty.bits).map_err(|error| {
-            let message = format!("cannot keep dirty bitmap '{}': {error}", bitmap.name);
+impl Service {
+    fn prepare(
+        &self,
+        id: &Name,
+        disk: Arc<ServedDisk>,
+        base: Base,
+        bitmaps: Vec<FrozenBitmap>,
+        budget: &Arc<Budget>,
+    ) -> Result<Prepared, Failure> {
+        refuse_untrusted(&disk)?;
+        let tracking = disk.disk.tracking();
+        let era = next_era(&disk, &tracking)?;
+        let path: PathBuf = disk.snapshot_dir(id);
+        let failed = |error: io::Error| {
+            let message = format!("cannot make scratch files in '{}': {error}", path.display());
             Failure::new("scratch", message)
-        })?;
+        };
+        let (dir, files) = SnapshotDir::create(path.clone(), disk.disk.size()).map_err(failed)?;
+        let terms = self.space.terms(budget, dir.parent()).map_err(failed)?;
+        self.space
+            .refuse_if_full(&terms.allowance.room, dir.parent())?;
+        // Nobody changes these while an instant is being taken; of the eras, the snapshot keeps its
+        // own.
+        for (number, bitmap) in bitmaps.iter().enumerate() {
+            let bits = BitsId::frozen(bitmap.uuid);
+            write_bits(&dir.bitmap(number), bits, &bitmap.dirty.bits).map_err(|error| {
+                let message = format!("cannot keep dirty bitmap '{}': {error}", bitmap.name);
+                Failure::new("scratch", message)
+            })?;
+        }
+        let live = Arc::clone(disk.disk.map());
+        let nonce = Uuid::new_v4().as_u64_pair().1;
+        let snapshot = Snapshot::new(live, era, files, terms, nonce).map_err(failed)?;
+        Ok(Prepared {
+            disk,
+            era,
+            snapshot: Arc::new(snapshot),
+            dir,
+            base,
+            bitmaps,
+        })
     }
-    let snapshot = Arc::new(Snapshot::new(Arc::clone(disk.disk.map()), era, files));
-    Ok(Prepared {
-        disk,
-        era,
-        snapshot,
-        dir,
-        base,
-        bitmaps,
-    })
 }
 
 impl Prepared {
@@ -396,7 +442,24 @@ impl Backup {
             checkpoint: self.checkpoint.clone(),
             bitmaps: part.bitmaps.iter().map(FrozenBitmap::record).collect(),
             expires_at: self.expires_at.map(restore::nanoseconds_of),
+            scratch_limit: self.budget.own().limit(),
         }
+    }
+
+    /// The limit of its scratch that is nearest, if there is one.
+    fn nearest_limit(&self) -> Option<scratch::Use> {
+        let rooms = self.disks.values().filter_map(|part| {
+            let room = &part.frozen.snapshot().allowance().room;
+            room.left()
+        });
+        self.budget.nearest(rooms.min())
+    }
+}
+
+/// Gives back the space of a backup that is broken or has ended.
+async fn release(backup: &Backup) {
+    for part in backup.disks.values() {
+        part.release().await;
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bitmap::Era;
-use scratch::Frozen;
+use scratch::{Budget, Frozen};
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
@@ -109,6 +109,8 @@ pub(crate) struct BeginRequest {
     pub(crate) consumer: Option<Name>,
     /// After how many seconds the server aborts it.
     pub(crate) expires_s: Option<u64>,
+    /// How much scratch it may take, in bytes.
+    pub(crate) scratch_limit: Option<u64>,
 }
 
 /// An instant that is kept until it is committed or aborted.
@@ -129,6 +131,8 @@ pub(crate) struct Backup {
     pub(crate) checkpoint: Option<(Name, Uuid)>,
     /// When the server aborts it, by its clock.
     pub(crate) expires_at: Option<OffsetDateTime>,
+    /// What it uses of scratch and may use.
+    pub(crate) budget: Arc<Budget>,
     /// Its disks.
     pub(crate) disks: BTreeMap<Name, Arc<FrozenDisk>>,
     /// Why all of it was given up: the first of its disks that was lost.
@@ -431,10 +435,25 @@ impl FrozenDisk {
     pub(super) fn end(&self) {
         // Who reads from now on is told; then what they would have read may go.
         self.ended.store(true, Ordering::Release);
+        self.frozen.snapshot().end();
         self.ending.notify_waiters();
         self.disk.disk.forget(self.frozen.snapshot());
+    }
+
+    /// Gives back the space of what is broken or has ended, also if clients still have it open.
+    ///
+    /// First everyone who reads is told that it is over, which whoever is reading asks at last; then
+    /// whoever still stores something ends; then it goes. A process that is killed leaves files that
+    /// are whole, or that are too short to be taken for a snapshot.
+    pub(super) async fn release(&self) {
+        let snapshot = self.frozen.snapshot();
+        snapshot.quiet().await;
         if let Some(dir) = &self.dir {
-            dir.remove();
+            dir.release().await;
+            if self.has_ended() {
+                dir.remove();
+            }
         }
+        snapshot.released();
     }
 }

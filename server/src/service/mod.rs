@@ -12,6 +12,7 @@ mod checkpoints;
 mod consumers;
 mod expiry;
 mod restore;
+mod space;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -36,6 +37,8 @@ use crate::names::Name;
 use crate::served::{Past, ServedDisk};
 use crate::state::Record;
 use restore::Restored;
+use space::Space;
+pub(crate) use space::{Reserve, ScratchOptions};
 
 /// Disks, and what is known of their past.
 pub(crate) struct Service {
@@ -50,6 +53,7 @@ pub(crate) struct Service {
     /// The longest time for which the guests were held, in microseconds.
     longest_pause_us: AtomicU64,
     events: broadcast::Sender<Event>,
+    space: Space,
 }
 
 /// What time it is.
@@ -81,6 +85,13 @@ pub(crate) enum Event {
         /// Why.
         reason: String,
     },
+    /// A backup has come near the end of its scratch.
+    ScratchThreshold {
+        /// Its id.
+        id: Name,
+        /// How much is used, and the limit of that.
+        nearest: scratch::Use,
+    },
 }
 
 impl Service {
@@ -91,13 +102,15 @@ impl Service {
         disks: Vec<(ServedDisk, Past)>,
         freeze_timeout: Duration,
         clock: Clock,
+        scratch: ScratchOptions,
     ) -> io::Result<Arc<Self>> {
         let (mut served, mut pasts) = (BTreeMap::new(), BTreeMap::new());
         for (disk, past) in disks {
             pasts.insert(disk.name.clone(), past);
             served.insert(disk.name.clone(), Arc::new(disk));
         }
-        let Restored { book, owed } = restore::restore(&served, pasts)?;
+        let space = Space::new(scratch);
+        let Restored { book, owed } = restore::restore(&served, pasts, &space)?;
         let open: Vec<&Name> = book.backups.iter().map(|backup| &backup.id).collect();
         for disk in served.values() {
             disk.remove_leftovers(&open);
@@ -111,6 +124,7 @@ impl Service {
             owed: std::sync::Mutex::new(owed),
             longest_pause_us: AtomicU64::new(0),
             events: broadcast::channel(EVENTS_MAX).0,
+            space,
         });
         for backup in &service.book().backups {
             service.watch(backup);
@@ -172,6 +186,11 @@ impl Service {
     /// What happens from now on.
     pub(crate) fn events(&self) -> broadcast::Receiver<Event> {
         self.events.subscribe()
+    }
+
+    /// What all backups use of scratch and may use.
+    pub(crate) fn scratch(&self) -> &scratch::Quota {
+        self.space.all()
     }
 
     /// The longest time for which a freeze held the guests.

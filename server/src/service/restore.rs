@@ -9,13 +9,14 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bitmap::{BitGranularity, DirtySet, Era};
-use scratch::Snapshot;
+use scratch::{Snapshot, Terms};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::agree::{Told, agree};
 use super::bitmaps::{FrozenBitmap, load_bitmaps};
 use super::book::{Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Last};
+use super::space::Space;
 use crate::disk::Ending;
 use crate::files::{SnapshotDir, nowhere};
 use crate::names::Name;
@@ -38,6 +39,7 @@ pub(super) struct Restored {
 pub(super) fn restore(
     disks: &BTreeMap<Name, Arc<ServedDisk>>,
     pasts: BTreeMap<Name, Past>,
+    space: &Space,
 ) -> io::Result<Restored> {
     let (mut told, mut endings) = (Told::new(), BTreeMap::new());
     for (name, past) in pasts {
@@ -74,7 +76,7 @@ pub(super) fn restore(
         }
     }
     for (uuid, parts) in open {
-        let backup = reopen(uuid, &parts, &broken, disks, &endings)?;
+        let backup = reopen(uuid, &parts, &broken, disks, &endings, space)?;
         book.checkpoints.extend(backup.pending_checkpoint());
         book.backups.push(Arc::new(backup));
     }
@@ -117,7 +119,10 @@ fn reopen(
     broken: &BTreeMap<(Name, Uuid), String>,
     disks: &BTreeMap<Name, Arc<ServedDisk>>,
     endings: &BTreeMap<Name, Ending>,
+    space: &Space,
 ) -> io::Result<Backup> {
+    let any = records.values().next().expect("it is open on a disk");
+    let budget = space.budget(any.scratch_limit);
     let mut parts = BTreeMap::new();
     for (name, record) in records {
         let is_served = |uuid: &Uuid| disks.values().any(|disk| disk.uuid == *uuid);
@@ -127,10 +132,11 @@ fn reopen(
         };
         let broken = broken.get(&(name.clone(), uuid)).cloned();
         let broken = broken.or_else(missing);
-        let part = reopen_disk(record, Arc::clone(&disks[name]), endings[name], broken)?;
+        let terms = |dir: &SnapshotDir| space.terms(&budget, dir.parent());
+        let disk = Arc::clone(&disks[name]);
+        let part = reopen_disk(record, disk, endings[name], broken, terms)?;
         parts.insert(name.clone(), Arc::new(part));
     }
-    let any = records.values().next().expect("it is open on a disk");
     let same = |record: &&BackupRecord| record.since == any.since;
     Ok(Backup {
         id: any.id.clone(),
@@ -144,6 +150,7 @@ fn reopen(
             .filter(|_| records.values().all(|r| same(&r))),
         checkpoint: any.checkpoint.clone(),
         expires_at: any.expires_at.map(time_of),
+        budget,
         disks: parts,
         lost: OnceLock::new(),
     })
@@ -154,6 +161,7 @@ fn reopen_disk(
     disk: Arc<ServedDisk>,
     ending: Ending,
     broken: Option<String>,
+    terms: impl Fn(&SnapshotDir) -> io::Result<Terms>,
 ) -> io::Result<FrozenDisk> {
     let era = Era::from_number(part.era);
     let path = disk.snapshot_dir(&part.id);
@@ -168,23 +176,22 @@ fn reopen_disk(
         }
         (Ending::Clean | Ending::Killed, None) => None,
     };
-    let opened = match gone {
+    let dir = SnapshotDir::left_at(path);
+    let opened = match gone.or_else(|| dir.recorded_break()) {
         Some(why) => Err(why),
-        None => SnapshotDir::open(path, size)
-            .and_then(|(dir, files)| Ok((dir, Snapshot::reopen(live(), era, files)?)))
-            .map_err(|error| format!("its scratch cannot be opened: {error}"))
-            .and_then(|(dir, snapshot)| {
-                let bitmaps = reopen_bitmaps(&dir, &part.bitmaps)?;
-                Ok((dir, snapshot, bitmaps))
-            }),
+        None => dir
+            .open(size)
+            .and_then(|files| Snapshot::reopen(live(), era, files, terms(&dir)?))
+            .map_err(|error| format!("its scratch cannot be used: {error}"))
+            .and_then(|snapshot| Ok((snapshot, reopen_bitmaps(&dir, &part.bitmaps)?))),
     };
-    let (dir, snapshot, bitmaps) = match opened {
-        Ok((dir, snapshot, bitmaps)) => (Some(dir), snapshot, bitmaps),
+    let (snapshot, bitmaps) = match opened {
+        Ok(opened) => opened,
         // Of what is lost, only that it is lost is left to tell.
         Err(why) => {
-            let snapshot = Snapshot::new(live(), era, nowhere(size)?);
+            let snapshot = Snapshot::new(live(), era, nowhere(size)?, Terms::endless(), 0)?;
             snapshot.give_up(why);
-            (None, snapshot, Vec::new())
+            (snapshot, Vec::new())
         }
     };
     let snapshot = Arc::new(snapshot);
@@ -207,7 +214,7 @@ fn reopen_disk(
         frozen,
         base,
         part.has_disk_name,
-        dir,
+        Some(dir),
         bitmaps,
     ))
 }
@@ -251,6 +258,7 @@ impl From<RequestRecord> for BeginRequest {
             bitmaps,
             consumer,
             expires_s,
+            scratch_limit,
         } = record;
         Self {
             id,
@@ -260,6 +268,7 @@ impl From<RequestRecord> for BeginRequest {
             bitmaps,
             consumer,
             expires_s,
+            scratch_limit,
         }
     }
 }
@@ -274,6 +283,7 @@ impl From<BeginRequest> for RequestRecord {
             bitmaps,
             consumer,
             expires_s,
+            scratch_limit,
         } = request;
         Self {
             id,
@@ -283,6 +293,7 @@ impl From<BeginRequest> for RequestRecord {
             bitmaps,
             consumer,
             expires_s,
+            scratch_limit,
         }
     }
 }

@@ -193,6 +193,9 @@ pub(crate) struct BackupRecord {
     /// When the server aborts it, in nanoseconds since 1970.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) expires_at: Option<i64>,
+    /// How much scratch it may take, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) scratch_limit: Option<u64>,
 }
 
 impl BackupRecord {
@@ -255,6 +258,8 @@ pub(crate) struct RequestRecord {
     pub(crate) consumer: Option<Name>,
     #[serde(default)]
     pub(crate) expires_s: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) scratch_limit: Option<u64>,
 }
 
 /// How much of a journal is not what it should be.

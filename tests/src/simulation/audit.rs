@@ -1,7 +1,9 @@
 use std::ops::Range;
 
+use std::sync::Arc;
+
 use bitmap::Era;
-use scratch::Snapshot;
+use scratch::{Kept as State, OnError, Snapshot, SnapshotFiles, Terms};
 
 use super::GRANULE;
 use super::sim::Place;
@@ -63,11 +65,16 @@ fn breaks_have_a_reason_and_a_record(stage: &Stage, kept: &Kept) {
         return;
     };
     let title = kept.title(stage.sim.seed);
-    let explained = stage
-        .sim
-        .failed(|fault| kept.may_break_by(fault, stage.guests));
-    assert!(explained, "{title} broke for no reason: {reason}");
-    let recorded = kept.states.byte(0) != 0 || kept.states.byte(1) != 0;
+    let gives_way = stage.on_error == OnError::BreakBackup;
+    let failed = stage.sim.failed(|fault| match fault.place {
+        // This is not for the sake of a guest's write.
+        Place::ImageSync(disk) => disk == kept.disk,
+        _ => gives_way && kept.may_break_by(fault, stage.guests),
+    });
+    let full = gives_way && stage.limits_scratch && reason.contains("scratch limit");
+    assert!(failed || full, "{title} broke for no reason: {reason}");
+    let recorded = Snapshot::<SimWorld>::recorded_break(&kept.states);
+    let recorded = recorded.is_ok_and(|reason| reason.is_some());
     // After a sync that failed nothing kept is relied on, record or not.
     let sync_failed = stage.disks[kept.disk].disk.sync_failed();
     assert!(
@@ -81,21 +88,29 @@ fn killed_now_the_instant_is_whole(stage: &Stage, kept: &Kept) {
     let then = &kept.instant.copy.bytes;
     let today = stage.disks[kept.disk].image.contents();
     let scratch = kept.scratch.contents();
+    let title = kept.title(stage.sim.seed);
+    let files = SnapshotFiles {
+        scratch: kept.scratch.clone(),
+        states: kept.states.left_by_a_kill(),
+        second: kept.second.left_by_a_kill(),
+        eras: kept.aside.left_by_a_kill(),
+    };
+    let live = Arc::clone(stage.disks[kept.disk].disk.map());
+    let era = Era::from_number(kept.instant.era);
+    let left = Snapshot::<SimWorld>::reopen(live, era, files, Terms::endless());
+    let left = left.unwrap_or_else(|error| panic!("{title}: a kill is taken for damage: {error}"));
     for granule in 0..kept.frozen.size().div_ceil(GRANULE) {
         let range = granule_range(granule, kept.frozen.size());
         let bytes = range.start as usize..range.end as usize;
-        let kind = kept
-            .states
-            .byte(Snapshot::<SimWorld>::RECORD_BYTES + granule);
-        let right = match kind {
-            0 => today.bytes[bytes.clone()] == then[bytes.clone()],
-            1 => scratch.bytes[bytes.clone()] == then[bytes.clone()],
-            _ => then[bytes.clone()].iter().all(|byte| *byte == 0),
+        let found = left.kept(granule);
+        let right = match found {
+            State::Not => today.bytes[bytes.clone()] == then[bytes.clone()],
+            State::Data => scratch.bytes[bytes.clone()] == then[bytes.clone()],
+            State::Zero | State::Hole => then[bytes.clone()].iter().all(|byte| *byte == 0),
         };
-        let title = kept.title(stage.sim.seed);
         assert!(
             right,
-            "{title}: a kill would lose granule {granule}, whose state is {kind}"
+            "{title}: a kill would lose granule {granule}, which is kept as {found:?}"
         );
     }
 }
@@ -124,17 +139,14 @@ fn killed_now_the_frozen_map_is_right(stage: &Stage, kept: &Kept) {
 
 /// Checks, when all is quiet, that old bytes were copied by one writer only.
 pub(super) fn kept_once(stage: &Stage) {
-    for kept in stage.open() {
-        // After a break that could not be recorded the write failed, and the next one copies again.
-        let again = stage
-            .sim
-            .failed(|fault| fault.place == Place::Record(kept.index));
-        if again || kept.snapshot().broken().is_some() {
+    let mut used = 0;
+    for kept in &*stage.snapshots.borrow() {
+        used += kept.snapshot().scratch_used();
+        if kept.snapshot().is_over() {
             continue;
         }
-        let states = Snapshot::<SimWorld>::RECORD_BYTES;
         let granules = 0..kept.frozen.size().div_ceil(GRANULE);
-        let in_scratch = granules.filter(|granule| kept.states.byte(states + granule) == 1);
+        let in_scratch = granules.filter(|g| kept.snapshot().kept(*g) == State::Data);
         assert_eq!(
             kept.snapshot().scratch_used(),
             in_scratch.count() as u64 * GRANULE,
@@ -142,6 +154,8 @@ pub(super) fn kept_once(stage: &Stage) {
             kept.title(stage.sim.seed),
         );
     }
+    let seed = stage.sim.seed;
+    assert_eq!(stage.scratch.used(), used, "seed {seed}: scratch in use");
 }
 
 pub(super) fn granule_range(granule: u64, size: u64) -> Range<u64> {

@@ -3,6 +3,7 @@ use std::rc::Rc;
 
 use block::Zeroing;
 use bytes::Bytes;
+use scratch::OnError;
 
 use super::GRANULE;
 use super::executor::pause;
@@ -47,13 +48,26 @@ async fn change(stage: &Stage, subject: &Subject) {
     if result.is_err() {
         stage.count(|tally| tally.failed_operations += 1);
         let eras = first_era..subject.image.contents().era + 1;
-        subject.failed.borrow_mut().push((range, eras));
+        subject.failed.borrow_mut().push((range.clone(), eras));
     }
     check_outcome(stage, issued, zeroing, &result);
+    let wrote = |place| matches!(place, Place::ImageWrite(_));
+    if result.is_err() && zeroing.is_none() && !sim.failed_here(issued, wrote) {
+        let bytes = &subject.image.contents().bytes[range.start as usize..range.end as usize];
+        let ours = contents_of(number, &range, false);
+        assert!(
+            !bytes
+                .chunks_exact(4)
+                .zip(ours.chunks_exact(4))
+                .any(|(a, b)| a == b),
+            "seed {}: something is written of a write that was refused",
+            sim.seed
+        );
+    }
 }
 
 /// A guest is told of the faults of its own disk and map; of those of a snapshot only if that could
-/// not even be given up.
+/// not even be given up, or if the write is to give way.
 fn check_outcome(stage: &Stage, issued: u64, zeroing: Option<Zeroing>, result: &io::Result<()>) {
     let concerns = |place| {
         matches!(
@@ -71,10 +85,26 @@ fn check_outcome(stage: &Stage, issued: u64, zeroing: Option<Zeroing>, result: &
                 "seed {seed}: unsupported"
             );
         }
-        Err(error) => assert!(
-            expected,
-            "seed {seed}: a guest's write failed for no reason: {error}"
-        ),
+        Err(error) => {
+            let gives_way = stage.on_error == OnError::FailGuestWrite;
+            let kept = |place| {
+                matches!(
+                    place,
+                    Place::ImageRead(_)
+                        | Place::ScratchWrite(_)
+                        | Place::States(_)
+                        | Place::Second(_)
+                        | Place::Aside(_)
+                )
+            };
+            let full = stage.limits_scratch && error.kind() == io::ErrorKind::StorageFull;
+            let refused = gives_way && (full || stage.sim.failed_here(issued, kept));
+            stage.count(|tally| tally.refused += u64::from(refused));
+            assert!(
+                expected || refused,
+                "seed {seed}: a guest's write failed for no reason: {error}"
+            );
+        }
     }
 }
 

@@ -53,6 +53,10 @@ pub fn play(seed: u64) -> Tally {
         "last reader".to_owned(),
         reader::read_everything(Rc::clone(&stage)),
     );
+    let last = Rc::clone(&stage);
+    executor.spawn("last release".to_owned(), async move {
+        steward::release(&last).await;
+    });
     executor.run(|| {});
     audit::audit(&stage);
     audit::kept_once(&stage);

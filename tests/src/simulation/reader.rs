@@ -138,18 +138,19 @@ impl<'a> Call<'a> {
     /// The answer, if there is one that must be right.
     fn holds<T>(&self, answer: Result<T, FrozenError>) -> Option<T> {
         let title = self.title();
-        // Whoever reads what has ended meanwhile is told so by the export.
-        if self.kept.ended.get() {
-            return None;
-        }
+        let ended = self.kept.ended.get();
         let broken = self.kept.snapshot().broken().is_some();
         match answer {
             Ok(answer) => {
-                assert!(!broken, "{title}: an answer from what is broken");
+                assert!(!broken && !ended, "{title}: an answer from what is over");
                 Some(answer)
             }
             Err(FrozenError::Broken(reason)) => {
                 assert!(broken, "{title}: called broken and is not: {reason}");
+                None
+            }
+            Err(FrozenError::Ended) => {
+                assert!(ended, "{title}: called ended and is not");
                 None
             }
             Err(FrozenError::Io(error)) => {

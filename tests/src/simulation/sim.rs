@@ -36,10 +36,14 @@ pub(super) enum Place {
     ScratchWrite(usize),
     /// What this snapshot has kept.
     States(usize),
+    /// The second copy of that.
+    Second(usize),
     /// Where this snapshot would record that it is broken.
     Record(usize),
     /// The old eras of this snapshot.
     Aside(usize),
+    /// Where nothing fails.
+    Nowhere,
 }
 
 /// Something that failed on purpose.
@@ -107,6 +111,9 @@ impl Sim {
 
     /// Whether the call at `place` that is about to be made fails; it concerns `range`.
     pub(super) fn fails(&self, place: Place, range: &Range<u64>) -> bool {
+        if place == Place::Nowhere {
+            return false;
+        }
         let now = self.tick();
         let mut state = self.state();
         let rate = state.rates.of(place);
@@ -181,9 +188,10 @@ impl Rates {
             Place::ImageSync(_) => self.sync,
             Place::Map(_) => self.map,
             Place::ScratchRead(_) | Place::ScratchWrite(_) => self.scratch,
-            Place::States(_) => self.states,
+            Place::States(_) | Place::Second(_) => self.states,
             Place::Record(_) => self.record,
             Place::Aside(_) => self.aside,
+            Place::Nowhere => 0,
         }
     }
 }

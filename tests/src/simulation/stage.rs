@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use bitmap::{Era, EraMap, Granularity, Salt};
-use scratch::{Frozen, Snapshot};
+use scratch::{Frozen, OnError, Quota, Snapshot};
 use stillpoint::disk::Disk;
 
 use super::capture::Capture;
@@ -21,6 +21,12 @@ pub(super) struct Stage {
     /// How many tasks, from the first on, are guests.
     pub(super) guests: usize,
     pub(super) disks: Vec<Subject>,
+    /// What gives way when something cannot be kept.
+    pub(super) on_error: OnError,
+    /// What all snapshots may take together.
+    pub(super) scratch: Arc<Quota>,
+    /// Whether there is a limit to that.
+    pub(super) limits_scratch: bool,
     pub(super) capture: Rc<RefCell<Capture>>,
     /// Everything that guests did; the first entries are what was there before.
     pub(super) operations: RefCell<Vec<Operation>>,
@@ -68,9 +74,12 @@ pub(super) struct Kept {
     pub(super) frozen: Frozen<SimWorld>,
     pub(super) scratch: SimStorage,
     pub(super) states: SimPages,
+    pub(super) second: SimPages,
     pub(super) aside: SimPages,
     pub(super) opened: u64,
     pub(super) ended: Cell<bool>,
+    /// What was in scratch has gone.
+    pub(super) released: Cell<bool>,
 }
 
 /// For each chunk, whether it changed: surely, or perhaps.
@@ -81,10 +90,15 @@ pub(super) struct Changed {
 
 impl Stage {
     pub(super) fn new(sim: &Arc<Sim>) -> Self {
+        let limits_scratch = sim.one_in(4);
+        let limit = limits_scratch.then(|| (2 + sim.below(30)) * GRANULE);
         let mut stage = Self {
             sim: Arc::clone(sim),
             guests: 2 + sim.below(6) as usize,
             disks: Vec::new(),
+            on_error: sim.one_of(&[OnError::BreakBackup, OnError::FailGuestWrite]),
+            scratch: Arc::new(Quota::new(limit)),
+            limits_scratch,
             capture: Rc::default(),
             operations: RefCell::default(),
             snapshots: RefCell::default(),
@@ -243,9 +257,10 @@ impl Kept {
     /// Whether this may be broken because of `fault`.
     pub(super) fn may_break_by(&self, fault: &Fault, guests: usize) -> bool {
         match fault.place {
-            Place::ScratchWrite(index) | Place::States(index) | Place::Aside(index) => {
-                index == self.index
-            }
+            Place::ScratchWrite(index)
+            | Place::States(index)
+            | Place::Second(index)
+            | Place::Aside(index) => index == self.index,
             // Only if it still lacks something of what could not be read for a guest's write.
             Place::ImageRead(disk) => {
                 disk == self.disk

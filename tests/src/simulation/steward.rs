@@ -1,10 +1,13 @@
+use std::cell::Cell;
+use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use bitmap::Era;
-use scratch::{Snapshot, SnapshotFiles};
+use scratch::{Allowance, Budget, Room, Snapshot, SnapshotFiles, Terms};
 use stillpoint::disk::{Freeze, freeze};
 
+use super::GRANULE;
 use super::executor::pause;
 use super::sim::Place;
 use super::stage::{Instant, Kept, Moment, Stage, Subject};
@@ -17,6 +20,7 @@ pub(super) async fn steward(stage: Rc<Stage>) {
         for _ in 0..stage.sim.below(60) {
             pause(&stage.sim).await;
         }
+        release(&stage).await;
         let open = stage.open();
         if !open.is_empty() && (open.len() >= OPEN_MAX || stage.sim.one_in(4)) {
             let ended: Rc<Kept> = stage.sim.one_of(&open);
@@ -30,7 +34,27 @@ pub(super) async fn steward(stage: Rc<Stage>) {
 /// Commit and abort are alike to a disk: nobody needs the instant any more.
 fn end(stage: &Stage, kept: &Kept) {
     kept.ended.set(true);
+    kept.snapshot().end();
     stage.disks[kept.disk].disk.forget(kept.snapshot());
+}
+
+/// Gives back what is over.
+pub(super) async fn release(stage: &Stage) {
+    let over: Vec<Rc<Kept>> = stage
+        .snapshots
+        .borrow()
+        .iter()
+        .filter(|kept| kept.snapshot().is_over() && !kept.released.get())
+        .cloned()
+        .collect();
+    for kept in over {
+        kept.snapshot().quiet().await;
+        pause(&stage.sim).await;
+        kept.released.set(true);
+        kept.scratch.release();
+        kept.snapshot().released();
+        stage.count(|tally| tally.releases += 1);
+    }
 }
 
 /// A snapshot that is about to begin.
@@ -39,6 +63,7 @@ struct Planned {
     index: usize,
     scratch: SimStorage,
     states: SimPages,
+    second: SimPages,
     aside: SimPages,
 }
 
@@ -61,7 +86,15 @@ async fn instant(stage: &Stage) {
     for (place, subject) in frozen.iter().enumerate() {
         let era = subject.last_era.get() + 1 + sim.below(2) as u32;
         subject.last_era.set(era);
-        let planned = keep.then(|| plan(stage, subject, era, first + place));
+        let planned = if keep {
+            // It could not even be recorded that it begins.
+            let Ok(planned) = plan(stage, subject, era, first + place) else {
+                return;
+            };
+            Some(planned)
+        } else {
+            None
+        };
         let snapshot = planned
             .as_ref()
             .map(|planned| Arc::clone(&planned.snapshot));
@@ -129,14 +162,27 @@ async fn instant(stage: &Stage) {
     });
 }
 
-fn plan(stage: &Stage, subject: &Subject, era: u32, index: usize) -> Planned {
+fn plan(stage: &Stage, subject: &Subject, era: u32, index: usize) -> io::Result<Planned> {
     let sim = &stage.sim;
     let scratch = SimStorage::scratch(sim, index, subject.size);
     let states = SimPages::new(sim, Place::States(index));
+    let second = SimPages::new(sim, Place::Second(index));
     let aside = SimPages::new(sim, Place::Aside(index));
+    let limit = stage
+        .limits_scratch
+        .then(|| (1 + sim.below(20)) * GRANULE)
+        .filter(|_| sim.one_in(2));
+    let terms = Terms {
+        allowance: Allowance {
+            budget: Arc::new(Budget::new(limit, Arc::clone(&stage.scratch))),
+            room: Arc::new(Room::endless()),
+        },
+        on_error: stage.on_error,
+    };
     let files = SnapshotFiles {
         scratch: scratch.clone(),
         states: states.clone(),
+        second: second.clone(),
         eras: aside.clone(),
     };
     let live = Arc::clone(subject.disk.map());
@@ -144,14 +190,21 @@ fn plan(stage: &Stage, subject: &Subject, era: u32, index: usize) -> Planned {
         clippy::arc_with_non_send_sync,
         reason = "the server's API, on one thread here"
     )]
-    let snapshot = Arc::new(Snapshot::new(live, Era::from_number(era), files));
-    Planned {
+    let snapshot = Arc::new(Snapshot::new(
+        live,
+        Era::from_number(era),
+        files,
+        terms,
+        index as u64,
+    )?);
+    Ok(Planned {
         snapshot,
         index,
         scratch,
         states,
+        second,
         aside,
-    }
+    })
 }
 
 impl Planned {
@@ -163,9 +216,11 @@ impl Planned {
             frozen: subject.disk.frozen(self.snapshot),
             scratch: self.scratch,
             states: self.states,
+            second: self.second,
             aside: self.aside,
             opened,
-            ended: std::cell::Cell::new(false),
+            ended: Cell::new(false),
+            released: Cell::new(false),
         }
     }
 }

@@ -35,6 +35,8 @@ pub(super) struct Contents {
     pub(super) era: u32,
     /// When each sync took effect, and whether it succeeded.
     pub(super) syncs: Vec<(u64, bool)>,
+    /// Its space was given back: what is written now is lost, and what is read is nothing.
+    pub(super) released: bool,
 }
 
 impl SimStorage {
@@ -75,6 +77,7 @@ impl SimStorage {
             changes: Vec::new(),
             era: 0,
             syncs: Vec::new(),
+            released: false,
         };
         Self {
             sim: Arc::clone(sim),
@@ -96,6 +99,18 @@ impl SimStorage {
         contents.fill(range);
     }
 
+    /// Gives its space back.
+    pub(super) fn release(&self) {
+        let mut contents = self.state.borrow_mut();
+        assert_eq!(
+            contents.in_flight, 0,
+            "seed {}: scratch goes while it is written",
+            self.sim.seed
+        );
+        contents.released = true;
+        contents.bytes.fill(0);
+    }
+
     pub(super) fn begin_era(&self, era: u32) {
         self.state.borrow_mut().era = era;
     }
@@ -103,6 +118,11 @@ impl SimStorage {
     /// Changes `range` in two steps, with time between them, or only in part and with an error.
     async fn change(&self, range: Range<u64>, effect: impl Fn(&mut Contents, Range<u64>)) -> Done {
         let era = self.state.borrow().era;
+        assert!(
+            !self.state.borrow().released,
+            "seed {}: scratch is written that has gone",
+            self.sim.seed
+        );
         self.state.borrow_mut().changes.push((range.clone(), era));
         self.state.borrow_mut().in_flight += 1;
         pause(&self.sim).await;

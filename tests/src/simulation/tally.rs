@@ -22,6 +22,10 @@ pub struct Tally {
     pub snapshots: u64,
     /// Instants that were lost, each because of a fault.
     pub breaks: u64,
+    /// Times that scratch was given back.
+    pub releases: u64,
+    /// Writes that failed for the sake of an instant.
+    pub refused: u64,
     /// Questions about the past.
     pub reads: u64,
     /// Checks of what holds at every moment.
@@ -42,7 +46,7 @@ impl Tally {
         self.breaks += broken.count() as u64;
     }
 
-    fn rows(&self) -> [(&'static str, u64); 11] {
+    fn rows(&self) -> [(&'static str, u64); 13] {
         [
             ("schedules", self.schedules),
             ("guest operations", self.operations),
@@ -52,6 +56,8 @@ impl Tally {
             ("  given up", self.busy),
             ("snapshots", self.snapshots),
             ("  that broke", self.breaks),
+            ("  given back", self.releases),
+            ("writes refused", self.refused),
             ("reads of the past", self.reads),
             ("audits", self.audits),
             ("faults", self.faults),
@@ -69,6 +75,8 @@ impl AddAssign for Tally {
         self.busy += other.busy;
         self.snapshots += other.snapshots;
         self.breaks += other.breaks;
+        self.releases += other.releases;
+        self.refused += other.refused;
         self.reads += other.reads;
         self.audits += other.audits;
         self.faults += other.faults;

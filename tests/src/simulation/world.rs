@@ -39,6 +39,16 @@ impl SimPages {
         }
     }
 
+    /// The same as a process that is killed now would leave it, to be changed by its successor.
+    pub(super) fn left_by_a_kill(&self) -> Self {
+        let contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+        Self {
+            sim: Arc::clone(&self.sim),
+            place: Place::Nowhere,
+            contents: Arc::new(Mutex::new(contents.clone())),
+        }
+    }
+
     /// The byte at `offset`.
     pub(super) fn byte(&self, offset: u64) -> u8 {
         let contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
@@ -76,6 +86,7 @@ impl PageStore for SimPages {
             let entry = match place {
                 Place::Record(_) => bytes.len(),
                 Place::Map(_) | Place::Aside(_) => 8,
+                Place::States(_) | Place::Second(_) => 1,
                 _ => 4,
             };
             let stored = self.sim.below((bytes.len() / entry) as u64 + 1) as usize * entry;

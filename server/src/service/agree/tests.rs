@@ -47,6 +47,7 @@ fn begun(number: u32) -> Record {
         base: None,
         checkpoint: Some((name(&format!("made{number}")), made(number))),
         expires_at: None,
+        scratch_limit: None,
         bitmaps: Vec::new(),
     }))
 }

@@ -39,6 +39,7 @@ fn begun(number: u32) -> Record {
         base: Some(Ok(number - 1)),
         checkpoint: Some((name(&format!("cp{checkpoint}")), uuid(checkpoint.into()))),
         expires_at: None,
+        scratch_limit: None,
         bitmaps: Vec::new(),
     }))
 }

@@ -1,0 +1,257 @@
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::sync::Notify;
+
+use crate::quota::Quota;
+use crate::room::Room;
+
+/// What one backup uses of scratch, on all its disks, and what it may use.
+#[derive(Debug)]
+pub struct Budget {
+    own: Quota,
+    /// Of all backups together.
+    all: Arc<Quota>,
+    /// How many of [`WATERMARKS`] have been reached.
+    level: AtomicUsize,
+    rising: Notify,
+}
+
+/// A use, and the limit that it comes nearest to.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Use {
+    /// In bytes.
+    pub used: u64,
+    /// In bytes.
+    pub limit: u64,
+}
+
+/// From what one snapshot takes its scratch.
+#[derive(Clone, Debug)]
+pub struct Allowance {
+    /// Its backup's.
+    pub budget: Arc<Budget>,
+    /// That of the file system that its scratch is on.
+    pub room: Arc<Room>,
+}
+
+/// Bytes that were taken for something that is to be stored; given back unless it
+/// [is](Self::stored).
+#[derive(Debug)]
+pub(crate) struct Taken<'a> {
+    from: &'a Allowance,
+    bytes: u64,
+    stored: bool,
+}
+
+impl Budget {
+    /// For a backup that may use `limit` bytes of those that `all` may.
+    pub fn new(limit: Option<u64>, all: Arc<Quota>) -> Self {
+        Self {
+            own: Quota::new(limit),
+            all,
+            level: AtomicUsize::new(0),
+            rising: Notify::new(),
+        }
+    }
+
+    /// What the backup uses and may use.
+    pub fn own(&self) -> &Quota {
+        &self.own
+    }
+
+    /// Waits until more than `known` of [`WATERMARKS`] have been reached, and says how many.
+    ///
+    /// One waits at a time.
+    pub async fn rises(&self, known: usize) -> usize {
+        loop {
+            let level = self.level();
+            if level > known {
+                return level;
+            }
+            self.rising.notified().await;
+        }
+    }
+
+    /// How many of [`WATERMARKS`] have been reached.
+    pub fn level(&self) -> usize {
+        self.level.load(Ordering::Relaxed)
+    }
+
+    /// The limit that is nearest, if there is one: the backup's own, that of all, or the end of the
+    /// `room`.
+    pub fn nearest(&self, room: Option<u64>) -> Option<Use> {
+        let of = |quota: &Quota| {
+            let used = quota.used();
+            quota.limit().map(|limit| Use { used, limit })
+        };
+        let used = self.own.used();
+        let room = room.map(|left| Use {
+            used,
+            limit: used.saturating_add(left),
+        });
+        [of(&self.own), of(&self.all), room]
+            .into_iter()
+            .flatten()
+            .reduce(|a, b| if b.is_nearer_than(a) { b } else { a })
+    }
+
+    /// Notes which watermarks have been reached.
+    fn note(&self, room: Option<u64>) {
+        let Some(nearest) = self.nearest(room) else {
+            return;
+        };
+        let level = WATERMARKS
+            .iter()
+            .take_while(|percent| nearest.has_reached(**percent))
+            .count();
+        if level > self.level() && self.level.fetch_max(level, Ordering::Relaxed) < level {
+            self.rising.notify_one();
+        }
+    }
+}
+
+impl Use {
+    fn is_nearer_than(self, other: Self) -> bool {
+        let parts = |part: u64, whole: u64| u128::from(part) * u128::from(whole);
+        parts(self.used, other.limit) > parts(other.used, self.limit)
+    }
+
+    fn has_reached(self, percent: u64) -> bool {
+        u128::from(self.used) * 100 >= u128::from(self.limit) * u128::from(percent)
+    }
+}
+
+impl Allowance {
+    /// As much as anyone wants.
+    pub fn endless() -> Self {
+        Self {
+            budget: Arc::new(Budget::new(None, Arc::new(Quota::new(None)))),
+            room: Arc::new(Room::endless()),
+        }
+    }
+
+    /// Takes `bytes` before they are stored. An error says which limit they would exceed.
+    pub(crate) fn take(&self, bytes: u64) -> io::Result<Taken<'_>> {
+        let Budget { own, all, .. } = &*self.budget;
+        if !own.take(bytes) {
+            return Err(full("the backup's scratch limit", own.limit()));
+        }
+        if !all.take(bytes) {
+            own.give_back(bytes);
+            return Err(full("the scratch limit of all backups", all.limit()));
+        }
+        // From here on the bytes go back when this is dropped.
+        let taken = Taken {
+            from: self,
+            bytes,
+            stored: false,
+        };
+        if !self.room.take(bytes)? {
+            return Err(full("the reserve of free space", Some(self.room.reserve())));
+        }
+        self.budget.note(self.room.left());
+        Ok(taken)
+    }
+
+    /// Counts what is stored already, of which nobody is told again.
+    pub(crate) fn add(&self, bytes: u64) {
+        self.budget.own.add(bytes);
+        self.budget.all.add(bytes);
+        self.budget.note(None);
+    }
+
+    pub(crate) fn give_back(&self, bytes: u64) {
+        self.budget.own.give_back(bytes);
+        self.budget.all.give_back(bytes);
+    }
+}
+
+impl Taken<'_> {
+    /// It is stored, and stays.
+    pub(crate) fn stored(mut self) {
+        self.stored = true;
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.from.room.landed(self.bytes);
+        if !self.stored {
+            self.from.give_back(self.bytes);
+        }
+    }
+}
+
+fn full(which: &str, bytes: Option<u64>) -> io::Error {
+    let bytes = bytes.unwrap_or(u64::MAX);
+    io::Error::new(
+        io::ErrorKind::StorageFull,
+        format!("{which}, {bytes} bytes, is reached"),
+    )
+}
+
+/// Percentages of the nearest limit at which someone is told, once each: when there is time to plan,
+/// when there is time to act, and when there is hardly any.
+pub const WATERMARKS: [u64; 3] = [50, 75, 90];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn allowance(own: Option<u64>, all: &Arc<Quota>) -> Allowance {
+        Allowance {
+            budget: Arc::new(Budget::new(own, Arc::clone(all))),
+            room: Arc::new(Room::endless()),
+        }
+    }
+
+    #[test]
+    fn what_was_taken_for_nothing_goes_back_to_everyone() {
+        let all = Arc::new(Quota::new(Some(100)));
+        let [first, second] = [Some(80), None].map(|limit| allowance(limit, &all));
+        first.take(80).unwrap().stored();
+        drop(second.take(20).unwrap());
+        assert_eq!((second.budget.own().used(), all.used()), (0, 80));
+        let error = first.take(1).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        assert!(error.to_string().contains("80 bytes"), "{error}");
+        let error = second.take(21).unwrap_err();
+        assert!(error.to_string().contains("all backups"), "{error}");
+        assert_eq!((second.budget.own().used(), all.used()), (0, 80));
+    }
+
+    #[tokio::test]
+    async fn each_watermark_of_the_nearest_limit_is_reached_once() {
+        let all = Arc::new(Quota::new(Some(1000)));
+        let one = allowance(Some(100), &all);
+        one.take(49).unwrap().stored();
+        assert_eq!(one.budget.level(), 0);
+        one.take(1).unwrap().stored();
+        assert_eq!(one.budget.rises(0).await, 1);
+        let nearest = one.budget.nearest(None);
+        assert_eq!(
+            nearest,
+            Some(Use {
+                used: 50,
+                limit: 100
+            })
+        );
+        // What others use counts where the limit of all is nearer.
+        allowance(None, &all).take(860).unwrap().stored();
+        one.take(1).unwrap().stored();
+        assert_eq!(one.budget.rises(1).await, 3);
+        let nearest = one.budget.nearest(None);
+        assert_eq!(
+            nearest,
+            Some(Use {
+                used: 911,
+                limit: 1000
+            })
+        );
+        one.give_back(51);
+        one.take(50).unwrap().stored();
+        assert_eq!(one.budget.level(), 3);
+    }
+}

@@ -1,0 +1,199 @@
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::granules::GRANULE;
+
+/// Free space of a file system, of which a reserve is left alone.
+///
+/// Asking a file system costs a system call, so an answer is trusted for some bytes more: never for
+/// many, because others write there as well, and never for more than a part of the distance to the
+/// reserve.
+pub struct Room {
+    reserve: u64,
+    space: Box<dyn FreeSpace>,
+    /// What may still be taken on the last answer.
+    credit: AtomicU64,
+    /// What has been taken and may not be in the file system's own count yet.
+    in_flight: AtomicU64,
+    /// How far the reserve was at the last answer; the most there is if it was never asked.
+    left: AtomicU64,
+}
+
+/// Who knows how much is free.
+pub trait FreeSpace: Send + Sync + 'static {
+    /// How many bytes can still be written.
+    fn free(&self) -> io::Result<u64>;
+}
+
+impl Room {
+    /// All of `space` but `reserve` bytes. With no reserve it is never asked for: whoever writes to
+    /// what is full is told so.
+    pub fn new(space: impl FreeSpace, reserve: u64) -> Self {
+        Self {
+            reserve,
+            space: Box::new(space),
+            credit: AtomicU64::new(0),
+            in_flight: AtomicU64::new(0),
+            left: AtomicU64::new(u64::MAX),
+        }
+    }
+
+    /// As much as anyone wants.
+    pub fn endless() -> Self {
+        struct Endless;
+        impl FreeSpace for Endless {
+            fn free(&self) -> io::Result<u64> {
+                Ok(u64::MAX)
+            }
+        }
+        Self::new(Endless, 0)
+    }
+
+    /// In bytes.
+    pub fn reserve(&self) -> u64 {
+        self.reserve
+    }
+
+    /// How many bytes are free now, the reserve among them.
+    pub fn free(&self) -> io::Result<u64> {
+        self.space.free()
+    }
+
+    /// Whether not even one granule can be taken.
+    pub fn is_full(&self) -> io::Result<bool> {
+        let least = self.reserve.saturating_add(GRANULE + BOOKKEEPING);
+        Ok(self.reserve > 0 && self.free()? < least)
+    }
+
+    /// How many bytes lay between what was free and the reserve when that was last asked.
+    pub fn left(&self) -> Option<u64> {
+        Some(self.left.load(Ordering::Relaxed)).filter(|left| *left != u64::MAX)
+    }
+
+    /// Takes `bytes`, unless the reserve would be touched. What is taken is in flight until
+    /// [`landed`](Self::landed).
+    pub(crate) fn take(&self, bytes: u64) -> io::Result<bool> {
+        if self.reserve == 0 {
+            return Ok(true);
+        }
+        let others = self.in_flight.fetch_add(bytes, Ordering::Relaxed);
+        let taken = self.take_credit(bytes) || self.take_anew(bytes, others)?;
+        Ok(taken)
+    }
+
+    /// What was taken, or was to be, has been written or never will be.
+    pub(crate) fn landed(&self, bytes: u64) {
+        if self.reserve > 0 {
+            self.in_flight.fetch_sub(bytes, Ordering::Relaxed);
+        }
+    }
+
+    fn take_credit(&self, bytes: u64) -> bool {
+        let rest = |credit: u64| credit.checked_sub(bytes);
+        self.credit
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest)
+            .is_ok()
+    }
+
+    fn take_anew(&self, bytes: u64, others: u64) -> io::Result<bool> {
+        let taken = self.reserve.saturating_add(others);
+        let left = self.space.free()?.saturating_sub(taken);
+        self.left.store(left, Ordering::Relaxed);
+        let Some(rest) = left.checked_sub(bytes + BOOKKEEPING) else {
+            return Ok(false);
+        };
+        self.credit
+            .store((rest / TRUSTED_PART).min(TRUSTED_MAX), Ordering::Relaxed);
+        Ok(true)
+    }
+}
+
+impl fmt::Debug for Room {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Room")
+            .field("reserve", &self.reserve)
+            .finish_non_exhaustive()
+    }
+}
+
+/// After so many new bytes the file system is asked again: a thousand granules for a system call
+/// of a microsecond, and little beside the smallest reserve that is taken unasked.
+const TRUSTED_MAX: u64 = 4 << 20;
+
+/// Of the distance to the reserve, one part in so many is trusted. What is stored beside a granule
+/// (its state, twice, and the old era of its chunk) may take a block each the first time, so four
+/// times the bytes that are counted.
+const TRUSTED_PART: u64 = 4;
+
+/// What is left for that when the last bytes are taken.
+const BOOKKEEPING: u64 = 64 << 10;
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    /// A file system on which only we write, and how often it was asked.
+    #[derive(Clone, Default)]
+    struct Volume {
+        free: Arc<AtomicU64>,
+        asked: Arc<AtomicU64>,
+    }
+
+    impl FreeSpace for Volume {
+        fn free(&self) -> io::Result<u64> {
+            self.asked.fetch_add(1, Ordering::Relaxed);
+            Ok(self.free.load(Ordering::Relaxed))
+        }
+    }
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn the_reserve_stays_free_and_little_more() {
+        let volume = Volume::default();
+        volume.free.store(1024 * MIB, Ordering::Relaxed);
+        let room = Room::new(volume.clone(), 100 * MIB);
+        let mut count = 0_u64;
+        while room.take(4096).unwrap() {
+            volume.free.fetch_sub(4096, Ordering::Relaxed);
+            room.landed(4096);
+            count += 1;
+        }
+        let free = volume.free.load(Ordering::Relaxed);
+        assert!((100 * MIB..101 * MIB).contains(&free), "{free}");
+        let asked = volume.asked.load(Ordering::Relaxed);
+        assert!(asked < count / 500, "asked {asked} times for {count}");
+        assert!(room.is_full().unwrap());
+    }
+
+    #[test]
+    fn what_was_taken_and_is_not_written_yet_counts() {
+        let volume = Volume::default();
+        volume.free.store(20 * MIB, Ordering::Relaxed);
+        let room = Room::new(volume, 10 * MIB);
+        assert!(room.take(6 * MIB).unwrap());
+        assert!(!room.take(6 * MIB).unwrap());
+        room.landed(12 * MIB);
+        assert!(room.take(6 * MIB).unwrap());
+    }
+
+    #[test]
+    fn what_others_write_is_noticed_soon() {
+        let volume = Volume::default();
+        volume.free.store(1024 * MIB, Ordering::Relaxed);
+        let room = Room::new(volume.clone(), 100 * MIB);
+        assert!(room.take(4096).unwrap());
+        room.landed(4096);
+        volume.free.store(100 * MIB, Ordering::Relaxed);
+        let mut more = 0;
+        while room.take(4096).unwrap() {
+            room.landed(4096);
+            more += 4096;
+        }
+        assert!(more <= TRUSTED_MAX, "{more}");
+    }
+}

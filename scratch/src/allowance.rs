@@ -162,7 +162,13 @@ impl Allowance {
         self.budget.note(None);
     }
 
-    pub(crate) fn give_back(&self, bytes: u64) {
+    /// Others may take `bytes` that are about to go.
+    pub(crate) fn let_go(&self, bytes: u64) {
+        self.room.going(bytes);
+        self.give_back(bytes);
+    }
+
+    fn give_back(&self, bytes: u64) {
         self.budget.own.give_back(bytes);
         self.budget.all.give_back(bytes);
     }

@@ -16,6 +16,8 @@ pub struct Room {
     credit: AtomicU64,
     /// What has been taken and may not be in the file system's own count yet.
     in_flight: AtomicU64,
+    /// What is about to be free.
+    going: AtomicU64,
     /// How far the reserve was at the last answer; the most there is if it was never asked.
     left: AtomicU64,
 }
@@ -35,6 +37,7 @@ impl Room {
             space: Box::new(space),
             credit: AtomicU64::new(0),
             in_flight: AtomicU64::new(0),
+            going: AtomicU64::new(0),
             left: AtomicU64::new(u64::MAX),
         }
     }
@@ -89,6 +92,16 @@ impl Room {
         }
     }
 
+    /// So many bytes are about to be free. Where they are waited for, the reserve bridges that.
+    pub(crate) fn going(&self, bytes: u64) {
+        self.going.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// So many bytes that were about to be free are.
+    pub(crate) fn gone(&self, bytes: u64) {
+        self.going.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
     fn take_credit(&self, bytes: u64) -> bool {
         let rest = |credit: u64| credit.checked_sub(bytes);
         self.credit
@@ -98,7 +111,12 @@ impl Room {
 
     fn take_anew(&self, bytes: u64, others: u64) -> io::Result<bool> {
         let taken = self.reserve.saturating_add(others);
-        let left = self.space.free()?.saturating_sub(taken);
+        let going = self.going.load(Ordering::Relaxed);
+        let left = self
+            .space
+            .free()?
+            .saturating_add(going)
+            .saturating_sub(taken);
         self.left.store(left, Ordering::Relaxed);
         let Some(rest) = left.checked_sub(bytes + BOOKKEEPING) else {
             return Ok(false);

@@ -37,6 +37,8 @@ pub struct Snapshot<W: World> {
     keeping: AtomicU64,
     left: Notify,
     scratch_used: AtomicU64,
+    /// What is still in scratch, and nobody's any more.
+    going: AtomicU64,
 }
 
 /// Where a snapshot keeps things. All of them hold only zeroes when it begins.
@@ -138,6 +140,7 @@ impl<W: World> Snapshot<W> {
             keeping: AtomicU64::new(0),
             left: Notify::new(),
             scratch_used: AtomicU64::new(0),
+            going: AtomicU64::new(0),
         }
     }
 
@@ -232,8 +235,10 @@ impl<W: World> Snapshot<W> {
     /// Gives the instant up, whether or not that can be stored: for a loss that also the next start
     /// will know of.
     pub fn give_up(&self, reason: String) {
-        let _ = self.record_break(&reason);
-        self.lose(reason);
+        if self.broken().is_none() {
+            let _ = self.record_break(&reason);
+            self.lose(reason);
+        }
     }
 
     fn record_break(&self, reason: &str) -> io::Result<()> {
@@ -247,13 +252,22 @@ impl<W: World> Snapshot<W> {
     fn lose(&self, reason: String) {
         // Whoever came first has said why.
         let _ = self.broken.set(reason);
-        self.over.store(true, Ordering::SeqCst);
+        self.end();
         self.breaking.notify_waiters();
     }
 
     /// Nobody needs the instant any more.
     pub fn end(&self) {
         self.over.store(true, Ordering::SeqCst);
+        self.let_go();
+    }
+
+    /// Others may take what it has taken, from now on, and will find the space by then: else all
+    /// would break for want of what the first of them gives back.
+    fn let_go(&self) {
+        let used = self.scratch_used.swap(0, Ordering::Relaxed);
+        self.going.fetch_add(used, Ordering::Relaxed);
+        self.terms.allowance.let_go(used);
     }
 
     /// Waits, when it is over, until nothing more is stored in scratch; then what is there may go.
@@ -273,10 +287,12 @@ impl<W: World> Snapshot<W> {
         }
     }
 
-    /// What was in scratch is gone, and others may take as much.
+    /// What was in scratch is gone.
     pub fn released(&self) {
-        let used = self.scratch_used.swap(0, Ordering::Relaxed);
-        self.terms.allowance.give_back(used);
+        // Also of whoever was storing when it was over.
+        self.let_go();
+        let gone = self.going.swap(0, Ordering::Relaxed);
+        self.terms.allowance.room.gone(gone);
     }
 
     /// Keeps what is in scratch from going, unless it is over.

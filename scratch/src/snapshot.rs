@@ -210,6 +210,10 @@ impl<W: World> Snapshot<W> {
     /// An error means that it must not be: as the terms have it, or because the break could not be
     /// stored.
     pub fn cannot_keep(&self, what: &str, error: &io::Error) -> io::Result<()> {
+        if self.is_over() {
+            // It needs nothing any more.
+            return Ok(());
+        }
         let reason = format!("{what}: {error}");
         match self.terms.on_error {
             OnError::BreakBackup => self.break_with(reason),

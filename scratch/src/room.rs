@@ -69,6 +69,12 @@ impl Room {
         Ok(self.reserve > 0 && self.free()? < least)
     }
 
+    /// Whether less is free than the reserve.
+    pub fn falls_short(&self) -> io::Result<bool> {
+        let going = self.going.load(Ordering::Relaxed);
+        Ok(self.reserve > 0 && self.free()?.saturating_add(going) < self.reserve)
+    }
+
     /// How many bytes lay between what was free and the reserve when that was last asked.
     pub fn left(&self) -> Option<u64> {
         Some(self.left.load(Ordering::Relaxed)).filter(|left| *left != u64::MAX)

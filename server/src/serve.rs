@@ -92,6 +92,8 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
         keepers.spawn_local(async move { disk.look_after().await });
     }
     keepers.spawn_local(Arc::clone(&service).keep_to_expiry());
+    let guarded = Arc::clone(&service);
+    keepers.spawn_local(async move { guarded.guard_reserves().await });
     let listeners = bind(&options).await?;
     let (stop, stopping) = watch::channel(false);
     let workers = Workers::start(worker_count(), &service, &stopping)

@@ -17,7 +17,12 @@ use stillpoint_tests::{CHUNK, GIB, MIB, RawNbd, Server};
 
 const SIZE: u64 = 8 * GIB;
 const FILES: [&str; 5] = ["header", "eras", "pages", "journal", "lease"];
-const BACKUP_FILES: [&str; 3] = ["backups/b1/scratch", "backups/b1/states", "backups/b1/eras"];
+const BACKUP_FILES: [&str; 4] = [
+    "backups/b1/scratch",
+    "backups/b1/states",
+    "backups/b1/eras",
+    "backups/b1/states2",
+];
 
 /// Two disks as a server left them, to be damaged again and again.
 struct Scene {
@@ -206,8 +211,8 @@ impl Scene {
     fn draw(&self, rng: &mut Rng) -> Damage {
         let files: Vec<&str> = FILES.iter().chain(&BACKUP_FILES).copied().collect();
         let file = *files.choose(rng).expect("some");
-        // What an open backup keeps has no sums but in its old eras.
-        let has_sums = !file.starts_with("backups/") || file.ends_with("/eras");
+        // What was on the disk has no sums, neither there nor in scratch.
+        let has_sums = !file.ends_with("/scratch");
         let length = self.length(file).max(1);
         // Where something is, more often than in the emptiness of a sparse file.
         let written = WRITES

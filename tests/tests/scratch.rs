@@ -257,6 +257,29 @@ fn a_reserve_of_the_file_system_stays_free() {
 }
 
 #[test]
+fn whoever_uses_up_the_reserve_breaks_the_backup_that_holds_most() {
+    let volume = Mount::tmpfs(64 * MIB);
+    let (server, mut guest) = start_with(&["--scratch-reserve=16M"], Some(volume.path()));
+    let mut qmp = server.qmp();
+    server.begin("large", &[]);
+    guest.write(0, &vec![2; 8 * MIB as usize]);
+    let then = sha256(&guest.disk);
+    server.begin("small", &[]);
+    guest.write(8 * MIB, &[2; 4096]);
+    let ballast = volume.path().join("ballast");
+    std::fs::write(&ballast, vec![1; 42 * MIB as usize]).expect("room beside the reserve");
+    let event = qmp.event("BACKUP_BROKEN");
+    assert_eq!(event["data"]["id"], "large", "{event}");
+    let reason = event["data"]["reason"].as_str().expect("a reason");
+    assert!(reason.contains("16777216 bytes"), "{event}");
+    until(&mut qmp, "it is free again", || {
+        free(volume.path()) > 20 * MIB
+    });
+    is_exact(&server, "vda@small", &then);
+    server.commit("small");
+}
+
+#[test]
 fn a_backup_does_not_begin_where_the_reserve_is_not_free() {
     let volume = Mount::tmpfs(100 * MIB);
     let (server, _) = start_with(&[], Some(volume.path()));

@@ -11,6 +11,7 @@ mod book;
 mod checkpoints;
 mod consumers;
 mod expiry;
+mod reserve;
 mod restore;
 mod space;
 

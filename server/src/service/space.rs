@@ -59,6 +59,17 @@ impl Space {
         &self.all
     }
 
+    /// What gives way when something cannot be kept.
+    pub(super) fn on_error(&self) -> OnError {
+        self.options.on_error
+    }
+
+    /// The file systems that scratch is on.
+    pub(super) fn rooms(&self) -> Vec<Arc<Room>> {
+        let rooms = self.rooms.lock().unwrap_or_else(PoisonError::into_inner);
+        rooms.values().cloned().collect()
+    }
+
     /// What a backup may use for which `wanted` was asked, if anything was.
     pub(super) fn limit_of(&self, wanted: Option<u64>) -> Option<u64> {
         wanted.or(self.options.backup_limit)

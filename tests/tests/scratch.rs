@@ -228,7 +228,7 @@ fn a_reserve_of_the_file_system_stays_free() {
         let mut live = server.open_live("vda");
         let mut refused = 0;
         for at in (0..SIZE).step_by(64 << 10) {
-            match live.write(at, &[2; 64 << 10]) {
+            match live.write(at, &vec![2; 64 << 10]) {
                 Ok(()) => guest.disk[at as usize..][..64 << 10].fill(2),
                 Err(error) => {
                     assert_eq!(error, errno::ENOSPC, "{policy}");

@@ -1,5 +1,7 @@
-//! Any bytes as the `states` and `eras` of an open backup: it is opened, broken or not, and every
-//! question about it has an answer.
+//! Any bytes as the `states`, `states2` and `eras` of an open backup: they are damaged, or it is opened,
+//! broken or not, and every question about it has an answer.
+//!
+//! The record is summed up here, or hardly any bytes would get past its sum.
 #![no_main]
 
 use std::io;
@@ -10,7 +12,7 @@ use bitmap::{Era, EraMap, Granularity, Salt};
 use block::{Extent, Storage, Zeroing};
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
-use scratch::{Frozen, Snapshot, SnapshotFiles, Unpaced, World};
+use scratch::{Frozen, Snapshot, SnapshotFiles, Terms, Unpaced, World};
 use stillpoint_fuzz::{Pages, now};
 
 const SIZE: u64 = 64 * 4096 + 512;
@@ -59,7 +61,14 @@ const IMAGE: u8 = 1;
 const SCRATCH: u8 = 2;
 
 fuzz_target!(|data: &[u8]| {
-    let (states, eras) = data.split_at(data.len().min(4096 + SIZE.div_ceil(4096) as usize));
+    let count = SIZE.div_ceil(4096) as usize;
+    let (states, rest) = data.split_at(data.len().min(4096 + count));
+    let (second, eras) = rest.split_at(rest.len().min(count));
+    let mut states = states.to_vec();
+    if let Some(record) = states.get_mut(..512) {
+        let sum = crc32fast::hash(&record[4..]);
+        record[..4].copy_from_slice(&sum.to_le_bytes());
+    }
     let granularity = Granularity::new(4096).expect("4 KiB is a granularity");
     let live = EraMap::new(SIZE, granularity, Salt::from_number(7), Pages::default());
     let frozen_in = Era::from_number(3);
@@ -67,11 +76,15 @@ fuzz_target!(|data: &[u8]| {
     written.expect("memory does not fail");
     let files = SnapshotFiles {
         scratch: Filled(SCRATCH),
-        states: Pages::from(states.to_vec()),
+        states: Pages::from(states),
+        second: Pages::from(second.to_vec()),
         eras: Pages::from(eras.to_vec()),
     };
-    let snapshot = Snapshot::<Memory>::reopen(Arc::new(live), frozen_in, files);
-    let snapshot = Arc::new(snapshot.expect("memory does not fail"));
+    let terms = Terms::endless();
+    let Ok(snapshot) = Snapshot::<Memory>::reopen(Arc::new(live), frozen_in, files, terms) else {
+        return;
+    };
+    let snapshot = Arc::new(snapshot);
     assert!(snapshot.scratch_used() <= SIZE.next_multiple_of(4096));
 
     let changes = snapshot.eras().changes(0..SIZE, Era::from_number(2));

@@ -1,6 +1,6 @@
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
@@ -15,6 +15,8 @@ pub struct Budget {
     all: Arc<Quota>,
     /// How many of [`WATERMARKS`] have been reached.
     level: AtomicUsize,
+    /// What was used when each of them was.
+    reached: Mutex<Vec<Use>>,
     rising: Notify,
 }
 
@@ -52,6 +54,7 @@ impl Budget {
             own: Quota::new(limit),
             all,
             level: AtomicUsize::new(0),
+            reached: Mutex::default(),
             rising: Notify::new(),
         }
     }
@@ -61,14 +64,14 @@ impl Budget {
         &self.own
     }
 
-    /// Waits until more than `known` of [`WATERMARKS`] have been reached, and says how many.
+    /// Waits until more than `known` of [`WATERMARKS`] have been reached, and says what was used when
+    /// each of the others was.
     ///
     /// One waits at a time.
-    pub async fn rises(&self, known: usize) -> usize {
+    pub async fn rises(&self, known: usize) -> Vec<Use> {
         loop {
-            let level = self.level();
-            if level > known {
-                return level;
+            if self.level() > known {
+                return self.reached()[known..].to_vec();
             }
             self.rising.notified().await;
         }
@@ -79,9 +82,13 @@ impl Budget {
         self.level.load(Ordering::Relaxed)
     }
 
+    fn reached(&self) -> MutexGuard<'_, Vec<Use>> {
+        self.reached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The limit that is nearest, if there is one: the backup's own, that of all, or the end of the
     /// `room`.
-    pub fn nearest(&self, room: Option<u64>) -> Option<Use> {
+    fn nearest(&self, room: Option<u64>) -> Option<Use> {
         let of = |quota: &Quota| {
             let used = quota.used();
             quota.limit().map(|limit| Use { used, limit })
@@ -106,7 +113,13 @@ impl Budget {
             .iter()
             .take_while(|percent| nearest.has_reached(**percent))
             .count();
-        if level > self.level() && self.level.fetch_max(level, Ordering::Relaxed) < level {
+        if level <= self.level() {
+            return;
+        }
+        let mut reached = self.reached();
+        if level > reached.len() {
+            reached.resize(level, nearest);
+            self.level.store(level, Ordering::Relaxed);
             self.rising.notify_one();
         }
     }
@@ -235,27 +248,12 @@ mod tests {
         one.take(49).unwrap().stored();
         assert_eq!(one.budget.level(), 0);
         one.take(1).unwrap().stored();
-        assert_eq!(one.budget.rises(0).await, 1);
-        let nearest = one.budget.nearest(None);
-        assert_eq!(
-            nearest,
-            Some(Use {
-                used: 50,
-                limit: 100
-            })
-        );
+        let use_of = |used, limit| Use { used, limit };
+        assert_eq!(one.budget.rises(0).await, [use_of(50, 100)]);
         // What others use counts where the limit of all is nearer.
         allowance(None, &all).take(860).unwrap().stored();
         one.take(1).unwrap().stored();
-        assert_eq!(one.budget.rises(1).await, 3);
-        let nearest = one.budget.nearest(None);
-        assert_eq!(
-            nearest,
-            Some(Use {
-                used: 911,
-                limit: 1000
-            })
-        );
+        assert_eq!(one.budget.rises(1).await, [use_of(911, 1000); 2]);
         one.give_back(51);
         one.take(50).unwrap().stored();
         assert_eq!(one.budget.level(), 3);

@@ -76,7 +76,7 @@ impl Room {
     }
 
     /// How many bytes lay between what was free and the reserve when that was last asked.
-    pub fn left(&self) -> Option<u64> {
+    pub(crate) fn left(&self) -> Option<u64> {
         Some(self.left.load(Ordering::Relaxed)).filter(|left| *left != u64::MAX)
     }
 

@@ -11,7 +11,7 @@ use crate::frozen::FrozenError;
 use crate::granules::{GRANULE, granules};
 use crate::head::Head;
 use crate::preserved::{Kept, Preserved};
-use crate::sync::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{AtomicBool, AtomicU64, Ordering, fence};
 use crate::terms::{OnError, Terms, refused_write};
 use crate::world::{Durable, World};
 
@@ -179,7 +179,7 @@ impl<W: World> Snapshot<W> {
 
     /// Whether it is broken or has ended.
     pub fn is_over(&self) -> bool {
-        self.over.load(Ordering::SeqCst)
+        self.over.load(Ordering::Acquire)
     }
 
     /// Fails unless what was read before the call is what was there at the instant.
@@ -262,7 +262,8 @@ impl<W: World> Snapshot<W> {
 
     /// Nobody needs the instant any more.
     pub fn end(&self) {
-        self.over.store(true, Ordering::SeqCst);
+        self.over.store(true, Ordering::Release);
+        fence(Ordering::SeqCst);
         self.let_go();
     }
 
@@ -284,7 +285,8 @@ impl<W: World> Snapshot<W> {
             let left = self.left.notified();
             tokio::pin!(left);
             left.as_mut().enable();
-            if self.keeping.load(Ordering::SeqCst) == 0 {
+            fence(Ordering::SeqCst);
+            if self.keeping.load(Ordering::Acquire) == 0 {
                 return;
             }
             left.await;
@@ -301,10 +303,11 @@ impl<W: World> Snapshot<W> {
 
     /// Keeps what is in scratch from going, unless it is over.
     pub(crate) fn enter(&self) -> Option<Keeping<'_, W>> {
-        self.keeping.fetch_add(1, Ordering::SeqCst);
+        self.keeping.fetch_add(1, Ordering::Relaxed);
         let keeping = Keeping(self);
         // Counted before the look, as whoever ends it says so before looking at the count: one of
         // the two sees the other.
+        fence(Ordering::SeqCst);
         (!self.is_over()).then_some(keeping)
     }
 
@@ -334,8 +337,13 @@ impl<W: World> Snapshot<W> {
 
 impl<W: World> Drop for Keeping<'_, W> {
     fn drop(&mut self) {
-        let last = self.0.keeping.fetch_sub(1, Ordering::SeqCst) == 1;
-        if last && self.0.is_over() {
+        let last = self.0.keeping.fetch_sub(1, Ordering::AcqRel) == 1;
+        if !last {
+            return;
+        }
+        // Or whoever waits could see the old count, and we not that anyone waits.
+        fence(Ordering::SeqCst);
+        if self.0.is_over() {
             self.0.left.notify_waiters();
         }
     }

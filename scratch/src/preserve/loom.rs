@@ -12,7 +12,7 @@ use block::{Extent, Zeroing};
 
 use super::*;
 use crate::world::{Durable, Unpaced};
-use crate::{Frozen, SnapshotFiles};
+use crate::{Frozen, SnapshotFiles, Terms};
 
 struct Checked;
 
@@ -106,6 +106,8 @@ impl Durable for Pages {
 /// Two to be written, and one that is kept from the beginning.
 const GRANULES: u64 = 3;
 const OLD: u8 = 1;
+/// What is found in scratch that has gone.
+const GONE: u8 = 9;
 
 struct Scene {
     image: Arc<Memory>,
@@ -121,9 +123,17 @@ impl Scene {
         let files = SnapshotFiles {
             scratch: Memory::scratch(),
             states: pages(),
+            second: pages(),
             eras: pages(),
         };
-        let snapshot = Snapshot::new(Arc::new(live), Era::from_number(2), files);
+        let snapshot = Snapshot::new(
+            Arc::new(live),
+            Era::from_number(2),
+            files,
+            Terms::endless(),
+            1,
+        );
+        let snapshot = snapshot.unwrap();
         // So that the page of bits is there: how it comes into being, the checker cannot see.
         let kept = KeptRun {
             granules: 2..3,
@@ -149,6 +159,19 @@ impl Scene {
                     .unwrap();
                 image.write(range.start, &data).await.unwrap();
             });
+        })
+    }
+
+    /// Reads unless the instant is over by then.
+    fn read_what_is_left(self: &Arc<Self>) -> thread::JoinHandle<()> {
+        let scene = Arc::clone(self);
+        thread::spawn(move || {
+            let snapshot = Arc::clone(&scene.snapshots[0]);
+            let frozen = Frozen::new(Arc::clone(&scene.image), snapshot, Arc::new(Unpaced));
+            let mut buffer = [0; GRANULE as usize];
+            if block_on(frozen.read(0, &mut buffer)).is_ok() {
+                assert!(buffer.iter().all(|byte| *byte == OLD), "{}", buffer[0]);
+            }
         })
     }
 
@@ -187,5 +210,22 @@ fn loom_the_past_is_read_as_it_was_whoever_copies_it() {
         for writer in writers {
             writer.join().unwrap();
         }
+    });
+}
+
+#[test]
+fn loom_what_has_gone_is_neither_believed_nor_stored_to() {
+    check(3, || {
+        let scene = Scene::new();
+        let others = [scene.write(7, 0..1), scene.read_what_is_left()];
+        let snapshot = &scene.snapshots[0];
+        snapshot.end();
+        block_on(snapshot.quiet());
+        snapshot.scratch.granules[0].store(GONE, Relaxed);
+        for other in others {
+            other.join().unwrap();
+        }
+        let left = snapshot.scratch.granules[0].load(Relaxed);
+        assert_eq!(left, GONE, "something was stored when it had gone");
     });
 }

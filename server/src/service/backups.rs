@@ -265,19 +265,16 @@ impl Service {
         // Those that an earlier server has told of are not told of again.
         let mut known = backup.budget.level();
         loop {
-            let level = tokio::select! {
+            let reached = tokio::select! {
                 biased;
-                level = backup.budget.rises(known) => level,
+                reached = backup.budget.rises(known) => reached,
                 reason = &mut broken => return reason,
             };
-            for _ in known..level {
-                let Some(nearest) = backup.nearest_limit() else {
-                    continue;
-                };
+            known += reached.len();
+            for nearest in reached {
                 let id = backup.id.clone();
                 self.announce(Event::ScratchThreshold { id, nearest });
             }
-            known = level;
         }
     }
 
@@ -444,15 +441,6 @@ impl Backup {
             expires_at: self.expires_at.map(restore::nanoseconds_of),
             scratch_limit: self.budget.own().limit(),
         }
-    }
-
-    /// The limit of its scratch that is nearest, if there is one.
-    fn nearest_limit(&self) -> Option<scratch::Use> {
-        let rooms = self.disks.values().filter_map(|part| {
-            let room = &part.frozen.snapshot().allowance().room;
-            room.left()
-        });
-        self.budget.nearest(rooms.min())
     }
 }
 

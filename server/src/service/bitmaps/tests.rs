@@ -17,7 +17,7 @@ use tokio::task::LocalSet;
 use super::{Action, Addition, Source};
 use crate::names::Name;
 use crate::served::{DiskSpec, ServedDisk};
-use crate::service::{BeginRequest, Service};
+use crate::service::{BeginRequest, ScratchOptions, Service};
 
 const CHUNK: u64 = 4096;
 /// Not a whole number of the coarsest blocks.
@@ -170,7 +170,8 @@ impl<'a> Life<'a> {
         };
         let disk = ServedDisk::open(&spec, None).await.unwrap();
         let clock = OffsetDateTime::now_utc;
-        let service = Service::new(vec![disk], Duration::from_secs(1), clock).unwrap();
+        let scratch = ScratchOptions::default();
+        let service = Service::new(vec![disk], Duration::from_secs(1), clock, scratch).unwrap();
         service.settle().await.unwrap();
         let disk = Arc::clone(&service.disks()[&name]);
         Self {

@@ -57,7 +57,7 @@ impl Scene {
         for id in ["b1", "b2"] {
             (0..12).for_each(|_| guest.do_something(&mut rng));
             if id == "b2" {
-                before = guest.disk.clone();
+                before.clone_from(&guest.disk);
             }
             server.begin(id, &["--since", "cp1"]);
             kept.push(Kept {

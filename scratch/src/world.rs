@@ -19,6 +19,20 @@ pub trait World: 'static {
 pub trait Durable: PageStore {
     /// Makes durable what was stored before the call.
     fn sync(&self) -> impl Future<Output = io::Result<()>>;
+
+    /// New pages, on which nothing is stored, that can take the place of these.
+    fn successor(&self) -> io::Result<Self>
+    where
+        Self: Sized,
+    {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Takes the place of the pages that these succeed: whoever looks for those finds these, also
+    /// after a power cut. What is to be there then must be durable before.
+    fn succeed(&self) -> impl Future<Output = io::Result<()>> {
+        std::future::ready(Err(io::ErrorKind::Unsupported.into()))
+    }
 }
 
 /// Who may step in between two steps of an order that matters.

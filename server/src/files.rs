@@ -26,38 +26,76 @@ impl World for Files {
 }
 
 /// Pages in a file of cells.
-pub(crate) struct CellPages(Cells);
+pub(crate) struct CellPages {
+    cells: Cells,
+    /// Of a file whose place another may take.
+    path: Option<PathBuf>,
+}
 
 impl From<Cells> for CellPages {
     fn from(cells: Cells) -> Self {
-        Self(cells)
+        Self { cells, path: None }
     }
 }
 
 impl PageStore for CellPages {
     fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.0.store(offset, bytes)
+        self.cells.store(offset, bytes)
     }
 
     fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        self.0.load(offset, bytes)
+        self.cells.load(offset, bytes)
     }
 
     fn stored(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        self.0.stored(offset)
+        self.cells.stored(offset)
     }
 }
 
 impl Durable for CellPages {
     async fn sync(&self) -> io::Result<()> {
-        self.0.sync().await
+        self.cells.sync().await
     }
+
+    fn successor(&self) -> io::Result<Self> {
+        let cells = Cells::create(&successor_of(self.path()?))?;
+        cells.extend(self.cells.length()?)?;
+        Ok(Self {
+            cells,
+            path: self.path.clone(),
+        })
+    }
+
+    async fn succeed(&self) -> io::Result<()> {
+        let path = self.path()?;
+        fs::rename(successor_of(path), path)?;
+        let folder = path.parent().ok_or(io::ErrorKind::NotFound)?;
+        Cells::from(File::open(folder)?).sync().await
+    }
+}
+
+/// Where the file that is to take the place of `path` is made.
+fn successor_of(path: &Path) -> PathBuf {
+    path.with_extension("new")
 }
 
 impl CellPages {
     /// Pages of zeroes, in a new file at `path`.
     pub(crate) fn create(path: &Path) -> io::Result<Self> {
-        Cells::create(path).map(Self)
+        Ok(Self::at(path, Cells::create(path)?))
+    }
+
+    /// The pages in `cells`, which were opened at `path`.
+    pub(crate) fn at(path: &Path, cells: Cells) -> Self {
+        Self {
+            cells,
+            path: Some(path.to_owned()),
+        }
+    }
+
+    fn path(&self) -> io::Result<&Path> {
+        let path = self.path.as_deref();
+        path.ok_or_else(|| io::ErrorKind::Unsupported.into())
     }
 }
 
@@ -95,8 +133,8 @@ impl SnapshotDir {
         second.extend(granules(size))?;
         let files = SnapshotFiles {
             scratch: FileStorage::new(scratch)?,
-            states: CellPages(states),
-            second: CellPages(second),
+            states: CellPages::from(states),
+            second: CellPages::from(second),
             eras: CellPages::create(&dir.path.join(ERAS))?,
         };
         Ok((dir, files))
@@ -118,13 +156,13 @@ impl SnapshotDir {
             .open(self.path.join(SCRATCH))?;
         let files: SnapshotFiles<Files> = SnapshotFiles {
             scratch: FileStorage::new(scratch)?,
-            states: CellPages(Cells::open(&self.path.join(STATES))?),
-            second: CellPages(Cells::open(&self.path.join(SECOND))?),
-            eras: CellPages(Cells::open(&self.path.join(ERAS))?),
+            states: CellPages::from(Cells::open(&self.path.join(STATES))?),
+            second: CellPages::from(Cells::open(&self.path.join(SECOND))?),
+            eras: CellPages::from(Cells::open(&self.path.join(ERAS))?),
         };
         if block::Storage::size(&files.scratch) != size
-            || files.states.0.length()? != states_bytes(size)
-            || files.second.0.length()? != granules(size)
+            || files.states.cells.length()? != states_bytes(size)
+            || files.second.cells.length()? != granules(size)
         {
             return Err(io::Error::other("the files are not whole"));
         }
@@ -133,7 +171,7 @@ impl SnapshotDir {
 
     /// Why what is in it is broken, if that is recorded.
     pub(crate) fn recorded_break(&self) -> Option<String> {
-        let states = CellPages(Cells::open(&self.path.join(STATES)).ok()?);
+        let states = CellPages::from(Cells::open(&self.path.join(STATES)).ok()?);
         Snapshot::<Files>::recorded_break(&states).ok()?
     }
 
@@ -229,9 +267,9 @@ pub(crate) fn nowhere(size: u64) -> io::Result<SnapshotFiles<Files>> {
     scratch.set_len(size)?;
     Ok(SnapshotFiles {
         scratch: FileStorage::new(scratch)?,
-        states: CellPages(Cells::from(file()?)),
-        second: CellPages(Cells::from(file()?)),
-        eras: CellPages(Cells::from(file()?)),
+        states: CellPages::from(Cells::from(file()?)),
+        second: CellPages::from(Cells::from(file()?)),
+        eras: CellPages::from(Cells::from(file()?)),
     })
 }
 

@@ -12,7 +12,7 @@ use block::{FileStorage, ImageLock, Storage};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
-use crate::disk::{Disk, Ending};
+use crate::disk::{Disk, Durability, Ending};
 use crate::failure::Failure;
 use crate::files::Files;
 use crate::hooks::Hooks;
@@ -35,6 +35,8 @@ pub(crate) struct DiskSpec {
     pub(crate) state: Option<PathBuf>,
     /// Nobody may write it.
     pub(crate) read_only: bool,
+    /// What its tracking survives.
+    pub(crate) durability: Durability,
 }
 
 /// A disk that is being served.
@@ -47,6 +49,8 @@ pub(crate) struct ServedDisk {
     pub(crate) path: PathBuf,
     /// Nobody may write it.
     pub(crate) read_only: bool,
+    /// What its tracking survives.
+    pub(crate) durability: Durability,
     /// The disk itself.
     pub(crate) disk: Arc<Disk<Files>>,
     /// The eras in which nothing was written, but presumed.
@@ -203,13 +207,15 @@ async fn open_disk(
         }
         None => state.join("backups"),
     };
-    let opened = State::open(&state, spec.granularity, &image).await?;
+    refuse_memory(spec, &state)?;
+    let opened = State::open(&state, spec.granularity, spec.durability, &image).await?;
     let disk = Disk::new(image, opened.map, Some(opened.intents), opened.era, Hooks);
     let served = ServedDisk {
         name: spec.name.clone(),
         uuid: opened.uuid,
         path: spec.path.clone(),
         read_only: spec.read_only,
+        durability: spec.durability,
         disk: Arc::new(disk),
         presumed: opened.presumed,
         lost: opened.lost,
@@ -333,6 +339,26 @@ fn claim_folder(dir: &Path, what: &str) -> Result<LockFile, Failure> {
     })
 }
 
+/// What lies in memory is gone with the machine, and everything that is said about a power cut would
+/// be empty.
+fn refuse_memory(spec: &DiskSpec, state: &Path) -> Result<(), Failure> {
+    if spec.durability == Durability::None {
+        return Ok(());
+    }
+    let found = rustix::fs::statfs(state).map_err(|error| cannot_write(state, &error.into()))?;
+    // How wide the type is differs between platforms.
+    if !MEMORY_MAGICS.contains(&i128::from(found.f_type)) {
+        return Ok(());
+    }
+    let message = format!(
+        "the state directory '{}' is on a file system in memory",
+        state.display()
+    );
+    let hint = "name one on a disk with state=DIR, or add durability=none and have a full backup \
+                after anything but a clean stop";
+    Err(Failure::new("state-in-memory", message).hint(hint))
+}
+
 fn refuse_foreign_folder(dir: &Path, lock: &Path, what: &str) -> Result<(), Failure> {
     let mut entries = fs::read_dir(dir).map_err(|error| cannot_write(dir, &error))?;
     if entries.next().is_none() || lock.exists() {
@@ -365,6 +391,9 @@ const IDLE_CHECK: Duration = Duration::from_secs(30);
 
 /// Its presence says that a folder is Stillpoint's, and its lock that a server uses it.
 const FOLDER_LOCK: &str = "stillpoint.lock";
+
+/// Of tmpfs, which devtmpfs is as well, and of ramfs (Linux `magic.h`).
+const MEMORY_MAGICS: [i128; 2] = [0x0102_1994, 0x8584_58f6];
 
 /// What the sizes of disks are made of.
 const SECTOR: u64 = 512;

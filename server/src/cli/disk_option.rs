@@ -6,6 +6,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use bitmap::Granularity;
 
 use super::units::parse_size;
+use crate::disk::Durability;
 use crate::names::Name;
 use crate::served::DiskSpec;
 
@@ -29,6 +30,7 @@ pub(super) fn parse(text: &OsStr) -> Result<DiskSpec, String> {
         granularity: None,
         state: None,
         read_only: false,
+        durability: Durability::default(),
     };
     let mut seen = Vec::new();
     for part in parts {
@@ -65,10 +67,16 @@ fn set(spec: &mut DiskSpec, key: &str, value: Option<OsString>) -> Result<(), St
         ("read-only", Some(other)) => {
             return Err(format!("read-only is on or off, not '{other}'"));
         }
-        ("format" | "granularity" | "state", _) => return Err(format!("'{key}' needs a value")),
+        ("durability", Some(name)) => {
+            let refusal = || format!("durability is power, process or none, not '{name}'");
+            spec.durability = Durability::named(name).ok_or_else(refusal)?;
+        }
+        ("format" | "granularity" | "state" | "durability", _) => {
+            return Err(format!("'{key}' needs a value"));
+        }
         _ => {
             return Err(format!(
-                "unknown key '{key}': the keys are format, granularity, state, read-only"
+                "unknown key '{key}': the keys are format, granularity, state, durability, read-only"
             ));
         }
     }
@@ -139,11 +147,13 @@ mod tests {
             ("a=/a,state=", "needs a value"),
             (
                 "a=/a,size=1",
-                "the keys are format, granularity, state, read-only",
+                "the keys are format, granularity, state, durability, read-only",
             ),
             ("a=/a,", "the keys are"),
             ("a=/a,granularity=3k", "3072"),
             ("a=/a,granularity=x", "size"),
+            ("a=/a,durability=some", "power, process or none"),
+            ("a=/a,durability", "needs a value"),
             ("a=/a,readonly,read-only", "twice"),
             ("a=/a,readonly=maybe", "on or off"),
         ] {

@@ -21,7 +21,8 @@ use crate::served::DiskSpec;
 #[derive(Args, Debug)]
 pub(super) struct ServeArgs {
     /// Serve the image PATH as disk NAME; may be given more than once. Keys: format=raw,
-    /// granularity=64k (a power of two, 4k to 2M), state=DIR, read-only. A comma in PATH is doubled.
+    /// granularity=64k (a power of two, 4k to 2M), state=DIR, durability=power, process or none,
+    /// read-only. A comma in PATH is doubled.
     #[arg(
         long = "disk",
         value_name = "NAME=PATH[,key=value]...",

@@ -18,11 +18,15 @@ pub(super) fn status(status: &Status) -> String {
     let mut disks = Table::new(["DISK", "SIZE", "CHUNK", "IMAGE", "LIVE"]);
     for disk in &status.disks {
         let read_only = if disk.read_only { " (read-only)" } else { "" };
+        let durability = match disk.durability.as_str() {
+            "power" => String::new(),
+            weaker => format!(" (durability={weaker})"),
+        };
         disks.push([
             disk.disk.to_string(),
             size(disk.size),
             size(disk.granularity),
-            format!("{}{read_only}", disk.path),
+            format!("{}{read_only}{durability}", disk.path),
             disk.live_uris.join(" "),
         ]);
     }

@@ -167,6 +167,8 @@ pub(crate) struct DiskAnswer {
     pub(crate) granularity: u64,
     /// Nobody may write it.
     pub(crate) read_only: bool,
+    /// What its tracking survives: `power`, `process` or `none`.
+    pub(crate) durability: String,
     /// The name of its live export.
     pub(crate) live_export: String,
     /// One for each listener.

@@ -108,6 +108,7 @@ impl Control {
             size: served.disk.size(),
             granularity: served.disk.map().granularity().bytes(),
             read_only: served.read_only,
+            durability: served.durability.name().to_owned(),
             live_export: served.name.to_string(),
             live_uris: uris(&self.live_addresses, served.name.as_str()),
         };

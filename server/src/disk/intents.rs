@@ -6,6 +6,7 @@ use block::SharedSync;
 use scratch::{Durable, Pace, Step, World};
 use tokio::sync::{Mutex, MutexGuard, Notify};
 
+use super::durability::Durability;
 use super::lease::Lease;
 
 /// That a region is being written is durable before anything in it is.
@@ -15,6 +16,7 @@ use super::lease::Lease;
 pub struct Intents<W: World> {
     regions: Regions<W::Pages>,
     lease: Lease<W::Pages>,
+    durability: Durability,
     syncs: SharedSync,
     /// Held by whoever retires regions.
     retiring: Mutex<()>,
@@ -30,10 +32,14 @@ pub(super) struct Inside<'a, W: World> {
 
 impl<W: World> Intents<W> {
     /// Over the regions that were active before, and are until they are retired.
-    pub fn new(regions: Regions<W::Pages>, lease: Lease<W::Pages>) -> Self {
+    ///
+    /// With less than [`Durability::Power`] a region is active as soon as that is stored: then a
+    /// start after a kill still knows which pages of the map have no checksum.
+    pub fn new(regions: Regions<W::Pages>, lease: Lease<W::Pages>, durability: Durability) -> Self {
         Self {
             regions,
             lease,
+            durability,
             syncs: SharedSync::default(),
             retiring: Mutex::default(),
             crowded: Notify::new(),
@@ -52,7 +58,10 @@ impl<W: World> Intents<W> {
         map: &EraMap<W::Pages>,
         pace: &W::Pace,
     ) -> io::Result<Inside<'_, W>> {
-        self.lease.cover(pace.now()).await?;
+        if self.durability == Durability::Power {
+            self.lease.cover(pace.now()).await?;
+        }
+        self.lease.note(pace.now())?;
         let inside = Inside {
             intents: self,
             range: range.clone(),
@@ -70,14 +79,14 @@ impl<W: World> Intents<W> {
             let fill = |chunks: &_| map.eras().fill(chunks);
             self.regions.activate(*region, fill)?;
         }
-        // Begun after the last of these was stored, so it covers them.
-        self.syncs
-            .run(|| self.regions.table().store().sync())
-            .await?;
+        if self.durability == Durability::Power {
+            // Begun after the last of these was stored, so it covers them.
+            self.sync().await?;
+        }
         for region in entered {
             self.regions.activated(region);
         }
-        if self.regions.active() > ACTIVE_MAX {
+        if self.regions.active() > ACTIVE_MAX && self.durability == Durability::Power {
             self.crowded.notify_one();
         }
         Ok(inside)
@@ -92,6 +101,11 @@ impl<W: World> Intents<W> {
     /// by another would else be ended by the one that began it first, whose syncs are too old.
     pub(super) async fn retire_alone(&self) -> MutexGuard<'_, ()> {
         self.retiring.lock().await
+    }
+
+    /// What the tracking survives.
+    pub fn durability(&self) -> Durability {
+        self.durability
     }
 
     /// The regions.

@@ -56,6 +56,11 @@ impl<P: Durable> Lease<P> {
                 .await?;
             self.end.fetch_max(end, Ordering::AcqRel);
         }
+        Ok(())
+    }
+
+    /// Stores that a write is issued at `now`.
+    pub(super) fn note(&self, now: u64) -> io::Result<()> {
         if self.clock.swap(now, Ordering::AcqRel) != now {
             save(&self.store, CLOCK_SECTOR, now)?;
         }
@@ -124,6 +129,7 @@ mod tests {
         assert_eq!(before, LeaseRecord::default());
         for now in [1000, 1001, 1059, 1060] {
             lease.cover(now).await.unwrap();
+            lease.note(now).unwrap();
             let stored = Synced(MemoryPages::from(lease.store.0.contents()));
             let (_, record) = Lease::open(stored).unwrap();
             assert!(record.end.unwrap() > now, "{record:?}");

@@ -3,6 +3,7 @@
 //! A guest write takes one path: reserve, gate, mark, preserve, write. What it must not do out of order, and
 //! what each step leaves behind when the process is killed after it, stands at [`Disk::change`].
 
+mod durability;
 mod freeze;
 mod gate;
 mod intents;
@@ -22,11 +23,12 @@ use scratch::{Claims, Durable, Frozen, Pace, Snapshot, Step, World, preserve};
 
 use tokio::sync::Notify;
 
+pub use durability::Durability;
 pub use freeze::{Busy, Freeze, freeze};
 pub use gate::{Closed, Gate, Pass};
 pub use intents::{ACTIVE_MAX, Intents};
 pub use lease::{Lease, LeaseRecord};
-pub use recovery::{Chronicle, Ending, NewEras, Recovered, Recovery};
+pub use recovery::{Before, Chronicle, Ending, NewEras, Recovered, Recovery, Running};
 pub use tracking::Tracking;
 
 /// One image, served live: every change goes through here.
@@ -172,12 +174,20 @@ impl<W: World> Disk<W> {
 
     /// Retires the regions that nobody has entered lately, and some more to make room.
     pub async fn retire_some(&self) -> io::Result<()> {
-        self.retire(intents::RETIRED_AT_ONCE).await
+        self.retire_early(intents::RETIRED_AT_ONCE).await
     }
 
     /// Retires the regions that nobody has entered since the last time.
     pub async fn retire_idle(&self) -> io::Result<()> {
-        self.retire(0).await
+        self.retire_early(0).await
+    }
+
+    /// Where a power cut leaves nothing to be known, fewer active regions are worth no sync.
+    async fn retire_early(&self, least: usize) -> io::Result<()> {
+        match &self.intents {
+            Some(intents) if intents.durability() == Durability::Power => self.retire(least).await,
+            _ => Ok(()),
+        }
     }
 
     /// Retires every region, if nobody writes; then the map is exact also for the next machine.

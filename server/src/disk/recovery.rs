@@ -6,6 +6,8 @@ use bitmap::{Chunks, Era, EraMap, Eras, Granularity, PageTable, Region, Regions,
 use block::Storage;
 use scratch::Durable;
 
+use super::durability::Durability;
+
 /// How the last server of a disk ended, as far as what it left can be believed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Ending {
@@ -36,13 +38,34 @@ impl Ending {
 
 /// Where a server records that it starts. Each of these returns when it is durable.
 pub trait Chronicle {
-    /// A server runs that uses `eras` and none above; while it is `in_doubt`, nothing that is not
-    /// durable can be believed by whoever comes after it.
-    fn runs(&mut self, eras: NewEras, in_doubt: bool) -> impl Future<Output = io::Result<()>>;
+    /// A server runs.
+    fn runs(&mut self, running: Running) -> impl Future<Output = io::Result<()>>;
 
     /// Things are presumed in `presumed`. Whatever the last server recorded and did not live to
     /// sync is durable with it.
     fn started(&mut self, presumed: Era) -> impl Future<Output = io::Result<()>>;
+}
+
+/// What whoever comes next has to know of a server that did not end in good order.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Running {
+    /// It uses these, and none above.
+    pub eras: NewEras,
+    /// Nothing that is not durable can be believed.
+    pub in_doubt: bool,
+    /// What its tracking survives, and what is left of the tracking before it.
+    pub durability: Durability,
+}
+
+/// What the last server left behind.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Before {
+    /// How it ended.
+    pub ending: Ending,
+    /// What its tracking survived.
+    pub durability: Durability,
+    /// No era above this was recorded.
+    pub known: Era,
 }
 
 /// The eras of a server that starts.
@@ -131,30 +154,71 @@ impl<P: Durable> Recovery<P> {
         Ok(Self { map, table, damage })
     }
 
-    /// Starts after a server that ended like `ending` and recorded no era above `known`.
+    /// Starts after what was `before`, with a tracking that survives what `durability` says.
     pub async fn start(
         mut self,
-        ending: Ending,
-        known: Era,
+        before: Before,
+        durability: Durability,
         chronicle: &mut impl Chronicle,
     ) -> io::Result<Recovered<P>> {
-        let eras = NewEras::after(known, self.map.eras().highest())
+        let ending = before.ending;
+        let eras = NewEras::after(before.known, self.map.eras().highest())
             .ok_or_else(|| io::Error::other("all eras are used up: begin a new state"))?;
         if ending == Ending::PowerCut {
             // What was not durable there is marked with all else.
             let active = |region: Region| self.table.record(region.page()).is_active(region);
             self.damage.chunks.retain(|(region, _)| !active(*region));
         }
+        let lost = before.durability.why_lost(ending).is_some();
+        let done = Running {
+            eras,
+            in_doubt: false,
+            durability,
+        };
         // Until everything in doubt is marked, whoever comes next has the same doubt. For a damaged
-        // page too: once its regions are active, it has no sum that would tell.
-        let in_doubt = ending == Ending::PowerCut || !self.damage.is_empty();
-        chronicle.runs(eras, in_doubt).await?;
+        // page too: once its regions are active, it has no sum that would tell. And until what a
+        // weaker server stored is durable, whoever comes next is after that one as well.
+        let begun = Running {
+            in_doubt: ending == Ending::PowerCut || !lost && !self.damage.is_empty(),
+            durability: match ending {
+                Ending::Clean => Durability::Power,
+                Ending::Killed | Ending::PowerCut => before.durability,
+            },
+            ..done
+        };
+        chronicle.runs(begun).await?;
         chronicle.started(eras.presumed).await?;
-        let recovered = self.finish(ending, eras).await?;
-        if in_doubt {
-            chronicle.runs(eras, false).await?;
+        let recovered = if lost {
+            self.begin_anew(eras).await?
+        } else {
+            self.finish(ending, eras).await?
+        };
+        if begun != done {
+            // Before the first write that is tracked in this way.
+            chronicle.runs(done).await?;
         }
         Ok(recovered)
+    }
+
+    /// Begins with a map of no change: of what there was, any part may be missing, and what is left
+    /// would be taken for damage later.
+    async fn begin_anew(self, eras: NewEras) -> io::Result<Recovered<P>> {
+        let map = &self.map;
+        let granularity = map.granularity();
+        let fresh = map.eras().store().successor()?;
+        let table = PageTable::create(map.eras().page_count(), self.table.store().successor()?)?;
+        fresh.sync().await?;
+        table.store().sync().await?;
+        fresh.succeed().await?;
+        // Interrupted here, all is lost once more.
+        table.store().succeed().await?;
+        let map = EraMap::new(map.size(), granularity, map.eras().salt(), fresh);
+        Ok(Recovered {
+            regions: Regions::new(map.eras().page_count(), granularity, table),
+            map: Arc::new(map),
+            damaged_bytes: 0,
+            eras,
+        })
     }
 
     /// Marks what may have changed unnoticed, in an era that nobody has used.

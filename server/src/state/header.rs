@@ -12,6 +12,7 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use super::identity::ImageIdentity;
+use crate::disk::Durability;
 
 /// The file, whose room was taken when it was made.
 pub(crate) struct Header {
@@ -48,6 +49,8 @@ pub(crate) struct Life {
     pub(crate) lost_reason: String,
     /// The image, at a clean end as it was then.
     pub(crate) image: ImageIdentity,
+    /// What its tracking survived.
+    pub(crate) durability: Durability,
 }
 
 /// Why a state directory cannot be used.
@@ -162,6 +165,12 @@ fn write_life(number: u64, life: &Life) -> [u8; SECTOR_BYTES] {
     }
     sector.put(&(length as u64).to_le_bytes());
     sector.put(&life.lost_reason.as_bytes()[..length]);
+    sector.at = AFTER_REASON;
+    sector.put(&[match life.durability {
+        Durability::Power => 0,
+        Durability::Process => 1,
+        Durability::None => 2,
+    }]);
     sector.seal()
 }
 
@@ -178,6 +187,9 @@ fn read_life(mut sector: Sector) -> Option<(u64, Life)> {
     }
     let length = sector.number()? as usize;
     let reason = sector.rest().get(..length.min(REASON_MAX))?;
+    let lost_reason = String::from_utf8_lossy(reason).into_owned();
+    sector.at = AFTER_REASON;
+    let [durability] = sector.take()?;
     let life = Life {
         clean: clean != 0,
         in_doubt: in_doubt != 0,
@@ -185,8 +197,14 @@ fn read_life(mut sector: Sector) -> Option<(u64, Life)> {
         mounts,
         era_high,
         lost_era,
-        lost_reason: String::from_utf8_lossy(reason).into_owned(),
+        lost_reason,
         image: ImageIdentity::from_numbers(image),
+        durability: match durability {
+            0 => Durability::Power,
+            1 => Durability::Process,
+            // Whatever it means, less is not promised.
+            _ => Durability::None,
+        },
     };
     Some((number, life))
 }
@@ -246,6 +264,8 @@ const SECTOR_BYTES: usize = 512;
 const FILE_BYTES: u64 = 4096;
 /// What the sector of a life has room for.
 const REASON_MAX: usize = 300;
+/// What came later has its place behind the longest reason.
+const AFTER_REASON: usize = 110 + REASON_MAX;
 
 #[cfg(test)]
 mod tests {

@@ -29,7 +29,9 @@ pub(crate) use journal::{
 };
 pub(crate) use ledger::{ENDED_MAX, Ledger};
 
-use crate::disk::{Chronicle, Ending, Intents, Lease, LeaseRecord, NewEras, Recovery};
+use crate::disk::{
+    Before, Chronicle, Durability, Ending, Intents, Lease, LeaseRecord, Recovery, Running,
+};
 use crate::failure::Failure;
 use crate::files::{CellPages, Files};
 use header::{Format, Header, HeaderError, Life};
@@ -90,6 +92,7 @@ impl State {
     pub(crate) async fn open(
         dir: &Path,
         granularity: Option<Granularity>,
+        durability: Durability,
         image: &FileStorage,
     ) -> Result<Opened, Failure> {
         let mut lost = None;
@@ -103,7 +106,7 @@ impl State {
             }
         };
         refuse_other_granularity(dir, granularity, found.format.granularity)?;
-        let opened = begin(dir, found, image, lost).await;
+        let opened = begin(dir, found, durability, image, lost).await;
         opened.map_err(|error| cannot_use(dir, &error))
     }
 
@@ -230,6 +233,7 @@ async fn create(
 async fn begin(
     dir: &Path,
     found: Found,
+    durability: Durability,
     image: &FileStorage,
     mut lost: Option<String>,
 ) -> io::Result<Opened> {
@@ -276,7 +280,9 @@ async fn begin(
     if eras.length()? < whole {
         lost = Some("the map of what changed is missing, or short".to_owned());
     }
-    if let Some(why) = changed_image(&before, &here, ending, lease_record) {
+    let weakness = before.durability.why_lost(ending).map(str::to_owned);
+    // Without a lease, what was our own change and what someone else's is not known either.
+    if let Some(why) = weakness.or_else(|| changed_image(&before, &here, ending, lease_record)) {
         lost = Some(why);
     }
 
@@ -285,8 +291,8 @@ async fn begin(
         .max(before.lost_era)
         .max(journal.ledger().highest_era);
     let files = (
-        CellPages::from(eras),
-        CellPages::from(open_or_create(dir, PAGES)?),
+        CellPages::at(&dir.join(ERAS), eras),
+        CellPages::at(&dir.join(PAGES), open_or_create(dir, PAGES)?),
     );
     let plausible = Era::from_number(known.saturating_add(UNRECORDED_ERAS_MAX));
     let (salt, granularity) = (salt_of(&format.uuid), format.granularity);
@@ -301,8 +307,12 @@ async fn begin(
         journal,
         lost,
     };
-    let known = Era::from_number(known);
-    let recovered = recovery.start(ending, known, &mut start).await?;
+    let before = Before {
+        ending,
+        durability: before.durability,
+        known: Era::from_number(known),
+    };
+    let recovered = recovery.start(before, durability, &mut start).await?;
     // After it is recorded why, if it is short.
     open_or_create(dir, ERAS)?.extend(whole)?;
     if recovered.damaged_bytes > 0 {
@@ -321,7 +331,7 @@ async fn begin(
         presumed: presumed.collect(),
         uuid: format.uuid,
         map: recovered.map,
-        intents: Intents::new(recovered.regions, lease),
+        intents: Intents::new(recovered.regions, lease, durability),
         era: recovered.eras.guests,
         ending,
         lost: lost_before(&life),
@@ -357,10 +367,12 @@ struct Start {
 }
 
 impl Chronicle for Start {
-    async fn runs(&mut self, eras: NewEras, in_doubt: bool) -> io::Result<()> {
+    async fn runs(&mut self, running: Running) -> io::Result<()> {
+        let eras = running.eras;
         self.life.era_high = eras.guests.number();
         // It ends when what it broke is recorded as well: with `State::settle`.
-        self.life.in_doubt |= in_doubt;
+        self.life.in_doubt |= running.in_doubt;
+        self.life.durability = running.durability;
         if let Some(reason) = self.lost.take() {
             self.life.lost_era = eras.presumed.number();
             self.life.lost_reason = reason;

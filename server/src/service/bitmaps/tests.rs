@@ -15,6 +15,7 @@ use time::OffsetDateTime;
 use tokio::task::LocalSet;
 
 use super::{Action, Addition, Source};
+use crate::disk::Durability;
 use crate::names::Name;
 use crate::served::{DiskSpec, ServedDisk};
 use crate::service::{BeginRequest, ScratchOptions, Service};
@@ -167,6 +168,7 @@ impl<'a> Life<'a> {
             granularity: Some(Granularity::new(CHUNK).unwrap()),
             state: None,
             read_only: false,
+            durability: Durability::default(),
         };
         let disk = ServedDisk::open(&spec, None).await.unwrap();
         let clock = OffsetDateTime::now_utc;

@@ -8,7 +8,7 @@ use block::Zeroing;
 use bytes::Bytes;
 use scratch::Durable;
 use stillpoint::disk::{
-    Chronicle, Disk, Ending, Freeze, Intents, Lease, NewEras, Recovery, freeze,
+    Before, Chronicle, Disk, Durability, Ending, Freeze, Intents, Lease, Recovery, Running, freeze,
 };
 
 use super::machine::{Image, Machine, MachinePace, PowerWorld};
@@ -35,6 +35,9 @@ pub(super) struct Header {
     in_doubt: bool,
     boot: u64,
     era_high: u32,
+    /// Checkpoints of this era and before are of no use.
+    lost_era: u32,
+    durability: Durability,
 }
 
 impl Header {
@@ -44,6 +47,8 @@ impl Header {
         in_doubt: false,
         boot: 0,
         era_high: 0,
+        lost_era: 0,
+        durability: Durability::Power,
     };
 
     /// Whether the next server will believe what is not durable, if a sync succeeds.
@@ -52,24 +57,29 @@ impl Header {
     }
 
     pub(super) fn read(machine: &Machine) -> Self {
-        let mut bytes = [0; 16];
+        let mut bytes = [0; 32];
         machine.header.medium().load(0, &mut bytes);
-        let (numbers, flags) = bytes.split_at(12);
-        let (boot, era_high) = numbers.split_at(8);
+        let number = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|n| bytes[at + n]));
         Self {
-            clean: flags[0] != 0,
-            in_doubt: flags[1] != 0,
-            boot: boot.try_into().map_or(0, u64::from_le_bytes),
-            era_high: era_high.try_into().map_or(0, u32::from_le_bytes),
+            clean: bytes[16] != 0,
+            in_doubt: bytes[17] != 0,
+            boot: number(0).into(),
+            era_high: number(8),
+            lost_era: number(12),
+            durability: DURABILITIES[usize::from(bytes[18])],
         }
     }
 
     /// Two copies take turns, so it is stored whole or not at all.
     pub(super) fn store(self, machine: &Machine) {
-        let mut bytes = Vec::with_capacity(16);
+        let mut bytes = Vec::with_capacity(32);
         bytes.extend(self.boot.to_le_bytes());
         bytes.extend(self.era_high.to_le_bytes());
-        bytes.extend([u8::from(self.clean), u8::from(self.in_doubt), 0, 0]);
+        bytes.extend(self.lost_era.to_le_bytes());
+        let durability = DURABILITIES.iter().position(|d| *d == self.durability);
+        let durability = durability.expect("all are listed") as u8;
+        bytes.extend([u8::from(self.clean), u8::from(self.in_doubt), durability]);
+        bytes.resize(32, 0);
         machine.header.medium().store(0, &bytes);
     }
 }
@@ -77,17 +87,25 @@ impl Header {
 /// How this start is recorded, as the server's state does it with files.
 struct Books<'a> {
     machine: &'a Machine,
+    /// Nothing that was known is of use.
+    lost: bool,
+    header: Header,
 }
 
 impl Chronicle for Books<'_> {
-    async fn runs(&mut self, eras: NewEras, in_doubt: bool) -> io::Result<()> {
-        let header = Header {
+    async fn runs(&mut self, running: Running) -> io::Result<()> {
+        self.header = Header {
             clean: false,
-            in_doubt,
+            in_doubt: running.in_doubt,
             boot: self.machine.boot.get(),
-            era_high: eras.guests.number(),
+            era_high: running.eras.guests.number(),
+            lost_era: self.header.lost_era,
+            durability: running.durability,
         };
-        header.store(self.machine);
+        if std::mem::take(&mut self.lost) {
+            self.header.lost_era = running.eras.presumed.number();
+        }
+        self.header.store(self.machine);
         self.machine.header.sync().await
     }
 
@@ -119,22 +137,37 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
         STARTED => record.era + 1,
         _ => record.era,
     });
-    let known = recorded.max().unwrap_or(0).max(header.era_high);
+    let known = recorded.max().unwrap_or(0);
+    let known = known.max(header.era_high).max(header.lost_era);
     let (lease, _) = Lease::open(machine.lease.clone()).expect("nothing fails here");
     let seed = machine.sim.seed;
     let recovery = Recovery::load(
         machine.shape.size,
         granularity(),
         Salt::from_number(seed as u32),
-        (machine.eras.clone(), machine.table.clone()),
+        (machine.eras.open(), machine.table.open()),
         Era::from_number(known + 1000),
     );
     let recovery = recovery.expect("nothing fails here");
-    let mut books = Books { machine: &machine };
+    let lost = header.durability.why_lost(ending).is_some();
+    let mut books = Books {
+        machine: &machine,
+        lost,
+        header,
+    };
+    let before = Before {
+        ending,
+        durability: header.durability,
+        known: Era::from_number(known),
+    };
+    let durability = machine.draw_durability();
+    // What it stores is not durable from the beginning, whatever becomes of its start.
+    machine.weakest.set(machine.weakest.get().min(durability));
     let recovered = recovery
-        .start(ending, Era::from_number(known), &mut books)
+        .start(before, durability, &mut books)
         .await
         .expect("nothing fails here");
+    machine.weakest.set(durability);
 
     let rotten = machine.rotten.take();
     assert!(
@@ -152,13 +185,14 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
             "seed {seed}: a power cut that nobody saw"
         );
         oracle.presumed = presumed.collect();
+        oracle.lost(Era::from_number(books.header.lost_era));
         oracle.started(ending != Ending::PowerCut && !rotten, machine.sim.tick());
     }
     *machine.map.borrow_mut() = Some(Arc::clone(&recovered.map));
     let disk = Disk::new(
         image,
         recovered.map,
-        Some(Intents::new(recovered.regions, lease)),
+        Some(Intents::new(recovered.regions, lease, durability)),
         recovered.eras.guests,
         MachinePace(Rc::clone(&machine)),
     );
@@ -305,10 +339,11 @@ pub(super) async fn close(life: Rc<Life>) {
     life.disk.sync_tracking().await.expect(done);
     let header = Header {
         clean: true,
-        in_doubt: false,
-        boot: machine.boot.get(),
         era_high: life.disk.tracking().era.number(),
+        ..Header::read(machine)
     };
     header.store(machine);
     machine.header.sync().await.expect(done);
 }
+
+const DURABILITIES: [Durability; 3] = [Durability::Power, Durability::Process, Durability::None];

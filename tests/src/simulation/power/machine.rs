@@ -9,6 +9,7 @@ use bitmap::{EraMap, PageStore, PageTable};
 use block::{Extent, Storage, Zeroing};
 use bytes::Bytes;
 use scratch::{Durable, Pace, Step, World};
+use stillpoint::disk::{Durability, Ending};
 
 use super::life::Header;
 use super::medium::Medium;
@@ -29,6 +30,8 @@ pub(super) struct Machine {
     pub(super) header: File,
     pub(super) journal: File,
     pub(super) boot: Cell<u64>,
+    /// The weakest of the servers since everything that they stored was durable.
+    pub(super) weakest: Cell<Durability>,
     pub(super) seconds: Cell<u64>,
     /// Writes that were issued and have not ended: the sectors that have not changed yet.
     in_flight: RefCell<BTreeMap<u64, (Range<u64>, u32)>>,
@@ -57,10 +60,7 @@ pub(super) enum Crash {
 impl Machine {
     pub(super) fn new(sim: &Arc<Sim>) -> Self {
         let shape = Shape::draw(sim);
-        let file = |unit, size| File {
-            sim: Arc::clone(sim),
-            medium: Arc::new(Mutex::new(Medium::new(unit, size))),
-        };
+        let file = |unit, size| File::new(sim, unit, size);
         let pages = shape.pages();
         let table = file(512, 0);
         PageTable::create(pages, table.clone()).expect("nothing fails here");
@@ -71,9 +71,10 @@ impl Machine {
             eras: file(512, pages as usize * bitmap::PAGE_BYTES as usize),
             table,
             lease: file(512, 1024),
-            header: file(16, 16),
+            header: file(32, 32),
             journal: file(16, 0),
             boot: Cell::new(1),
+            weakest: Cell::new(Durability::Power),
             seconds: Cell::new(1000),
             in_flight: RefCell::default(),
             last_issued: Cell::new(0),
@@ -83,6 +84,15 @@ impl Machine {
             old_eras: RefCell::default(),
             map: RefCell::default(),
             shape,
+        }
+    }
+
+    /// What the tracking of the next server is to survive.
+    pub(super) fn draw_durability(&self) -> Durability {
+        match self.sim.below(4) {
+            0 => Durability::None,
+            1 => Durability::Process,
+            _ => Durability::Power,
         }
     }
 
@@ -106,8 +116,9 @@ impl Machine {
         if crash == Crash::Kill && header.is_believed(self) && self.sim.one_in(16) {
             self.image_failed.set(true);
             self.image.medium().lose_power(&self.sim);
-            let active = self.shape.active(self.table.medium().now());
+            let active = self.shape.active(self.table.open().medium().now());
             self.oracle.borrow_mut().power_cut(&active, false);
+            self.may_lose(Ending::PowerCut);
         }
         if crash == Crash::PowerCut {
             self.image_failed.set(false);
@@ -120,12 +131,18 @@ impl Machine {
                 &self.header,
                 &self.journal,
             ] {
-                file.medium().lose_power(&self.sim);
+                file.lose_power();
             }
             self.check_lease();
             let clean = Header::read(self).clean;
-            let active = self.shape.active(self.table.medium().now());
+            let active = self.shape.active(self.table.open().medium().now());
             self.oracle.borrow_mut().power_cut(&active, clean);
+        }
+        if !Header::read(self).clean {
+            self.may_lose(match crash {
+                Crash::Kill => Ending::Killed,
+                Crash::PowerCut => Ending::PowerCut,
+            });
         }
         self.oracle
             .borrow_mut()
@@ -136,11 +153,12 @@ impl Machine {
     /// latter nobody can tell while a region of the page is active.
     pub(super) fn rot(&self) {
         let sim = &*self.sim;
-        let active = self.shape.active(self.table.medium().now());
+        let active = self.shape.active(self.table.open().medium().now());
         let chunk = self.shape.stretch(sim).start / CHUNK;
         let page = self.shape.page_of(chunk);
         let calm = !active[page.clone()].contains(&true);
-        let mut eras = self.eras.medium();
+        let file = self.eras.open();
+        let mut eras = file.medium();
         let old = self.old_eras.borrow();
         let entry = chunk as usize * ENTRY_BYTES;
         let sector = entry / 512 * 512;
@@ -162,6 +180,12 @@ impl Machine {
         }
         self.rotten.set(true);
         self.oracle.borrow_mut().rotted(&page, &active);
+    }
+
+    fn may_lose(&self, ending: Ending) {
+        if self.weakest.get().why_lost(ending).is_some() {
+            self.oracle.borrow_mut().may_lose = true;
+        }
     }
 
     /// A change of the image that is later than the lease would be taken for someone else's.
@@ -198,11 +222,43 @@ impl Machine {
 pub(super) struct File {
     sim: Arc<Sim>,
     medium: Arc<Mutex<Medium>>,
+    /// The files that are found under the name: the newest last, and others only for as long as a
+    /// power cut may bring them back.
+    found: Arc<Mutex<Vec<Arc<Mutex<Medium>>>>>,
 }
 
 impl File {
+    fn new(sim: &Arc<Sim>, unit: usize, size: usize) -> Self {
+        let medium = Arc::new(Mutex::new(Medium::new(unit, size)));
+        Self {
+            sim: Arc::clone(sim),
+            found: Arc::new(Mutex::new(vec![Arc::clone(&medium)])),
+            medium,
+        }
+    }
+
     pub(super) fn medium(&self) -> MutexGuard<'_, Medium> {
         self.medium.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn found(&self) -> MutexGuard<'_, Vec<Arc<Mutex<Medium>>>> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The file that is found under the name now.
+    pub(super) fn open(&self) -> Self {
+        let medium = Arc::clone(self.found().last().expect("there is always one"));
+        Self {
+            medium,
+            ..self.clone()
+        }
+    }
+
+    fn lose_power(&self) {
+        let which = self.sim.below(self.found().len() as u64) as usize;
+        let found = self.found().swap_remove(which);
+        *self.found() = vec![found];
+        self.open().medium().lose_power(&self.sim);
     }
 }
 
@@ -232,6 +288,25 @@ impl Durable for File {
         pause(&self.sim).await;
         Ok(())
     }
+
+    fn successor(&self) -> io::Result<Self> {
+        let next = self.medium().successor();
+        Ok(Self {
+            medium: Arc::new(Mutex::new(next)),
+            ..self.clone()
+        })
+    }
+
+    async fn succeed(&self) -> io::Result<()> {
+        pause(&self.sim).await;
+        self.found().push(Arc::clone(&self.medium));
+        pause(&self.sim).await;
+        let durable = self.found().len() - 1;
+        pause(&self.sim).await;
+        self.found().drain(..durable);
+        pause(&self.sim).await;
+        Ok(())
+    }
 }
 
 pub(super) struct PowerWorld;
@@ -251,7 +326,10 @@ impl Image {
         let machine = &*self.0;
         let sectors = range.start / SECTOR..range.end.div_ceil(SECTOR);
         let id = machine.sim.tick();
-        machine.last_issued.set(machine.seconds.get());
+        // Without a lease, what is left after a power cut is of no use.
+        if machine.weakest.get() == Durability::Power {
+            machine.last_issued.set(machine.seconds.get());
+        }
         machine.oracle.borrow_mut().issued(&range, id);
         let left = (sectors.clone(), value);
         machine.in_flight.borrow_mut().insert(id, left);

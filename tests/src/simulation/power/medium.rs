@@ -27,6 +27,11 @@ impl Medium {
         }
     }
 
+    /// A new file beside it, as long, which is durable as soon as it has a name.
+    pub(super) fn successor(&self) -> Self {
+        Self::new(self.unit, self.now.len())
+    }
+
     /// What whoever reads it sees.
     pub(super) fn now(&self) -> &[u8] {
         &self.now

@@ -117,7 +117,7 @@ pub fn play(seed: u64, tally: &mut PowerTally) {
 
 /// Starts a server; `None` if it was interrupted after so many steps.
 fn start(machine: &Rc<Machine>, patience: u64, tally: &mut PowerTally) -> Option<Rc<Life>> {
-    let active = machine.shape.active(machine.table.medium().now());
+    let active = machine.shape.active(machine.table.open().medium().now());
     let slot = Rc::new(RefCell::new(None));
     let mut executor = Executor::new(&machine.sim);
     let starting = {

@@ -21,6 +21,9 @@ pub(super) struct Oracle {
     client: Client,
     /// There was a power cut after which no start has ended, unless the end before it was clean.
     pub(super) in_doubt: bool,
+    /// Since the last start has ended there was an end after which everything may be lost.
+    pub(super) may_lose: bool,
+    lost: Era,
     /// Eras in which nothing is written.
     pub(super) presumed: Vec<Era>,
     /// Whether nothing was in doubt when the server that runs started.
@@ -59,6 +62,8 @@ impl Oracle {
             making: None,
             client: Client::default(),
             in_doubt: false,
+            may_lose: false,
+            lost: Era::NEVER,
             presumed: Vec::new(),
             sure: true,
             started: 0,
@@ -120,6 +125,19 @@ impl Oracle {
             );
             survived
         });
+    }
+
+    /// A server that starts says that nothing of this era and before is known.
+    pub(super) fn lost(&mut self, era: Era) {
+        let seed = self.seed;
+        assert!(
+            era == self.lost || self.may_lose,
+            "seed {seed}: everything up to {era:?} is given up for no reason"
+        );
+        self.lost = era;
+        self.may_lose = false;
+        self.checkpoints
+            .retain(|_, checkpoint| checkpoint.era > era);
     }
 
     pub(super) fn started(&mut self, sure: bool, now: u64) {

@@ -1,8 +1,9 @@
 use std::io;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::entry::{self, ENTRY_BYTES};
+use crate::kept::{Both, Kept, Stores};
 use crate::{Chunks, Era, PageStore, Salt};
 
 /// An era for each chunk of a disk, written through to a [`PageStore`].
@@ -16,7 +17,8 @@ pub struct Eras<P> {
     pages: Box<[OnceLock<Box<Page>>]>,
     count: u64,
     salt: Salt,
-    store: P,
+    stores: Stores<P>,
+    torn: AtomicBool,
 }
 
 /// Neighbouring chunks with one era.
@@ -38,7 +40,8 @@ impl<P: PageStore> Eras<P> {
             pages,
             count,
             salt,
-            store,
+            stores: Stores::new(store),
+            torn: AtomicBool::new(false),
         }
     }
 
@@ -46,7 +49,8 @@ impl<P: PageStore> Eras<P> {
     /// was never stored, is never.
     pub fn load_stored(&self) -> io::Result<()> {
         let mut offset = 0;
-        while let Some(stored) = self.store.stored(offset)? {
+        let store = self.stores.current();
+        while let Some(stored) = store.stored(offset)? {
             let end = stored.end.div_ceil(PAGE_BYTES).min(self.page_count());
             for page in stored.start / PAGE_BYTES..end {
                 self.load_page(page)?;
@@ -62,7 +66,7 @@ impl<P: PageStore> Eras<P> {
     /// era is never.
     pub fn load_page(&self, page: u64) -> io::Result<Vec<Chunks>> {
         let mut bytes = [0; PAGE_BYTES as usize];
-        self.store.load(page * PAGE_BYTES, &mut bytes)?;
+        self.stores.current().load(page * PAGE_BYTES, &mut bytes)?;
         let eras = self.pages[page as usize].get_or_init(empty_page);
         let mut lacking: Vec<Chunks> = Vec::new();
         let Chunks { start, end } = Self::chunks_of_page(page);
@@ -82,7 +86,13 @@ impl<P: PageStore> Eras<P> {
     /// Stores an entry for each of `chunks`, of which nothing is stored yet: that it has not changed
     /// since the first era began. From then on, an entry that is missing there is damage.
     pub fn fill(&self, chunks: &Chunks) -> io::Result<()> {
-        pieces(chunks).try_for_each(|piece| self.store_entries(&piece, Era::FIRST))
+        for piece in pieces(chunks) {
+            let stores = self.stores.shared();
+            self.store_entries(&stores, &piece, Era::FIRST)?;
+            // In memory too, or a copy of that would lack the entries.
+            self.pages[page_index(piece.start)].get_or_init(empty_page);
+        }
+        Ok(())
     }
 
     /// Takes everything on page number `page` as never changed, in memory alone: what is there is
@@ -147,7 +157,12 @@ impl<P: PageStore> Eras<P> {
     /// On an error memory is as it was, and the store may hold the new era for some of them.
     pub fn set(&self, chunks: &Chunks, era: Era) -> io::Result<()> {
         for piece in pieces(chunks) {
-            self.store_entries(&piece, era)?;
+            // Held until memory is what is stored.
+            let stores = self.stores.shared();
+            if let Err(error) = self.store_entries(&stores, &piece, era) {
+                self.torn.store(true, Ordering::Release);
+                return Err(error);
+            }
             let page = self.pages[page_index(piece.start)].get_or_init(empty_page);
             for chunk in piece {
                 page[place(chunk)].store(era.number(), Ordering::Release);
@@ -156,15 +171,44 @@ impl<P: PageStore> Eras<P> {
         Ok(())
     }
 
-    fn store_entries(&self, piece: &Chunks, era: Era) -> io::Result<()> {
+    fn store_entries(&self, stores: &Both<P>, piece: &Chunks, era: Era) -> io::Result<()> {
         let offset = piece.start * ENTRY_BYTES as u64;
         let entry = |chunk| entry::encode(self.salt, chunk, era);
         // Most writes mark one chunk.
         if piece.end - piece.start == 1 {
-            return self.store.store(offset, &entry(piece.start));
+            return stores.store(offset, &entry(piece.start));
         }
         let entries: Vec<_> = piece.clone().map(entry).collect();
-        self.store.store(offset, entries.as_flattened())
+        stores.store(offset, entries.as_flattened())
+    }
+
+    /// Whether a store has failed, after which the store may hold what memory does not.
+    pub fn is_torn(&self) -> bool {
+        self.torn.load(Ordering::Acquire)
+    }
+
+    /// Stores what is in memory of `chunks` again, so that the next sync makes it durable even if an
+    /// earlier one has failed.
+    pub fn store_again(&self, chunks: &Chunks) -> io::Result<()> {
+        for piece in pieces(chunks) {
+            let stores = self.stores.alone();
+            let Some(page) = self.pages.get(page_index(piece.start)) else {
+                return Ok(());
+            };
+            let page = page.get_or_init(empty_page);
+            let offset = piece.start * ENTRY_BYTES as u64;
+            stores.store(offset, &self.bytes_of(page, &piece))?;
+        }
+        Ok(())
+    }
+
+    /// As [`fill`](Self::fill) and [`set`](Self::set) store them.
+    fn bytes_of(&self, page: &Page, chunks: &Chunks) -> Vec<u8> {
+        let entry = |chunk| {
+            let era = Era::from_number(page[place(chunk)].load(Ordering::Acquire));
+            entry::encode(self.salt, chunk, era.max(Era::FIRST))
+        };
+        chunks.clone().flat_map(entry).collect()
     }
 
     /// The last chunk index, plus one, up to which no chunk from `chunk` on has a page.
@@ -186,12 +230,43 @@ impl<P: PageStore> Eras<P> {
     }
 
     /// The store, to be synced or looked into.
-    pub fn store(&self) -> &P {
-        &self.store
+    pub fn store(&self) -> Arc<P> {
+        self.stores.current()
     }
 
     fn page_of(&self, chunk: u64) -> Option<&Page> {
         self.pages[page_index(chunk)].get().map(Box::as_ref)
+    }
+}
+
+impl<P: PageStore> Kept for Eras<P> {
+    type Store = P;
+
+    fn store(&self) -> Arc<P> {
+        self.stores.current()
+    }
+
+    fn parts(&self) -> u64 {
+        self.page_count()
+    }
+
+    fn begin_anew(&self, next: Arc<P>) {
+        self.stores.begin(next);
+    }
+
+    fn copy_part(&self, page: u64) -> io::Result<()> {
+        let stores = self.stores.alone();
+        match (&stores.next, self.pages[page as usize].get()) {
+            (Some(next), Some(eras)) => {
+                let entries = self.bytes_of(eras, &Self::chunks_of_page(page));
+                next.store(page * PAGE_BYTES, &entries)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn end_anew(&self, succeeded: bool) {
+        self.stores.end(succeeded);
     }
 }
 

@@ -38,7 +38,7 @@ impl<P: PageStore> FrozenEras<P> {
     }
 
     /// What was put aside, to be synced.
-    pub fn store(&self) -> &P {
+    pub fn store(&self) -> Arc<P> {
         self.aside.store()
     }
 

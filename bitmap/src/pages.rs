@@ -1,7 +1,8 @@
 use std::io;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 
 use crate::PageStore;
+use crate::kept::{Kept, Stores};
 use crate::sync::{Mutex, MutexGuard};
 
 /// What is durably known about each page of an era map: which of its regions were ever written,
@@ -15,7 +16,7 @@ use crate::sync::{Mutex, MutexGuard};
 #[derive(Debug)]
 pub struct PageTable<P> {
     sectors: Box<[Mutex<Sector>]>,
-    store: P,
+    stores: Stores<P>,
 }
 
 /// What is known about one page.
@@ -39,7 +40,10 @@ impl<P: PageStore> PageTable<P> {
         let sectors = (0..count)
             .map(|_| Mutex::new([PageRecord::default(); RECORDS]))
             .collect();
-        let table = Self { sectors, store };
+        let table = Self {
+            sectors,
+            stores: Stores::new(store),
+        };
         for number in 0..count as usize {
             table.store_sector(number, &table.sector(number))?;
         }
@@ -68,7 +72,7 @@ impl<P: PageStore> PageTable<P> {
         Ok((
             Self {
                 sectors: sectors.into(),
-                store,
+                stores: Stores::new(store),
             },
             damaged,
         ))
@@ -108,8 +112,8 @@ impl<P: PageStore> PageTable<P> {
     }
 
     /// The store, to be synced.
-    pub fn store(&self) -> &P {
-        &self.store
+    pub fn store(&self) -> Arc<P> {
+        self.stores.current()
     }
 
     fn sector(&self, number: usize) -> MutexGuard<'_, Sector> {
@@ -119,10 +123,40 @@ impl<P: PageStore> PageTable<P> {
     }
 
     fn store_sector(&self, number: usize, sector: &Sector) -> io::Result<()> {
-        self.store.store(
+        self.stores.shared().store(
             (number * SECTOR_BYTES) as u64,
             &encode(number as u32, sector),
         )
+    }
+}
+
+/// A part is a sector, whose lock keeps stores out while it is copied.
+impl<P: PageStore> Kept for PageTable<P> {
+    type Store = P;
+
+    fn store(&self) -> Arc<P> {
+        self.stores.current()
+    }
+
+    fn parts(&self) -> u64 {
+        self.sectors.len() as u64
+    }
+
+    fn begin_anew(&self, next: Arc<P>) {
+        self.stores.begin(next);
+    }
+
+    fn copy_part(&self, number: u64) -> io::Result<()> {
+        let sector = self.sector(number as usize);
+        let bytes = encode(number as u32, &sector);
+        match &self.stores.shared().next {
+            Some(next) => next.store(number * SECTOR_BYTES as u64, &bytes),
+            None => Ok(()),
+        }
+    }
+
+    fn end_anew(&self, succeeded: bool) {
+        self.stores.end(succeeded);
     }
 }
 

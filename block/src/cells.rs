@@ -13,7 +13,7 @@ use crate::pool::blocking;
 /// A small file of bookkeeping: sparse, and stored to by system calls that can fail.
 ///
 /// Never mapped: on a full file system a store through a mapping is a signal, not an error.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Cells {
     file: Arc<File>,
 }

@@ -28,9 +28,14 @@ pub trait Durable: PageStore {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Takes the place of the pages that these succeed: whoever looks for those finds these, also
-    /// after a power cut. What is to be there then must be durable before.
-    fn succeed(&self) -> impl Future<Output = io::Result<()>> {
+    /// Takes the place of the pages that these succeed: whoever looks for those finds these. What is
+    /// to be there after a power cut must be durable before.
+    fn succeed(&self) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Makes durable which pages are found.
+    fn sync_place(&self) -> impl Future<Output = io::Result<()>> {
         std::future::ready(Err(io::ErrorKind::Unsupported.into()))
     }
 }

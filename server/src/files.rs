@@ -66,10 +66,13 @@ impl Durable for CellPages {
         })
     }
 
-    async fn succeed(&self) -> io::Result<()> {
+    fn succeed(&self) -> io::Result<()> {
         let path = self.path()?;
-        fs::rename(successor_of(path), path)?;
-        let folder = path.parent().ok_or(io::ErrorKind::NotFound)?;
+        fs::rename(successor_of(path), path)
+    }
+
+    async fn sync_place(&self) -> io::Result<()> {
+        let folder = self.path()?.parent().ok_or(io::ErrorKind::NotFound)?;
         Cells::from(File::open(folder)?).sync().await
     }
 }

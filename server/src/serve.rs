@@ -14,6 +14,7 @@ use tokio::task::LocalSet;
 
 use crate::address::Address;
 use crate::control::{Control, converse, turn_away};
+use crate::disk::OnTrackingError;
 use crate::export::Role;
 use crate::failure::Failure;
 use crate::hooks::wall_clock;
@@ -47,6 +48,8 @@ pub(crate) struct ServeOptions {
     pub(crate) freeze_timeout: Duration,
     /// How much scratch backups may take.
     pub(crate) scratch: ScratchOptions,
+    /// What becomes of a write that cannot be tracked.
+    pub(crate) on_tracking_error: OnTrackingError,
 }
 
 /// Serves until told to stop, by a signal or over the control socket.
@@ -80,7 +83,7 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     let _run_dir = claim_run_dir(&options.run_dir)?;
     let mut disks = Vec::new();
     for spec in &options.disks {
-        disks.push(ServedDisk::open(spec, scratch_dir).await?);
+        disks.push(ServedDisk::open(spec, scratch_dir, options.on_tracking_error).await?);
     }
     let service = Service::new(disks, options.freeze_timeout, wall_clock, options.scratch)
         .map_err(|error| cannot("restore backups", &error))?;
@@ -88,8 +91,10 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     settled.map_err(|error| cannot("record what was found", &error))?;
     let mut keepers = tokio::task::JoinSet::new();
     for disk in service.disks().values() {
-        let disk = Arc::clone(disk);
-        keepers.spawn_local(async move { disk.look_after().await });
+        let kept = Arc::clone(disk);
+        keepers.spawn_local(async move { kept.look_after().await });
+        let (service, disk) = (Arc::clone(&service), Arc::clone(disk));
+        keepers.spawn_local(async move { service.watch_tracking(&disk).await });
     }
     keepers.spawn_local(Arc::clone(&service).keep_to_expiry());
     let guarded = Arc::clone(&service);

@@ -12,7 +12,7 @@ use block::{FileStorage, ImageLock, Storage};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
-use crate::disk::{Disk, Durability, Ending};
+use crate::disk::{Disk, Durability, Ending, LossRecord, OnTrackingError};
 use crate::failure::Failure;
 use crate::files::Files;
 use crate::hooks::Hooks;
@@ -55,8 +55,9 @@ pub(crate) struct ServedDisk {
     pub(crate) disk: Arc<Disk<Files>>,
     /// The eras in which nothing was written, but presumed.
     pub(crate) presumed: Vec<Era>,
-    /// Checkpoints that are of no use any more, and why.
-    pub(crate) lost: Option<Lost>,
+    /// What was of no use when this server began, because of what happened to the image or its
+    /// state, and why.
+    lost_before: Option<Lost>,
     /// Why checkpoints may not be known any more that once were, if so.
     pub(crate) forgotten: Option<String>,
     /// Whoever holds this appends to the journal.
@@ -80,12 +81,13 @@ impl ServedDisk {
     pub(crate) async fn open(
         spec: &DiskSpec,
         scratch_root: Option<&Path>,
+        policy: OnTrackingError,
     ) -> Result<(Self, Past), Failure> {
         let context = |failure: Failure| Failure {
             message: format!("disk '{}': {}", spec.name, failure.message),
             ..failure
         };
-        open_disk(spec, scratch_root).await.map_err(context)
+        open_disk(spec, scratch_root, policy).await.map_err(context)
     }
 
     /// Makes `record` durable in the journal.
@@ -114,11 +116,33 @@ impl ServedDisk {
     }
 
     /// Why a checkpoint of era `era` is of no use, if it is.
-    pub(crate) fn why_lost(&self, era: Era) -> Option<&str> {
-        self.lost
-            .as_ref()
-            .filter(|lost| era <= lost.era)
-            .map(|lost| lost.reason.as_str())
+    pub(crate) fn why_lost(&self, era: Era) -> Option<String> {
+        let lost = self.lost().filter(|lost| era <= lost.era)?;
+        Some(lost.reason)
+    }
+
+    /// The checkpoints that are of no use any more, and why.
+    pub(crate) fn lost(&self) -> Option<Lost> {
+        let untracked = self
+            .disk
+            .loss()
+            .map(|LossRecord { era, reason }| Lost { era, reason });
+        let both = self.lost_before.clone().into_iter().chain(untracked);
+        both.max_by_key(|lost| lost.era)
+    }
+
+    /// Why an instant of era `era` that was kept when this server began cannot be, if so. That a
+    /// write went untracked is no reason: for the instant, its old contents were kept.
+    pub(crate) fn why_not_kept(&self, era: Era) -> Option<&str> {
+        let lost = self.lost_before.as_ref().filter(|lost| era <= lost.era)?;
+        Some(&lost.reason)
+    }
+
+    /// Why changes are not tracked now, if so.
+    pub(crate) fn untracked(&self) -> Option<String> {
+        let loss = self.disk.loss()?;
+        let now = self.disk.is_lost_in(self.disk.tracking().era);
+        now.then_some(loss.reason)
     }
 
     /// Removes what is left of backups other than `open`.
@@ -147,13 +171,16 @@ impl ServedDisk {
                 () = self.disk.crowded() => self.disk.retire_some().await,
                 _ = idle.tick() => self.disk.retire_idle().await,
                 () = self.disk.sync_fails() => {
-                    let recorded = self.state.lock().await.record_failed_sync().await;
-                    tracing::error!(disk = %self.name, ?recorded, "a sync of the image failed");
-                    return;
+                    tracing::error!(disk = %self.name, "a sync failed");
+                    Ok(())
                 }
             };
             if let Err(error) = retired {
                 tracing::error!(disk = %self.name, %error, "regions cannot be retired");
+            }
+            let mut state = self.state.lock().await;
+            if let Err(error) = state.record_doubt(self.disk.in_doubt()).await {
+                tracing::error!(disk = %self.name, %error, "a failed sync cannot be recorded");
             }
         }
     }
@@ -183,6 +210,7 @@ impl ServedDisk {
 async fn open_disk(
     spec: &DiskSpec,
     scratch_root: Option<&Path>,
+    policy: OnTrackingError,
 ) -> Result<(ServedDisk, Past), Failure> {
     let file = open_image(spec)?;
     ImageLock::take(&file).map_err(|error| {
@@ -208,8 +236,9 @@ async fn open_disk(
         None => state.join("backups"),
     };
     refuse_memory(spec, &state)?;
-    let opened = State::open(&state, spec.granularity, spec.durability, &image).await?;
-    let disk = Disk::new(image, opened.map, Some(opened.intents), opened.era, Hooks);
+    let opened = State::open(&state, spec.granularity, (spec.durability, policy), &image).await?;
+    let disk = Disk::new(image, opened.map, Some(opened.intents), opened.era, Hooks)
+        .with_loss(opened.loss);
     let served = ServedDisk {
         name: spec.name.clone(),
         uuid: opened.uuid,
@@ -218,7 +247,7 @@ async fn open_disk(
         durability: spec.durability,
         disk: Arc::new(disk),
         presumed: opened.presumed,
-        lost: opened.lost,
+        lost_before: opened.lost,
         forgotten: opened.ledger.loss.clone(),
         state: Mutex::new(opened.state),
         bits: BitsFolder::of(&state),

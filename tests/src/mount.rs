@@ -54,6 +54,17 @@ impl Mount {
         Self { directory, device }
     }
 
+    /// Makes an ext4 find an error in itself, after which it can only be read.
+    #[track_caller]
+    pub fn fail(&self) {
+        let (device, _) = self.device.as_ref().expect("it is on a device");
+        let options = "remount,errors=remount-ro";
+        as_root("mount", &["-o", options, path(self.directory.path())]).ok();
+        let name = device.path().file_name().expect("a device");
+        let trigger = format!("/sys/fs/ext4/{}/trigger_fs_error", name.display());
+        as_root("sh", &["-c", &format!("echo test > {trigger}")]).ok();
+    }
+
     /// Where it is mounted.
     pub fn path(&self) -> &Path {
         self.directory.path()

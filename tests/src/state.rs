@@ -53,6 +53,14 @@ pub fn change_sector(state: &Path, sector: usize, change: impl FnOnce(&mut [u8])
     fs::write(&file, header).expect("the header");
 }
 
+/// Damages a sector of the header.
+pub fn damage_sector(state: &Path, sector: usize) {
+    let file = state.join("header");
+    let mut header = fs::read(&file).expect("the header");
+    header[sector * 512 + 100] ^= 1;
+    fs::write(&file, header).expect("the header");
+}
+
 /// Makes `to` a copy of the directory `from`, whatever it was.
 pub fn copy_directory(from: &Path, to: &Path) {
     let _ = fs::remove_dir_all(to);

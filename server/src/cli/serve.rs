@@ -15,6 +15,7 @@ use super::problem::Problem;
 use super::scratch_options::ScratchArgs;
 use super::units::parse_duration;
 use crate::address::Address;
+use crate::disk::OnTrackingError;
 use crate::serve::{ServeOptions, run};
 use crate::served::DiskSpec;
 
@@ -53,6 +54,10 @@ pub(super) struct ServeArgs {
     freeze_timeout: Duration,
     #[command(flatten)]
     scratch: ScratchArgs,
+    /// When it cannot be recorded that a block changes: let the guest's write fail, or let it go on and
+    /// have full backups until the next checkpoint.
+    #[arg(long, value_name = "POLICY", default_value = "fail-write", value_parser = parse_policy)]
+    on_tracking_error: OnTrackingError,
 }
 
 /// Serves until stopped.
@@ -84,7 +89,16 @@ fn options(args: ServeArgs, run_dir: PathBuf) -> Result<ServeOptions, Problem> {
         allow_plaintext: args.allow_plaintext,
         freeze_timeout: args.freeze_timeout,
         scratch: args.scratch.options(),
+        on_tracking_error: args.on_tracking_error,
     })
+}
+
+fn parse_policy(text: &str) -> Result<OnTrackingError, String> {
+    match text {
+        "fail-write" => Ok(OnTrackingError::FailWrite),
+        "stop-tracking" => Ok(OnTrackingError::StopTracking),
+        _ => Err("not fail-write or stop-tracking".to_owned()),
+    }
 }
 
 fn parse_mode(text: &str) -> Result<u32, String> {

@@ -31,6 +31,15 @@ pub(super) fn status(status: &Status) -> String {
         ]);
     }
     text += &disks.render();
+    for disk in &status.disks {
+        if let Some(reason) = &disk.tracking_reason {
+            let name = &disk.disk;
+            say(
+                &mut text,
+                format_args!("{name}: changes are not tracked until the next checkpoint: {reason}"),
+            );
+        }
+    }
     if !status.backups.is_empty() {
         text.push('\n');
         text += &backups(&status.backups);

@@ -90,7 +90,10 @@ pub(crate) struct Notice {
 
 #[derive(Debug, Serialize)]
 struct Happening {
-    id: Name,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<Name>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disk: Option<Name>,
     #[serde(skip_serializing_if = "Option::is_none")]
     outcome: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -169,6 +172,10 @@ pub(crate) struct DiskAnswer {
     pub(crate) read_only: bool,
     /// What its tracking survives: `power`, `process` or `none`.
     pub(crate) durability: String,
+    /// Whether changes are tracked now: `ok` or `lost`.
+    pub(crate) tracking: String,
+    /// Why they are not.
+    pub(crate) tracking_reason: Option<String>,
     /// The name of its live export.
     pub(crate) live_export: String,
     /// One for each listener.
@@ -408,26 +415,31 @@ impl Reply {
 impl Notice {
     /// How clients are told of `event` at time `now`.
     pub(crate) fn new(event: Event, now: OffsetDateTime) -> Self {
-        let (mut used, mut limit) = (None, None);
+        let (mut of_disk, mut used, mut limit) = (None, None, None);
         let (event, id, outcome, reason) = match event {
-            Event::Begun { id } => ("BACKUP_BEGUN", id, None, None),
+            Event::Begun { id } => ("BACKUP_BEGUN", Some(id), None, None),
             Event::ScratchThreshold { id, nearest } => {
                 (used, limit) = (Some(nearest.used), Some(nearest.limit));
-                ("SCRATCH_THRESHOLD", id, None, None)
+                ("SCRATCH_THRESHOLD", Some(id), None, None)
             }
             Event::Ended { id, outcome } => {
                 let outcome = match outcome {
                     Outcome::Committed => "committed",
                     Outcome::Aborted => "aborted",
                 };
-                ("BACKUP_ENDED", id, Some(outcome), None)
+                ("BACKUP_ENDED", Some(id), Some(outcome), None)
             }
-            Event::Broken { id, reason } => ("BACKUP_BROKEN", id, None, Some(reason)),
+            Event::Broken { id, reason } => ("BACKUP_BROKEN", Some(id), None, Some(reason)),
+            Event::TrackingLost { disk, reason } => {
+                of_disk = Some(disk);
+                ("TRACKING_LOST", None, None, Some(reason))
+            }
         };
         Self {
             event,
             data: Happening {
                 id,
+                disk: of_disk,
                 outcome,
                 reason,
                 used,

@@ -109,6 +109,8 @@ impl Control {
             granularity: served.disk.map().granularity().bytes(),
             read_only: served.read_only,
             durability: served.durability.name().to_owned(),
+            tracking_reason: served.untracked(),
+            tracking: served.untracked().map_or("ok", |_| "lost").to_owned(),
             live_export: served.name.to_string(),
             live_uris: uris(&self.live_addresses, served.name.as_str()),
         };

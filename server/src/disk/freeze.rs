@@ -1,5 +1,7 @@
 use std::sync::Arc;
 
+use std::io;
+
 use scratch::{Pace, Step, World};
 use thiserror::Error;
 
@@ -13,10 +15,16 @@ pub struct Freeze<W: World> {
     pub next: Tracking<W>,
 }
 
-/// The writes in flight did not end in time; nothing has changed.
-#[derive(Clone, Copy, Debug, Eq, Error, PartialEq)]
-#[error("writes in flight did not end in time")]
-pub struct Busy;
+/// Why there is no instant.
+#[derive(Debug, Error)]
+pub enum NotFrozen {
+    /// Nothing has changed.
+    #[error("writes in flight did not end in time")]
+    Busy,
+    /// What was written untracked before it may not be durable.
+    #[error("a sync of the image failed: {0}")]
+    Image(#[from] io::Error),
+}
 
 /// Moves every disk to its next tracking at one point in time, or none of them.
 ///
@@ -26,7 +34,7 @@ pub struct Busy;
 pub async fn freeze<W: World>(
     freezes: Vec<Freeze<W>>,
     patience: impl Future<Output = ()>,
-) -> Result<(), Busy> {
+) -> Result<(), NotFrozen> {
     let ready: Vec<_> = freezes
         .into_iter()
         .map(|freeze| (freeze.disk, Arc::new(freeze.next)))
@@ -51,8 +59,12 @@ pub async fn freeze<W: World>(
     tokio::select! {
         biased;
         () = emptied => {}
-        () = patience => return Err(Busy),
+        () = patience => return Err(NotFrozen::Busy),
     }
+    let untracked: Vec<_> = ready
+        .iter()
+        .filter(|(disk, _)| disk.is_lost_in(disk.tracking().era))
+        .collect();
     for ((gate, next), (disk, _)) in closed.iter().zip(&ready) {
         between_swaps(disk).await;
         gate.set(Arc::clone(next));
@@ -63,6 +75,11 @@ pub async fn freeze<W: World>(
         if disk.sync_failed() {
             disk.give_up("a sync of the image failed");
         }
+    }
+    // What nobody tracked is in no active region: from here on, what is in the copy of a client must
+    // not be lost by a power cut that would not tell.
+    for (disk, _) in untracked {
+        disk.flush().await?;
     }
     Ok(())
 }

@@ -2,12 +2,12 @@ use std::io;
 use std::ops::Range;
 
 use bitmap::{EraMap, Region, Regions};
-use block::SharedSync;
-use scratch::{Durable, Pace, Step, World};
+use scratch::{Pace, Step, World};
 use tokio::sync::{Mutex, MutexGuard, Notify};
 
 use super::durability::Durability;
 use super::lease::Lease;
+use super::sound_sync::SoundSync;
 
 /// That a region is being written is durable before anything in it is.
 ///
@@ -17,7 +17,7 @@ pub struct Intents<W: World> {
     regions: Regions<W::Pages>,
     lease: Lease<W::Pages>,
     durability: Durability,
-    syncs: SharedSync,
+    syncs: SoundSync,
     /// Held by whoever retires regions.
     retiring: Mutex<()>,
     /// There are more active regions than there should be.
@@ -40,7 +40,7 @@ impl<W: World> Intents<W> {
             regions,
             lease,
             durability,
-            syncs: SharedSync::default(),
+            syncs: SoundSync::default(),
             retiring: Mutex::default(),
             crowded: Notify::new(),
         }
@@ -113,9 +113,14 @@ impl<W: World> Intents<W> {
         &self.regions
     }
 
+    /// Whether the table may have lost what was stored in it.
+    pub(super) fn in_doubt(&self) -> bool {
+        self.syncs.has_failed()
+    }
+
     /// Makes the table durable.
     pub(super) async fn sync(&self) -> io::Result<()> {
-        self.syncs.run(|| self.regions.table().store().sync()).await
+        self.syncs.run(self.regions.table()).await
     }
 }
 

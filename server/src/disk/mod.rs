@@ -8,7 +8,9 @@ mod freeze;
 mod gate;
 mod intents;
 mod lease;
+mod loss;
 mod recovery;
+mod sound_sync;
 mod tracking;
 
 use std::io;
@@ -16,18 +18,20 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bitmap::{Era, EraMap};
+use bitmap::{Era, EraMap, Region};
 use block::{Extent, SharedSync, Storage, Zeroing};
 use bytes::Bytes;
-use scratch::{Claims, Durable, Frozen, Pace, Snapshot, Step, World, preserve};
+use scratch::{Claims, Frozen, Pace, Snapshot, Step, World, preserve};
 
+use sound_sync::SoundSync;
 use tokio::sync::Notify;
 
 pub use durability::Durability;
-pub use freeze::{Busy, Freeze, freeze};
+pub use freeze::{Freeze, NotFrozen, freeze};
 pub use gate::{Closed, Gate, Pass};
 pub use intents::{ACTIVE_MAX, Intents};
 pub use lease::{Lease, LeaseRecord};
+pub use loss::{Loss, LossRecord, OnTrackingError};
 pub use recovery::{Before, Chronicle, Ending, NewEras, Recovered, Recovery, Running};
 pub use tracking::Tracking;
 
@@ -37,6 +41,9 @@ pub struct Disk<W: World> {
     map: Arc<EraMap<W::Pages>>,
     /// None where the map need not survive the machine.
     intents: Option<Intents<W>>,
+    /// None where a write that cannot be tracked fails.
+    loss: Option<Loss<W::Pages>>,
+    map_syncs: SoundSync,
     /// Entered for as long as a write is under way. Closed and empty, it is therefore a moment when
     /// no write is half done: a point in time.
     gate: Gate<Tracking<W>>,
@@ -69,6 +76,8 @@ impl<W: World> Disk<W> {
             image: Arc::new(image),
             map,
             intents,
+            loss: None,
+            map_syncs: SoundSync::default(),
             gate: Gate::new(Tracking::new(era)),
             claims: Claims::default(),
             pace: Arc::new(pace),
@@ -76,6 +85,31 @@ impl<W: World> Disk<W> {
             sync_failed: AtomicBool::new(false),
             failing: Notify::new(),
         }
+    }
+
+    /// The same with a policy for writes that cannot be tracked.
+    #[must_use]
+    pub fn with_loss(self, loss: Loss<W::Pages>) -> Self {
+        let loss = Some(loss);
+        Self { loss, ..self }
+    }
+
+    /// What is not known because tracking was lost, if so.
+    pub fn loss(&self) -> Option<LossRecord> {
+        self.loss.as_ref()?.record()
+    }
+
+    /// Waits until tracking is lost once more.
+    pub async fn tracking_lost(&self) {
+        match &self.loss {
+            Some(loss) => loss.lost().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Whether something was written in `era` that nobody tracked.
+    pub fn is_lost_in(&self, era: Era) -> bool {
+        self.loss.as_ref().is_some_and(|loss| loss.is_lost_in(era))
     }
 
     /// The size in bytes.
@@ -208,10 +242,16 @@ impl<W: World> Disk<W> {
         if retiring.is_empty() {
             return Ok(());
         }
-        let synced = match self.flush().await {
-            Ok(()) => self.map.eras().store().sync().await,
+        let synced = match self.flush().await.and_then(|()| self.mend(&retiring)) {
+            Ok(()) => self.map_syncs.run(self.map.eras()).await,
             failed => failed,
         };
+        // That a region is inactive need not be durable, but is worth nothing in a file in doubt.
+        let synced = match synced {
+            Ok(()) if intents.in_doubt() => intents.sync().await,
+            other => other,
+        };
+        self.tell_doubt();
         let mut outcome = synced;
         for region in retiring {
             self.pace.step(Step::Retire).await;
@@ -224,16 +264,41 @@ impl<W: World> Disk<W> {
         outcome
     }
 
+    /// Makes what is stored of `regions` what is in memory, also where a store has failed: what a page
+    /// sums to is told from memory.
+    fn mend(&self, regions: &[Region]) -> io::Result<()> {
+        let (Some(intents), true) = (&self.intents, self.map.eras().is_torn()) else {
+            return Ok(());
+        };
+        regions.iter().try_for_each(|region| {
+            let bytes = intents.regions().range(*region);
+            let chunks = self.map.granularity().chunks(&bytes);
+            self.map.eras().store_again(&chunks)
+        })
+    }
+
     /// Makes durable what the map and the table of regions say.
     pub async fn sync_tracking(&self) -> io::Result<()> {
-        self.map.eras().store().sync().await?;
+        self.map_syncs.run(self.map.eras()).await?;
         match &self.intents {
             Some(intents) => intents.sync().await,
             None => Ok(()),
         }
     }
 
-    /// Waits until a sync of the image has failed.
+    /// Whether a sync has failed, so that what is stored may not be there, even without a power cut.
+    pub fn in_doubt(&self) -> bool {
+        let table = self.intents.as_ref().is_some_and(Intents::in_doubt);
+        self.sync_failed() || self.map_syncs.has_failed() || table
+    }
+
+    fn tell_doubt(&self) {
+        if self.in_doubt() {
+            self.failing.notify_one();
+        }
+    }
+
+    /// Waits until a sync has failed, and what it was to make durable is in doubt.
     pub async fn sync_fails(&self) {
         self.failing.notified().await;
     }
@@ -260,16 +325,33 @@ impl<W: World> Disk<W> {
     /// A process that is killed leaves, after reserving: regions active that need not be, which the
     /// next server retires. After the mark: a chunk marked that did not change, which is
     /// harmless. After preserving: old bytes kept that the disk still has, likewise. After the
-    /// write: a change that is marked and whose before-image is kept.
+    /// write: a change that is marked and whose before-image is kept. Where it could not be marked:
+    /// that nothing is known of its era and before.
     async fn change(&self, range: Range<u64>, change: Change) -> io::Result<()> {
         // Outside the gate, where a freeze does not wait for it.
-        let _inside = match &self.intents {
-            Some(intents) => Some(intents.enter(&range, &self.map, &self.pace).await?),
-            None => None,
+        let (_inside, refusal) = match &self.intents {
+            Some(intents) => match intents.enter(&range, &self.map, &self.pace).await {
+                Ok(inside) => (Some(inside), None),
+                Err(error) => (None, Some(error)),
+            },
+            None => (None, None),
         };
         let pass = self.gate.enter().await;
         self.pace.step(Step::Look).await;
-        self.mark(&range, &pass).await?;
+        // A mark in a region that may not be active would not be found; and without one, what any
+        // instant knows of this chunk stays as it is.
+        let tracked = match refusal {
+            None => self.mark(&range, &pass).await,
+            Some(error) => Err(error),
+        };
+        if let Err(error) = tracked {
+            self.tell_doubt();
+            // Inside the gate: which era it is lost in is the one that the next instant ends.
+            match &self.loss {
+                Some(loss) => loss.lose(pass.era, error).await?,
+                None => return Err(error),
+            }
+        }
         self.pace.step(Step::Preserve).await;
         preserve(
             &range,

@@ -209,9 +209,11 @@ impl<P: Durable> Recovery<P> {
         let table = PageTable::create(map.eras().page_count(), self.table.store().successor()?)?;
         fresh.sync().await?;
         table.store().sync().await?;
-        fresh.succeed().await?;
-        // Interrupted here, all is lost once more.
-        table.store().succeed().await?;
+        // Interrupted between these, all is lost once more.
+        fresh.succeed()?;
+        table.store().succeed()?;
+        fresh.sync_place().await?;
+        table.store().sync_place().await?;
         let map = EraMap::new(map.size(), granularity, map.eras().salt(), fresh);
         Ok(Recovered {
             regions: Regions::new(map.eras().page_count(), granularity, table),
@@ -239,9 +241,20 @@ impl<P: Durable> Recovery<P> {
             table.update(region.page(), |record| record.activate(*region))?;
         }
         let regions = Regions::new(map.eras().page_count(), granularity, table);
+        // A sync may have failed without anyone having lived to record it, and what the last server
+        // stored be in memory only: stored again, it is durable after a sync that succeeds.
+        let believed = |region: &Region| !damage.pages.contains(&region.page());
+        for region in regions.all_active().filter(believed) {
+            regions.table().rewrite(region.page(), |_| Ok(()))?;
+            let chunks = granularity.chunks(&regions.range(region));
+            map.eras().store_again(&chunks)?;
+        }
         // Before every mark it is durable that the region is active; also of the regions that the
         // last server stored as active and did not live to sync: writers will not ask again.
         regions.table().store().sync().await?;
+        // Nor may the file be another after a power cut, where it was being written anew.
+        regions.table().store().sync_place().await?;
+        map.eras().store().sync_place().await?;
         let mut damaged_bytes = 0;
         for chunks in damage.all::<P>() {
             let range = granularity.range(&chunks, map.size());

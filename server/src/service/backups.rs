@@ -403,14 +403,20 @@ impl Service {
 }
 
 impl Prepared {
+    /// After the instant: what went untracked before it is known by now.
     fn freeze(self, backup: &Name, has_disk_name: bool) -> FrozenDisk {
+        let why_lost = match &self.base {
+            Base::Checkpoint { era, .. } => self.disk.why_lost(*era),
+            Base::None | Base::Unusable(_) => None,
+        };
+        let base = why_lost.map_or(self.base, Base::Unusable);
         let frozen = self.disk.disk.frozen(self.snapshot);
         let dir = Some(self.dir);
         FrozenDisk::new(
             self.disk,
             backup.clone(),
             frozen,
-            self.base,
+            base,
             has_disk_name,
             dir,
             self.bitmaps,

@@ -140,7 +140,7 @@ fn find_checkpoint(book: &Book, text: &str, disks: &[Arc<ServedDisk>]) -> Result
 fn usable(base: &Checkpoint, disk: &ServedDisk) -> Option<Base> {
     let era = *base.eras.get(&disk.name)?;
     Some(match disk.why_lost(era) {
-        Some(why) => Base::Unusable(why.to_owned()),
+        Some(why) => Base::Unusable(why),
         None => Base::Checkpoint {
             name: base.name.clone(),
             uuid: base.uuid,

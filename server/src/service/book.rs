@@ -16,8 +16,8 @@ use super::bitmaps::{Bitmaps, FrozenBitmap};
 use crate::files::{Files, SnapshotDir};
 use crate::names::Name;
 use crate::served::ServedDisk;
-use crate::state::ENDED_MAX;
 pub(crate) use crate::state::Outcome;
+use crate::state::{ENDED_MAX, Lost};
 
 /// Checkpoints, backups and consumers, as they are known to everyone.
 #[derive(Default)]
@@ -153,6 +153,9 @@ pub(crate) struct FrozenDisk {
     pub(crate) changed_bytes: u64,
     /// How much of that is only presumed to have changed.
     pub(crate) uncertain_bytes: u64,
+    /// What was of no use when it was frozen, or when the server began: what went untracked later
+    /// changed nothing that is known of the instant.
+    pub(super) lost: Option<Lost>,
     /// Whether the disk's own name means this export, until the backup ends.
     pub(crate) has_disk_name: bool,
     /// The dirty bitmaps that were asked for, as they were.
@@ -283,7 +286,10 @@ impl Book {
         let visible = self.checkpoints.iter().filter(|c| c.pending_of.is_none());
         visible.filter_map(move |checkpoint| {
             let era = *checkpoint.eras.get(&frozen.disk.name)?;
-            let usable = era < frozen_in && frozen.disk.why_lost(era).is_none();
+            // What it begins from was looked at when its instant had been taken.
+            let begins = matches!(&frozen.base, Base::Checkpoint { era: base, .. } if *base == era);
+            let known = begins || frozen.lost.as_ref().is_none_or(|lost| era > lost.era);
+            let usable = era < frozen_in && known;
             usable.then_some((&checkpoint.name, era))
         })
     }
@@ -398,6 +404,7 @@ impl FrozenDisk {
             differences.usage_of(name.as_str());
         }
         Self {
+            lost: disk.lost(),
             disk,
             backup,
             frozen,

@@ -31,7 +31,7 @@ pub(crate) use book::{
     Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Last, Outcome, Usage,
 };
 
-use crate::disk::{Freeze, Tracking, freeze};
+use crate::disk::{Freeze, NotFrozen, Tracking, freeze};
 use crate::failure::Failure;
 use crate::files::Files;
 use crate::names::Name;
@@ -64,7 +64,7 @@ pub(crate) type Clock = fn() -> OffsetDateTime;
 #[derive(Default)]
 struct Counter(u64);
 
-/// Something that happened to a backup.
+/// Something that happened.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) enum Event {
     /// A backup is open.
@@ -92,6 +92,13 @@ pub(crate) enum Event {
         id: Name,
         /// How much is used, and the limit of that.
         nearest: scratch::Use,
+    },
+    /// Something was written that nobody tracked: checkpoints so far are of no use.
+    TrackingLost {
+        /// On which disk.
+        disk: Name,
+        /// Why.
+        reason: String,
     },
 }
 
@@ -229,12 +236,16 @@ impl Service {
         let pause = begun.elapsed();
         self.longest_pause_us
             .fetch_max(pause.as_micros() as u64, Ordering::Relaxed);
-        outcome.map_err(|busy| {
-            let message = format!("{busy}: no instant within {:?}", self.freeze_timeout);
-            let hint = "the storage is slow: try again, or serve with a longer --freeze-timeout";
-            Failure::new("busy", message).hint(hint)
-        })?;
-        Ok(pause)
+        match outcome {
+            Ok(()) => Ok(pause),
+            Err(busy @ NotFrozen::Busy) => {
+                let message = format!("{busy}: no instant within {:?}", self.freeze_timeout);
+                let hint =
+                    "the storage is slow: try again, or serve with a longer --freeze-timeout";
+                Err(Failure::new("busy", message).hint(hint))
+            }
+            Err(failed @ NotFrozen::Image(_)) => Err(image_failed(failed.to_string())),
+        }
     }
 
     /// For what is so as soon as one disk says so: that of the first decides.
@@ -259,6 +270,21 @@ impl Service {
         }
     }
 
+    /// Tells everyone whenever tracking of `disk` is lost, for as long as it is served.
+    pub(crate) async fn watch_tracking(&self, disk: &ServedDisk) {
+        loop {
+            disk.disk.tracking_lost().await;
+            let Some(loss) = disk.disk.loss() else {
+                continue;
+            };
+            tracing::error!(disk = %disk.name, reason = loss.reason, "tracking is lost");
+            self.announce(Event::TrackingLost {
+                disk: disk.name.clone(),
+                reason: loss.reason,
+            });
+        }
+    }
+
     fn announce(&self, event: Event) {
         // Nobody has to listen.
         let _ = self.events.send(event);
@@ -268,10 +294,14 @@ impl Service {
 fn refuse_untrusted(disk: &ServedDisk) -> Result<(), Failure> {
     if disk.disk.sync_failed() {
         let message = format!("disk '{}': a sync of the image failed", disk.name);
-        let hint = "what the image holds is not certain any more: check the storage, then restart";
-        return Err(Failure::new("image-failed", message).hint(hint));
+        return Err(image_failed(message));
     }
     Ok(())
+}
+
+fn image_failed(message: String) -> Failure {
+    let hint = "what the image holds is not certain any more: check the storage, then restart";
+    Failure::new("image-failed", message).hint(hint)
 }
 
 fn next_era(disk: &ServedDisk, tracking: &Tracking<Files>) -> Result<Era, Failure> {

@@ -167,7 +167,7 @@ fn reopen_disk(
     let path = disk.snapshot_dir(&part.id);
     let size = disk.disk.size();
     let live = || Arc::clone(disk.disk.map());
-    let gone = match (ending, disk.why_lost(era)) {
+    let gone = match (ending, disk.why_not_kept(era)) {
         // Whatever its scratch looks like by now, there were writes that it did not see.
         _ if broken.is_some() => broken,
         (_, Some(why)) => Some(why.to_owned()),

@@ -2,7 +2,7 @@
 //!
 //! One file of sectors, each with a CRC-32 of its own, so that storage writes each of them
 //! whole or not at all. Sector 0 never changes; sectors 1 and 2 take turns, and the valid one with
-//! the higher number counts.
+//! the higher number counts. Sector 3 is [where it is recorded](Loss) that tracking was lost.
 
 use std::io;
 
@@ -12,7 +12,8 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use super::identity::ImageIdentity;
-use crate::disk::Durability;
+use crate::disk::{Durability, Loss};
+use crate::files::CellPages;
 
 /// The file, whose room was taken when it was made.
 pub(crate) struct Header {
@@ -70,7 +71,9 @@ pub(crate) enum HeaderError {
 impl Header {
     /// Writes a new header. It must be synced before anything relies on it.
     pub(crate) fn create(cells: Cells, format: &Format) -> io::Result<Self> {
-        cells.reserve(FILE_BYTES)?;
+        // Written and not only reserved: nothing that is stored here later may need room.
+        cells.store(0, &[0; FILE_BYTES])?;
+        cells.store(Loss::<CellPages>::OFFSET, &Loss::<CellPages>::empty())?;
         let mut sector = Sector::new();
         sector.put(MAGIC);
         sector.put(&VERSION.to_le_bytes());
@@ -109,6 +112,18 @@ impl Header {
             .store(place * SECTOR_BYTES as u64, &write_life(number, life))?;
         self.number = number;
         Ok(())
+    }
+
+    /// Stores that tracking was never lost, where that cannot be read. Durable after a
+    /// [`sync`](Self::sync), which must come after what makes up for it is stored as well.
+    pub(crate) fn forget_loss(&self) -> io::Result<()> {
+        self.cells
+            .store(Loss::<CellPages>::OFFSET, &Loss::<CellPages>::empty())
+    }
+
+    /// The file, for what has a sector of its own.
+    pub(crate) fn cells(&self) -> &Cells {
+        &self.cells
     }
 
     /// Makes durable what was stored.
@@ -261,7 +276,7 @@ const MAGIC: &[u8; 8] = b"STILLPNT";
 const VERSION: u32 = 1;
 const SECTOR_BYTES: usize = 512;
 /// One page of a file system.
-const FILE_BYTES: u64 = 4096;
+const FILE_BYTES: usize = 4096;
 /// What the sector of a life has room for.
 const REASON_MAX: usize = 300;
 /// What came later has its place behind the longest reason.

@@ -30,7 +30,8 @@ pub(crate) use journal::{
 pub(crate) use ledger::{ENDED_MAX, Ledger};
 
 use crate::disk::{
-    Before, Chronicle, Durability, Ending, Intents, Lease, LeaseRecord, Recovery, Running,
+    Before, Chronicle, Durability, Ending, Intents, Lease, LeaseRecord, Loss, OnTrackingError,
+    Recovery, Running,
 };
 use crate::failure::Failure;
 use crate::files::{CellPages, Files};
@@ -63,6 +64,8 @@ pub(crate) struct Opened {
     pub(crate) ending: Ending,
     /// Checkpoints of this era and before are of no use, and why.
     pub(crate) lost: Option<Lost>,
+    /// Where it is recorded that tracking was lost, if a write may go on untracked.
+    pub(crate) loss: Loss<CellPages>,
     /// What happened before.
     pub(crate) ledger: Ledger,
 }
@@ -92,7 +95,7 @@ impl State {
     pub(crate) async fn open(
         dir: &Path,
         granularity: Option<Granularity>,
-        durability: Durability,
+        (durability, policy): (Durability, OnTrackingError),
         image: &FileStorage,
     ) -> Result<Opened, Failure> {
         let mut lost = None;
@@ -106,7 +109,7 @@ impl State {
             }
         };
         refuse_other_granularity(dir, granularity, found.format.granularity)?;
-        let opened = begin(dir, found, durability, image, lost).await;
+        let opened = begin(dir, found, (durability, policy), image, lost).await;
         opened.map_err(|error| cannot_use(dir, &error))
     }
 
@@ -135,11 +138,19 @@ impl State {
         self.header.sync().await
     }
 
-    /// Records that a sync of the image has failed: the next start cannot believe what is newer.
-    pub(crate) async fn record_failed_sync(&mut self) -> io::Result<()> {
-        self.life.in_doubt = true;
-        self.header.store(&self.life)?;
-        self.header.sync().await
+    /// Records whether a sync has failed: then the next start cannot believe what is newer.
+    pub(crate) async fn record_doubt(&mut self, in_doubt: bool) -> io::Result<()> {
+        if self.life.in_doubt == in_doubt {
+            return Ok(());
+        }
+        let life = Life {
+            in_doubt,
+            ..self.life.clone()
+        };
+        self.header.store(&life)?;
+        self.header.sync().await?;
+        self.life = life;
+        Ok(())
     }
 
     /// Records a clean end, after which nothing is written. All else has been synced before.
@@ -199,7 +210,7 @@ async fn create(
         eras.extend(eras_bytes(chunks))?;
         eras.sync().await?;
         let table = PageTable::create(pages_of(chunks), CellPages::create(&dir.join(PAGES))?)?;
-        scratch::Durable::sync(table.store()).await?;
+        scratch::Durable::sync(&*table.store()).await?;
         Journal::create(dir).await?;
         Cells::create(&dir.join(LEASE))?.sync().await?;
         let format = Format {
@@ -233,7 +244,7 @@ async fn create(
 async fn begin(
     dir: &Path,
     found: Found,
-    durability: Durability,
+    (durability, policy): (Durability, OnTrackingError),
     image: &FileStorage,
     mut lost: Option<String>,
 ) -> io::Result<Opened> {
@@ -247,17 +258,10 @@ async fn begin(
     if damage != Damage::default() {
         tracing::warn!(dir = %dir.display(), ?damage, "blocks of the journal are damaged");
     }
-    let lease_file = CellPages::from(open_or_create(dir, LEASE)?);
-    let (lease, lease_record) = Lease::open(lease_file)?;
+    let (lease, lease_record) = Lease::open(CellPages::from(open_or_create(dir, LEASE)?))?;
 
     let here = life_here(dir, image)?;
-    let ending = match &life {
-        Some(life) => {
-            let same_machine = life.boot == here.boot && life.mounts == here.mounts;
-            Ending::of(life.clean, same_machine, life.in_doubt, image).await
-        }
-        None => Ending::PowerCut,
-    };
+    let ending = ending_of(life.as_ref(), &here, image).await;
     let forgotten = begun_anew.or_else(|| journal_loss(&journal, damage, ending, life.as_ref()));
     if let Some(reason) = forgotten.filter(|_| journal.ledger().loss.is_none()) {
         // With the record of this start, before what is damaged is gone.
@@ -286,17 +290,19 @@ async fn begin(
         lost = Some(why);
     }
 
+    let pages = CellPages::from(header.cells().clone());
+    let (record_of_loss, untracked) = Loss::open(pages, policy).await?;
+    if untracked.is_none() {
+        lost = Some("the record of whether tracking was lost is damaged".to_owned());
+    }
+    let has_record = untracked.is_some();
+    let untracked = untracked.map_or(0, |record| record.era.number());
     let known = before
         .era_high
+        .max(untracked)
         .max(before.lost_era)
         .max(journal.ledger().highest_era);
-    let files = (
-        CellPages::at(&dir.join(ERAS), eras),
-        CellPages::at(&dir.join(PAGES), open_or_create(dir, PAGES)?),
-    );
-    let plausible = Era::from_number(known.saturating_add(UNRECORDED_ERAS_MAX));
-    let (salt, granularity) = (salt_of(&format.uuid), format.granularity);
-    let recovery = Recovery::load(image.size(), granularity, salt, files, plausible)?;
+    let recovery = load_map(dir, eras, image.size(), &format, known)?;
     let mut start = Start {
         life: Life {
             lost_era: before.lost_era,
@@ -313,6 +319,10 @@ async fn begin(
         known: Era::from_number(known),
     };
     let recovered = recovery.start(before, durability, &mut start).await?;
+    if !has_record {
+        start.header.forget_loss()?;
+        start.header.sync().await?;
+    }
     // After it is recorded why, if it is short.
     open_or_create(dir, ERAS)?.extend(whole)?;
     if recovered.damaged_bytes > 0 {
@@ -335,6 +345,7 @@ async fn begin(
         era: recovered.eras.guests,
         ending,
         lost: lost_before(&life),
+        loss: record_of_loss,
         state: State {
             header,
             life,
@@ -342,6 +353,31 @@ async fn begin(
         },
         ledger,
     })
+}
+
+async fn ending_of(life: Option<&Life>, here: &Life, image: &FileStorage) -> Ending {
+    let Some(life) = life else {
+        return Ending::PowerCut;
+    };
+    let same_machine = life.boot == here.boot && life.mounts == here.mounts;
+    Ending::of(life.clean, same_machine, life.in_doubt, image).await
+}
+
+/// The map as it is, in `eras` and what is told of its pages, where no era above `known` is recorded.
+fn load_map(
+    dir: &Path,
+    eras: Cells,
+    size: u64,
+    format: &Format,
+    known: u32,
+) -> io::Result<Recovery<CellPages>> {
+    let files = (
+        CellPages::at(&dir.join(ERAS), eras),
+        CellPages::at(&dir.join(PAGES), open_or_create(dir, PAGES)?),
+    );
+    let plausible = Era::from_number(known.saturating_add(UNRECORDED_ERAS_MAX));
+    let salt = salt_of(&format.uuid);
+    Recovery::load(size, format.granularity, salt, files, plausible)
 }
 
 /// This machine, these mounts, and the image as it is.

@@ -50,7 +50,7 @@ impl Bitmap {
     pub(crate) fn dirty(&self, disk: &ServedDisk) -> Result<&DirtySet, String> {
         let dirty = self.dirty.as_ref().map_err(Clone::clone)?;
         match disk.why_lost(dirty.since.unwrap_or(self.era)) {
-            Some(why) => Err(why.to_owned()),
+            Some(why) => Err(why),
             None => Ok(dirty),
         }
     }

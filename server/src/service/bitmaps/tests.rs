@@ -15,7 +15,7 @@ use time::OffsetDateTime;
 use tokio::task::LocalSet;
 
 use super::{Action, Addition, Source};
-use crate::disk::Durability;
+use crate::disk::{Durability, OnTrackingError};
 use crate::names::Name;
 use crate::served::{DiskSpec, ServedDisk};
 use crate::service::{BeginRequest, ScratchOptions, Service};
@@ -170,7 +170,9 @@ impl<'a> Life<'a> {
             read_only: false,
             durability: Durability::default(),
         };
-        let disk = ServedDisk::open(&spec, None).await.unwrap();
+        let disk = ServedDisk::open(&spec, None, OnTrackingError::default())
+            .await
+            .unwrap();
         let clock = OffsetDateTime::now_utc;
         let scratch = ScratchOptions::default();
         let service = Service::new(vec![disk], Duration::from_secs(1), clock, scratch).unwrap();

@@ -8,7 +8,8 @@ use block::Zeroing;
 use bytes::Bytes;
 use scratch::Durable;
 use stillpoint::disk::{
-    Before, Chronicle, Disk, Durability, Ending, Freeze, Intents, Lease, Recovery, Running, freeze,
+    Before, Chronicle, Disk, Durability, Ending, Freeze, Intents, Lease, Loss, OnTrackingError,
+    Recovery, Running, freeze,
 };
 
 use super::machine::{Image, Machine, MachinePace, PowerWorld};
@@ -138,7 +139,14 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
         _ => record.era,
     });
     let known = recorded.max().unwrap_or(0);
+    let policies = [OnTrackingError::FailWrite, OnTrackingError::StopTracking];
+    let policy = machine.sim.one_of(&policies);
+    let (record_of_loss, untracked) = Loss::open(machine.loss.clone(), policy)
+        .await
+        .expect("nothing fails here");
+    let untracked = untracked.expect("it is one sector").era;
     let known = known.max(header.era_high).max(header.lost_era);
+    let known = known.max(untracked.number());
     let (lease, _) = Lease::open(machine.lease.clone()).expect("nothing fails here");
     let seed = machine.sim.seed;
     let recovery = Recovery::load(
@@ -185,22 +193,27 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
             "seed {seed}: a power cut that nobody saw"
         );
         oracle.presumed = presumed.collect();
-        oracle.lost(Era::from_number(books.header.lost_era));
+        oracle.lost(Era::from_number(books.header.lost_era).max(untracked));
         oracle.started(ending != Ending::PowerCut && !rotten, machine.sim.tick());
     }
-    *machine.map.borrow_mut() = Some(Arc::clone(&recovered.map));
     let disk = Disk::new(
         image,
         recovered.map,
         Some(Intents::new(recovered.regions, lease, durability)),
         recovered.eras.guests,
         MachinePace(Rc::clone(&machine)),
-    );
+    )
+    .with_loss(record_of_loss);
     #[expect(
         clippy::arc_with_non_send_sync,
         reason = "the server's API, on one thread here"
     )]
     let disk = Arc::new(disk);
+    *machine.disk.borrow_mut() = Some(Arc::clone(&disk));
+    // From here on what was lost by a fault may be lost.
+    machine.faults.draw(&machine.sim);
+    machine.oracle.borrow_mut().may_lose |=
+        machine.faults.any() && policy == OnTrackingError::StopTracking;
     Life {
         disk,
         ending,
@@ -269,8 +282,14 @@ pub(super) async fn guest(life: Rc<Life>) {
             let data = word.repeat((range.end - range.start) as usize / 4);
             life.disk.write(range.start, Bytes::from(data)).await
         };
-        result.expect("nothing fails here");
-        machine.oracle.borrow_mut().ended(number);
+        if let Err(error) = result {
+            let seed = sim.seed;
+            assert!(machine.faults.any(), "seed {seed}: {error}");
+            let now = sim.tick();
+            machine.oracle.borrow_mut().failed(number, now);
+        } else {
+            machine.oracle.borrow_mut().ended(number);
+        }
         life.pauses(6).await;
     }
 }
@@ -325,7 +344,10 @@ pub(super) async fn retirer(life: Rc<Life>) {
             biased;
             () = life.until_stopping() => return,
             () = interrupted => {}
-            retired = retire => retired.expect("nothing fails here"),
+            retired = retire => {
+                let seed = sim.seed;
+                assert!(retired.is_ok() || life.machine.faults.any(), "seed {seed}: {retired:?}");
+            }
         }
     }
 }

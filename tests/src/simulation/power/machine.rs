@@ -3,13 +3,14 @@ use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bitmap::{EraMap, PageStore, PageTable};
+use bitmap::{PageStore, PageTable};
 use block::{Extent, Storage, Zeroing};
 use bytes::Bytes;
 use scratch::{Durable, Pace, Step, World};
-use stillpoint::disk::{Durability, Ending};
+use stillpoint::disk::{Disk, Durability, Ending, Loss};
 
 use super::life::Header;
 use super::medium::Medium;
@@ -30,6 +31,10 @@ pub(super) struct Machine {
     pub(super) header: File,
     pub(super) journal: File,
     pub(super) boot: Cell<u64>,
+    /// What fails while guests write.
+    pub(super) faults: Arc<Faults>,
+    /// The disk's record that tracking was lost.
+    pub(super) loss: File,
     /// The weakest of the servers since everything that they stored was durable.
     pub(super) weakest: Cell<Durability>,
     pub(super) seconds: Cell<u64>,
@@ -43,8 +48,8 @@ pub(super) struct Machine {
     pub(super) rotten: Cell<bool>,
     /// The stored map as it once was.
     old_eras: RefCell<Vec<u8>>,
-    /// The map of the server that runs.
-    pub(super) map: RefCell<Option<Arc<EraMap<File>>>>,
+    /// Of the server that runs.
+    pub(super) disk: RefCell<Option<Arc<Disk<PowerWorld>>>>,
 }
 
 /// Of an era, in the stored map.
@@ -60,19 +65,27 @@ pub(super) enum Crash {
 impl Machine {
     pub(super) fn new(sim: &Arc<Sim>) -> Self {
         let shape = Shape::draw(sim);
-        let file = |unit, size| File::new(sim, unit, size);
+        let faults = Arc::new(Faults::default());
+        let file = |unit, size| File::new(sim, &faults, unit, size);
+        // What fails there is another matter.
+        let sound = |unit, size| File::new(sim, &Arc::default(), unit, size);
         let pages = shape.pages();
         let table = file(512, 0);
         PageTable::create(pages, table.clone()).expect("nothing fails here");
         table.medium().settle();
+        let loss = file(512, 2048);
+        let at = Loss::<File>::OFFSET as usize;
+        loss.medium().store(at, &Loss::<File>::empty());
+        loss.medium().settle();
         Self {
             sim: Arc::clone(sim),
-            image: file(4, shape.sectors() as usize * 4),
+            image: sound(4, shape.sectors() as usize * 4),
             eras: file(512, pages as usize * bitmap::PAGE_BYTES as usize),
             table,
             lease: file(512, 1024),
-            header: file(32, 32),
-            journal: file(16, 0),
+            header: sound(32, 32),
+            journal: sound(16, 0),
+            loss,
             boot: Cell::new(1),
             weakest: Cell::new(Durability::Power),
             seconds: Cell::new(1000),
@@ -82,8 +95,9 @@ impl Machine {
             oracle: RefCell::new(Oracle::new(sim.seed, &shape)),
             rotten: Cell::new(false),
             old_eras: RefCell::default(),
-            map: RefCell::default(),
+            disk: RefCell::default(),
             shape,
+            faults,
         }
     }
 
@@ -108,9 +122,11 @@ impl Machine {
         }
         self.oracle.borrow_mut().crashed(self.sim.tick());
         if self.sim.one_in(2) {
-            self.old_eras.replace(self.eras.medium().now().to_vec());
+            self.old_eras
+                .replace(self.eras.open().medium().now().to_vec());
         }
-        *self.map.borrow_mut() = None;
+        *self.disk.borrow_mut() = None;
+        self.faults.heal();
         self.seconds.set(self.seconds.get() + self.sim.below(100));
         let header = Header::read(self);
         if crash == Crash::Kill && header.is_believed(self) && self.sim.one_in(16) {
@@ -128,6 +144,7 @@ impl Machine {
                 &self.eras,
                 &self.table,
                 &self.lease,
+                &self.loss,
                 &self.header,
                 &self.journal,
             ] {
@@ -179,7 +196,16 @@ impl Machine {
             _ => {}
         }
         self.rotten.set(true);
-        self.oracle.borrow_mut().rotted(&page, &active);
+        let mut oracle = self.oracle.borrow_mut();
+        oracle.rotted(&page, &active);
+        // Found by a start that is interrupted, it is a doubt as after a power cut.
+        oracle.may_lose |= self.weakest.get() != Durability::Power;
+    }
+
+    fn is_untracked(&self) -> bool {
+        let disk = self.disk.borrow();
+        disk.as_ref()
+            .is_some_and(|disk| disk.is_lost_in(disk.tracking().era))
     }
 
     fn may_lose(&self, ending: Ending) {
@@ -209,11 +235,61 @@ impl Machine {
 
     /// What is kept when the gate is closed.
     fn capture(&self) {
-        let map = self.map.borrow();
-        let map = map.as_ref().expect("a server runs");
+        let disk = self.disk.borrow();
+        let disk = disk.as_ref().expect("a server runs");
         let now = self.sim.tick();
         let mut oracle = self.oracle.borrow_mut();
-        oracle.captured(map, self.image.medium().now(), now);
+        if let Some(loss) = disk.loss() {
+            let before = oracle.lost_era();
+            oracle.lost(loss.era.max(before));
+        }
+        oracle.captured(disk.map(), self.image.medium().now(), now);
+    }
+}
+
+/// How often the files of the state fail.
+#[derive(Default)]
+pub(super) struct Faults {
+    pub(super) stores: Rate,
+    pub(super) syncs: Rate,
+    drawn: AtomicBool,
+}
+
+/// How many of a thousand calls fail.
+#[derive(Default)]
+pub(super) struct Rate(AtomicU64);
+
+impl Rate {
+    fn fails(&self, sim: &Sim) -> bool {
+        let rate = self.0.load(Ordering::Relaxed);
+        rate > 0 && sim.below(1000) < rate
+    }
+}
+
+impl Faults {
+    /// Half of all servers have none.
+    pub(super) fn draw(&self, sim: &Sim) {
+        let drawn = sim.one_in(2);
+        self.drawn.store(drawn, Ordering::Relaxed);
+        if !drawn {
+            return;
+        }
+        for rate in [&self.stores, &self.syncs] {
+            let often = sim.one_of(&[0, 20, 200, 900]);
+            rate.0.store(often, Ordering::Relaxed);
+        }
+    }
+
+    /// From here on nothing fails.
+    pub(super) fn heal(&self) {
+        for rate in [&self.stores, &self.syncs] {
+            rate.0.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether something may have failed for the server that runs.
+    pub(super) fn any(&self) -> bool {
+        self.drawn.load(Ordering::Relaxed)
     }
 }
 
@@ -221,6 +297,7 @@ impl Machine {
 #[derive(Clone)]
 pub(super) struct File {
     sim: Arc<Sim>,
+    faults: Arc<Faults>,
     medium: Arc<Mutex<Medium>>,
     /// The files that are found under the name: the newest last, and others only for as long as a
     /// power cut may bring them back.
@@ -228,10 +305,11 @@ pub(super) struct File {
 }
 
 impl File {
-    fn new(sim: &Arc<Sim>, unit: usize, size: usize) -> Self {
+    fn new(sim: &Arc<Sim>, faults: &Arc<Faults>, unit: usize, size: usize) -> Self {
         let medium = Arc::new(Mutex::new(Medium::new(unit, size)));
         Self {
             sim: Arc::clone(sim),
+            faults: Arc::clone(faults),
             found: Arc::new(Mutex::new(vec![Arc::clone(&medium)])),
             medium,
         }
@@ -264,6 +342,17 @@ impl File {
 
 impl PageStore for File {
     fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        if self.faults.stores.fails(&self.sim) {
+            // What belongs together is there or not; of a map, any of its entries.
+            let unit = if bytes.len().is_multiple_of(512) {
+                512
+            } else {
+                ENTRY_BYTES
+            };
+            let stored = self.sim.below((bytes.len() / unit) as u64 + 1) as usize * unit;
+            self.medium().store(offset as usize, &bytes[..stored]);
+            return Err(io::Error::other("drawn"));
+        }
         self.medium().store(offset as usize, bytes);
         Ok(())
     }
@@ -284,6 +373,10 @@ impl Durable for File {
         pause(&self.sim).await;
         let begun = self.medium().begin_sync();
         pause(&self.sim).await;
+        if self.faults.syncs.fails(&self.sim) {
+            self.medium().fail_sync();
+            return Err(io::Error::other("drawn"));
+        }
         self.medium().end_sync(begun);
         pause(&self.sim).await;
         Ok(())
@@ -297,10 +390,19 @@ impl Durable for File {
         })
     }
 
-    async fn succeed(&self) -> io::Result<()> {
-        pause(&self.sim).await;
+    fn succeed(&self) -> io::Result<()> {
+        if self.faults.stores.fails(&self.sim) {
+            return Err(io::Error::other("drawn"));
+        }
         self.found().push(Arc::clone(&self.medium));
+        Ok(())
+    }
+
+    async fn sync_place(&self) -> io::Result<()> {
         pause(&self.sim).await;
+        if self.faults.syncs.fails(&self.sim) {
+            return Err(io::Error::other("drawn"));
+        }
         let durable = self.found().len() - 1;
         pause(&self.sim).await;
         self.found().drain(..durable);
@@ -327,7 +429,7 @@ impl Image {
         let sectors = range.start / SECTOR..range.end.div_ceil(SECTOR);
         let id = machine.sim.tick();
         // Without a lease, what is left after a power cut is of no use.
-        if machine.weakest.get() == Durability::Power {
+        if machine.weakest.get() == Durability::Power && !machine.is_untracked() {
             machine.last_issued.set(machine.seconds.get());
         }
         machine.oracle.borrow_mut().issued(&range, id);

@@ -84,6 +84,16 @@ impl Medium {
         self.now[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
 
+    /// A sync has failed: what is not durable may be what it is now, or not, and the kernel does not
+    /// try again. A sector that is stored anew is like any other.
+    pub(super) fn fail_sync(&mut self) {
+        for states in self.loose.values_mut() {
+            for (stored, _) in states {
+                *stored = u64::MAX;
+            }
+        }
+    }
+
     /// Everything that is there is durable.
     pub(super) fn settle(&mut self) {
         self.loose.clear();

@@ -167,6 +167,7 @@ fn serve(life: &Rc<Life>, tally: &mut PowerTally) {
 
     if sim.one_in(3) {
         life.stopping.set(true);
+        life.machine.faults.heal();
         executor.run(|| {});
         executor.spawn("close".to_owned(), life::close(Rc::clone(life)));
         let patience = if sim.one_in(2) { sim.below(40) } else { ENOUGH };

@@ -78,6 +78,17 @@ impl Oracle {
         self.open.remove(&number);
     }
 
+    /// A write failed: it may have been marked.
+    pub(super) fn failed(&mut self, number: u64, now: u64) {
+        if let Some(range) = self.open.remove(&number) {
+            self.touched[chunks(&range)].fill(now);
+        }
+    }
+
+    pub(super) fn lost_era(&self) -> Era {
+        self.lost
+    }
+
     pub(super) fn issued(&mut self, range: &Range<u64>, now: u64) {
         self.issued[chunks(range)].fill(now);
         self.touched[chunks(range)].fill(now);
@@ -135,13 +146,13 @@ impl Oracle {
             "seed {seed}: everything up to {era:?} is given up for no reason"
         );
         self.lost = era;
-        self.may_lose = false;
         self.checkpoints
             .retain(|_, checkpoint| checkpoint.era > era);
     }
 
     pub(super) fn started(&mut self, sure: bool, now: u64) {
         self.in_doubt = false;
+        self.may_lose = false;
         self.sure = sure;
         self.started = now;
         // Its record is durable, so whoever asks is told of it.
@@ -212,7 +223,7 @@ impl Oracle {
             let presumed = self.presumed.contains(&era);
             let seed = self.seed;
             assert!(
-                !presumed || self.issued[chunk] <= self.started,
+                !presumed || self.issued[chunk] <= self.started || era <= self.lost,
                 "seed {seed}: chunk {chunk} was written, and counts as presumed"
             );
             assert!(

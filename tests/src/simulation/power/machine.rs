@@ -192,7 +192,11 @@ impl Machine {
                     eras.damage(at, &[flipped]);
                 }
             }
-            _ if !old.is_empty() => eras.damage(sector, &old[sector..sector + 512]),
+            _ if !old.is_empty() => {
+                eras.damage(sector, &old[sector..sector + 512]);
+                // It stays calm: with what it was before, a power cut would give it active regions.
+                self.table.medium().settle();
+            }
             _ => {}
         }
         self.rotten.set(true);

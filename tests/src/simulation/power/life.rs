@@ -176,6 +176,10 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
         .await
         .expect("nothing fails here");
     machine.weakest.set(durability);
+    if lost {
+        // The map is another file, which never was as the old one.
+        machine.old_eras.take();
+    }
 
     let rotten = machine.rotten.take();
     assert!(

@@ -47,7 +47,7 @@ pub(super) struct Machine {
     /// The map was damaged since a start last ended.
     pub(super) rotten: Cell<bool>,
     /// The stored map as it once was.
-    old_eras: RefCell<Vec<u8>>,
+    pub(super) old_eras: RefCell<Vec<u8>>,
     /// Of the server that runs.
     pub(super) disk: RefCell<Option<Arc<Disk<PowerWorld>>>>,
 }

@@ -123,6 +123,11 @@ impl<P: PageStore> Regions<P> {
         self.active.load(Ordering::Relaxed)
     }
 
+    /// How many bytes of the disk they are, where each is whole.
+    pub fn active_bytes(&self) -> u64 {
+        self.active() as u64 * self.region_bytes
+    }
+
     /// Every region that is active.
     pub fn all_active(&self) -> impl Iterator<Item = Region> + '_ {
         (0..self.words.len() as u64).flat_map(|page| self.active_on(page))

@@ -223,6 +223,13 @@ fn after_another_boot_the_doubt_is_bounded_and_open_backups_are_broken() {
     }
     server.begin("b1", &["--since", "cp1", "--checkpoint", "cp2"]);
     guest.write(0, &[9; 4096]);
+    let status = server.cli_json(&["status"]);
+    assert_eq!(status["disks"][0]["uncertain_bytes"], 0, "{status}");
+    let active = status["disks"][0]["active_bytes"].as_u64().expect("bytes");
+    assert!(
+        (REGION..=(512 + 256) * REGION).contains(&active),
+        "{status}"
+    );
     server.kill();
     state::pretend_power_cut(&state::directory(&server, "vda"));
     // Killed in the middle of it, whoever comes next has the same doubt.
@@ -257,6 +264,10 @@ fn after_another_boot_the_doubt_is_bounded_and_open_backups_are_broken() {
                 "{uncertain} bytes are in doubt"
             );
             println!("{} regions in doubt", uncertain / REGION);
+            let status = server.cli_json(&["status"]);
+            assert_eq!(status["disks"][0]["uncertain_bytes"], uncertain, "{status}");
+            // Written in the regions in doubt, and known to be.
+            assert!(uncertain <= active, "{uncertain} of {active}");
         }
     }
     server.checkpoint("cp3");

@@ -15,7 +15,7 @@ pub(super) fn status(status: &Status) -> String {
         "stillpoint {}, pid {}, in {}\n\n",
         status.version, status.pid, status.run_dir
     );
-    let mut disks = Table::new(["DISK", "SIZE", "CHUNK", "IMAGE", "LIVE"]);
+    let mut disks = Table::new(["DISK", "SIZE", "CHUNK", "UNCERTAIN", "IMAGE", "LIVE"]);
     for disk in &status.disks {
         let read_only = if disk.read_only { " (read-only)" } else { "" };
         let durability = match disk.durability.as_str() {
@@ -26,6 +26,7 @@ pub(super) fn status(status: &Status) -> String {
             disk.disk.to_string(),
             size(disk.size),
             size(disk.granularity),
+            size(disk.uncertain_bytes),
             format!("{}{read_only}{durability}", disk.path),
             disk.live_uris.join(" "),
         ]);

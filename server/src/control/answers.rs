@@ -176,6 +176,10 @@ pub(crate) struct DiskAnswer {
     pub(crate) tracking: String,
     /// Why they are not.
     pub(crate) tracking_reason: Option<String>,
+    /// How much is only presumed to have changed since its oldest checkpoint.
+    pub(crate) uncertain_bytes: u64,
+    /// How much would be after a power cut now, besides that.
+    pub(crate) active_bytes: u64,
     /// The name of its live export.
     pub(crate) live_export: String,
     /// One for each listener.

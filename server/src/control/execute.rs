@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use bitmap::Era;
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
@@ -36,8 +37,8 @@ pub(crate) async fn execute(
                 .map(|name| CommandName { name })
                 .collect::<Vec<_>>(),
         ),
-        Command::Status => answer(&control.status()),
-        Command::Disks => answer(&control.disks()),
+        Command::Status => answer(&control.status().await?),
+        Command::Disks => answer(&control.disks().await?),
         Command::Checkpoints { disk } => answer(&checkpoints(service, disk).await?),
         Command::Backups { id } => answer(&control.backups(id.as_ref())?),
         Command::CreateCheckpoint { name, disks } => {
@@ -76,16 +77,16 @@ pub(crate) async fn execute(
 }
 
 impl Control {
-    fn status(&self) -> Status {
+    async fn status(&self) -> Result<Status, Failure> {
         let backups = self.all_backups();
         let texts = |addresses: &[crate::address::Address]| {
             addresses.iter().map(ToString::to_string).collect()
         };
-        Status {
+        Ok(Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             run_dir: path_text(&self.run_dir),
-            disks: self.disks(),
+            disks: self.disks().await?,
             checkpoints: self.service.book().checkpoints.len(),
             scratch_used_bytes: self.service.scratch().used(),
             scratch_limit_bytes: self.service.scratch().limit(),
@@ -96,10 +97,11 @@ impl Control {
                 backup: texts(&self.backup_addresses),
                 control: path_text(&self.run_dir.join(super::SOCKET)),
             },
-        }
+        })
     }
 
-    fn disks(&self) -> Vec<DiskAnswer> {
+    async fn disks(&self) -> Result<Vec<DiskAnswer>, Failure> {
+        let uncertain = uncertain(Arc::clone(&self.service)).await?;
         let describe = |served: &Arc<ServedDisk>| DiskAnswer {
             disk: served.name.clone(),
             uuid: served.uuid,
@@ -111,10 +113,12 @@ impl Control {
             durability: served.durability.name().to_owned(),
             tracking_reason: served.untracked(),
             tracking: served.untracked().map_or("ok", |_| "lost").to_owned(),
+            uncertain_bytes: uncertain.get(&served.name).copied().unwrap_or(0),
+            active_bytes: served.disk.active_bytes(),
             live_export: served.name.to_string(),
             live_uris: uris(&self.live_addresses, served.name.as_str()),
         };
-        self.service.disks().values().map(describe).collect()
+        Ok(self.service.disks().values().map(describe).collect())
     }
 
     fn backups(&self, id: Option<&Name>) -> Result<Vec<BackupAnswer>, Failure> {
@@ -329,6 +333,26 @@ fn describe_last(
         dirty_bytes,
         uncertain_bytes,
     })
+}
+
+/// What is only presumed to have changed since the oldest checkpoint of each disk that has one.
+async fn uncertain(service: Arc<Service>) -> Result<BTreeMap<Name, u64>, Failure> {
+    let oldest: Vec<_> = {
+        let book = service.book();
+        let names = service.disks().keys();
+        let eras = names.filter_map(|name| Some((name.clone(), book.oldest_era(name)?)));
+        eras.collect()
+    };
+    let count = move || {
+        let bytes = |(name, era): (Name, Era)| {
+            let (_, uncertain) = service.disks()[&name].dirty_bytes(era);
+            (name, uncertain)
+        };
+        oldest.into_iter().map(bytes).collect()
+    };
+    tokio::task::spawn_blocking(count)
+        .await
+        .map_err(|error| Failure::new("internal", format!("counting what changed failed: {error}")))
 }
 
 fn nothing() -> Result<Box<RawValue>, Failure> {

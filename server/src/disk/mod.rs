@@ -198,6 +198,13 @@ impl<W: World> Disk<W> {
         }
     }
 
+    /// How much a power cut now would leave in doubt.
+    pub fn active_bytes(&self) -> u64 {
+        let intents = self.intents.as_ref();
+        let active = intents.map_or(0, |intents| intents.regions().active_bytes());
+        active.min(self.size())
+    }
+
     /// Waits until more regions are active than should be.
     pub async fn crowded(&self) {
         match &self.intents {

@@ -226,6 +226,12 @@ impl Book {
             .find(|checkpoint| checkpoint.name.as_str() == name)
     }
 
+    /// The era of the oldest checkpoint of `disk`.
+    pub(crate) fn oldest_era(&self, disk: &Name) -> Option<Era> {
+        let eras = self.checkpoints.iter().filter_map(|c| c.eras.get(disk));
+        eras.min().copied()
+    }
+
     /// The open backup with this id.
     pub(crate) fn backup(&self, id: &str) -> Option<&Arc<Backup>> {
         self.backups.iter().find(|backup| backup.id.as_str() == id)

@@ -6,7 +6,7 @@ use std::io;
 
 use bitmap::{ERAS_PER_PAGE, Era, Granularity, Salt};
 use libfuzzer_sys::fuzz_target;
-use stillpoint::disk::{Chronicle, Ending, NewEras, Recovered, Recovery};
+use stillpoint::disk::{Before, Chronicle, Durability, Ending, Recovered, Recovery, Running};
 use stillpoint_fuzz::{Pages, now, sealed};
 
 /// Two pages of the map, and a bit.
@@ -16,7 +16,7 @@ const SALT: Salt = Salt::from_number(7);
 struct Forgetful;
 
 impl Chronicle for Forgetful {
-    async fn runs(&mut self, _: NewEras, _: bool) -> io::Result<()> {
+    async fn runs(&mut self, _: Running) -> io::Result<()> {
         Ok(())
     }
 
@@ -39,8 +39,8 @@ fuzz_target!(|data: &[u8]| {
     let first = start(ending, Era::from_number(100), eras.to_vec(), pages);
     let contents = |pages: &Pages| pages.0.contents();
     let (eras, table) = (
-        contents(first.map.eras().store()),
-        contents(first.regions.table().store()),
+        contents(&first.map.eras().store()),
+        contents(&first.regions.table().store()),
     );
     let second = start(Ending::Killed, first.eras.guests, eras, table);
     assert_eq!(second.damaged_bytes, 0, "marked, and damaged");
@@ -61,6 +61,11 @@ fn start(ending: Ending, known: Era, eras: Vec<u8>, pages: Vec<u8>) -> Recovered
     let files = (Pages::from(eras), Pages::from(pages));
     let recovery = Recovery::load(SIZE, granularity, SALT, files, plausible);
     let recovery = recovery.expect("memory does not fail");
-    let recovered = now(recovery.start(ending, known, &mut Forgetful));
+    let before = Before {
+        ending,
+        durability: Durability::Power,
+        known,
+    };
+    let recovered = now(recovery.start(before, Durability::Power, &mut Forgetful));
     recovered.expect("memory does not fail, and there are enough eras")
 }

@@ -36,6 +36,18 @@ impl Durable for Pages {
     async fn sync(&self) -> io::Result<()> {
         Ok(())
     }
+
+    fn successor(&self) -> io::Result<Self> {
+        Ok(Self::default())
+    }
+
+    fn succeed(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    async fn sync_place(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Runs what never waits.

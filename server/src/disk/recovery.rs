@@ -246,8 +246,13 @@ impl<P: Durable> Recovery<P> {
         let believed = |region: &Region| !damage.pages.contains(&region.page());
         for region in regions.all_active().filter(believed) {
             regions.table().rewrite(region.page(), |_| Ok(()))?;
-            let chunks = granularity.chunks(&regions.range(region));
-            map.eras().store_again(&chunks)?;
+            // After a power cut all of it is marked below.
+            if ending != Ending::PowerCut {
+                let chunks = granularity.chunks(&regions.range(region));
+                for whole in damage.spared(chunks) {
+                    map.eras().store_again(&whole)?;
+                }
+            }
         }
         // Before every mark it is durable that the region is active; also of the regions that the
         // last server stored as active and did not live to sync: writers will not ask again.
@@ -279,6 +284,21 @@ impl<P: Durable> Recovery<P> {
 impl Damage {
     fn is_empty(&self) -> bool {
         self.pages.is_empty() && self.chunks.is_empty()
+    }
+
+    /// What of `chunks` is not damaged. The rest is not stored again as it is read, which is clean:
+    /// whoever comes next must find the same damage, unless it is marked by then.
+    fn spared(&self, chunks: Chunks) -> Vec<Chunks> {
+        let damaged = self.chunks.iter().map(|(_, damaged)| damaged);
+        damaged.fold(vec![chunks], |spared, damaged| {
+            let around = |piece: Chunks| {
+                let before = piece.start..damaged.start.clamp(piece.start, piece.end);
+                let after = damaged.end.clamp(piece.start, piece.end)..piece.end;
+                [before, after]
+            };
+            let pieces = spared.into_iter().flat_map(around);
+            pieces.filter(|piece| !piece.is_empty()).collect()
+        })
     }
 
     fn all<P: Durable>(self) -> impl Iterator<Item = Chunks> {

@@ -4,31 +4,30 @@
 //! record says is true whether or not the others can be read: a checkpoint is a name for an era, and
 //! it is the map that knows what changed. So a record that is lost costs a checkpoint, a backup or a
 //! deletion, and never makes a change disappear.
-
 //!
-//! The file is written anew when most of it is of no use any more, and when an append has failed, so
-//! that nobody knows whether the file has that record. What each crash point of that leaves behind:
+//! The file is written anew before the first record of a server, when most of it is of no use any
+//! more, and when an append has failed, so that nobody knows whether the file has that record. What each crash point of that leaves behind:
 //!
 //! - before the rename: the old file, with all that was acknowledged, and one aside that nobody reads
 //!   and the next start removes;
 //! - after it: either file, depending on what the directory has kept. Both say the same, because
 //!   nothing is appended from when the ledger is copied until the directory is synced.
 
-use std::fs::{self, File};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use block::Cells;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use self::log::{Log, LogFile};
 use super::ledger::Ledger;
 use crate::names::Name;
 
+mod log;
+
 /// The file, to which records are appended.
-pub(crate) struct Journal {
-    dir: PathBuf,
-    cells: Cells,
+pub(crate) struct Journal<L = LogFile> {
+    log: L,
     end: u64,
     number: u64,
     /// What the file says, or will say when it has been written anew.
@@ -274,38 +273,35 @@ pub(crate) struct Damage {
 impl Journal {
     /// The journal in `dir`, and what of it is damaged. A file that is missing is empty.
     pub(crate) fn open(dir: &Path) -> io::Result<(Self, Damage)> {
-        // Not a journal yet when its server was killed.
-        let _ = fs::remove_file(dir.join(JOURNAL_ASIDE));
-        let path = dir.join(JOURNAL);
-        let cells = match Cells::open(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Cells::create(&path)?,
-            other => other?,
-        };
-        let length = cells.length()?.min(LENGTH_MAX);
-        let mut bytes = vec![0; length as usize];
-        cells.load(0, &mut bytes)?;
+        Self::read(LogFile::open(&dir.join(JOURNAL))?)
+    }
+
+    /// An empty journal, which is durable as far as the file goes.
+    pub(crate) async fn create(dir: &Path) -> io::Result<()> {
+        LogFile::create(&dir.join(JOURNAL))?.sync().await
+    }
+}
+
+impl<L: Log> Journal<L> {
+    fn read(log: L) -> io::Result<(Self, Damage)> {
+        let bytes = log.load(LENGTH_MAX)?;
         let (records, damage, number) = replay(&bytes);
         // Behind everything that is there, whatever it is.
-        let end = length.next_multiple_of(BLOCK as u64);
+        let end = bytes.len().next_multiple_of(BLOCK) as u64;
         let mut journal = Self {
-            dir: dir.to_path_buf(),
-            cells,
+            log,
             end,
             number,
             ledger: records.iter().collect(),
-            // What may have been a record once must not stand between others.
-            in_doubt: damage.at_end > 0,
+            // What may have been a record once must not stand between others; and what the last server
+            // stored may not be durable, also when a sync succeeds from now on.
+            in_doubt: !bytes.is_empty(),
             bound: LENGTH_MAX,
             reserved: end,
         };
         journal.bound = bound_of(journal.rewritten()?.len() as u64);
         journal.reserve();
         Ok((journal, damage))
-    }
-
-    /// An empty journal, which is durable as far as the file goes.
-    pub(crate) async fn create(dir: &Path) -> io::Result<()> {
-        Cells::create(&dir.join(JOURNAL))?.sync().await
     }
 
     /// What it says.
@@ -326,10 +322,10 @@ impl Journal {
         let frame = encode(self.number + 1, record)?;
         // In doubt until it is known to be there: what is stored may be found.
         self.in_doubt = true;
-        self.cells.store(self.end, &frame)?;
+        self.log.store(self.end, &frame)?;
         self.end += frame.len() as u64;
         self.number += 1;
-        self.cells.sync().await?;
+        self.log.sync().await?;
         self.in_doubt = false;
         self.ledger.take(record);
         self.reserve();
@@ -370,21 +366,18 @@ impl Journal {
 
     async fn rewrite(&mut self) -> io::Result<()> {
         let bytes = self.rewritten()?;
-        let aside = self.dir.join(JOURNAL_ASIDE);
-        let cells = Cells::create(&aside)?;
-        cells.store(0, &bytes)?;
-        cells.sync().await?;
-        fs::rename(&aside, self.dir.join(JOURNAL))?;
-        self.cells = cells;
+        let successor = self.log.successor()?;
+        successor.store(0, &bytes)?;
+        successor.sync().await?;
+        successor.succeed()?;
+        self.log = successor;
         self.end = bytes.len() as u64;
         self.number += self.ledger.records().len() as u64;
         self.bound = bound_of(self.end);
         self.reserved = self.end;
         // Whichever of the two a power cut leaves has to have all that is acknowledged.
         self.in_doubt = true;
-        let dir = File::open(&self.dir)?;
-        let synced = tokio::task::spawn_blocking(move || dir.sync_all()).await;
-        synced.map_err(io::Error::other)??;
+        self.log.sync_place().await?;
         self.in_doubt = false;
         self.reserve();
         Ok(())
@@ -406,7 +399,7 @@ impl Journal {
             return;
         }
         // Where there is none, the next append fails, or does not.
-        if self.cells.reserve_behind(self.end, RESERVED).is_ok() {
+        if self.log.reserve_behind(self.end, RESERVED).is_ok() {
             self.reserved = self.end + RESERVED;
         }
     }
@@ -470,7 +463,6 @@ fn bound_of(length: u64) -> u64 {
 }
 
 pub(super) const JOURNAL: &str = "journal";
-const JOURNAL_ASIDE: &str = "journal.new";
 const MAGIC: &[u8; 4] = b"SPJR";
 const HEAD: usize = 24;
 const BLOCK: usize = 512;
@@ -484,5 +476,7 @@ const BOUND_MIN: u64 = 256 << 10;
 /// Room for the ends of all backups that may be open, and then some.
 const RESERVED: u64 = 128 << 10;
 
+#[cfg(test)]
+mod power;
 #[cfg(test)]
 mod tests;

@@ -1,3 +1,5 @@
+use std::fs;
+
 use super::*;
 
 fn checkpoint(number: u32) -> Record {
@@ -118,7 +120,7 @@ async fn whatever_a_rewriting_leaves_behind_when_it_is_cut_off_says_all_that_was
     let expected = journal.ledger().clone();
     let whole = journal.rewritten().unwrap();
     drop(journal);
-    let (path, aside) = (dir.path().join(JOURNAL), dir.path().join(JOURNAL_ASIDE));
+    let (path, aside) = (dir.path().join(JOURNAL), dir.path().join("journal.new"));
     let old = fs::read(&path).unwrap();
     // Before the rename: the old file, and any part of the new one.
     for length in (0..=whole.len()).step_by(64) {
@@ -140,7 +142,7 @@ async fn what_could_not_be_appended_is_not_there_after_the_next_append() {
     journal.append(&checkpoint(1)).await.unwrap();
     // As if the sync had failed: it is stored, and nobody was told.
     let lost = encode(journal.number + 1, &checkpoint(2)).unwrap();
-    journal.cells.store(journal.end, &lost).unwrap();
+    journal.log.store(journal.end, &lost).unwrap();
     journal.end += lost.len() as u64;
     journal.number += 1;
     journal.in_doubt = true;
@@ -160,7 +162,7 @@ async fn what_is_owed_is_durable_before_anything_later() {
     let (mut journal, dir) = new_journal().await;
     journal.append(&checkpoint(1)).await.unwrap();
     // A directory in its place keeps the file from being written anew.
-    let aside = dir.path().join(JOURNAL_ASIDE);
+    let aside = dir.path().join("journal.new");
     fs::create_dir(&aside).unwrap();
     journal.in_doubt = true;
     journal.append_or_owe(&deleted(1)).await.unwrap_err();

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use block::{Zeroing, is_zero};
 use bytes::BytesMut;
-use proto::{Command, ContextId, Cookie, Errno, Extents, Replies};
+use proto::{Command, ContextId, Errno, Extents, Origin, Replies};
 
 use crate::disk::Disk;
 use crate::export::{Context, Export, ExportError};
@@ -22,7 +22,7 @@ impl Target {
     /// Does what `command` says and returns `reply` with the answer appended.
     pub(super) async fn perform(
         &self,
-        cookie: Cookie,
+        origin: Origin,
         command: Command,
         mut reply: BytesMut,
     ) -> BytesMut {
@@ -31,14 +31,20 @@ impl Target {
             Command::Read {
                 range,
                 do_not_fragment,
-            } => self.read(cookie, range, do_not_fragment, &mut reply).await,
-            Command::BlockStatus { range, one } => {
-                self.block_status(cookie, range, one, &mut reply).await
+            } => self.read(origin, range, do_not_fragment, &mut reply).await,
+            Command::BlockStatus {
+                range,
+                contexts,
+                one,
+            } => {
+                let asked = (range, one);
+                self.block_status(origin, asked, &contexts, &mut reply)
+                    .await
             }
             other => self
                 .change(other)
                 .await
-                .map(|()| self.replies.ok(&mut reply, cookie)),
+                .map(|()| self.replies.ok(&mut reply, origin)),
         };
         if let Err(error) = outcome {
             // Whatever of the answer there was is worth nothing.
@@ -47,21 +53,21 @@ impl Target {
             // Here the cause is known for the last time.
             tracing::warn!(%error, ?errno, "a request failed");
             self.replies
-                .error(&mut reply, cookie, errno, &error.to_string());
+                .error(&mut reply, origin, errno, &error.to_string());
         }
         reply
     }
 
     async fn read(
         &self,
-        cookie: Cookie,
+        origin: Origin,
         range: Range<u64>,
         do_not_fragment: bool,
         reply: &mut BytesMut,
     ) -> Result<(), ExportError> {
         let (begun, length) = (reply.len(), (range.end - range.start) as usize);
         self.replies
-            .begin_data(reply, cookie, range.start, length as u64, true);
+            .begin_data(reply, origin, range.start, length as u64, true);
         let head = reply.len();
         reply.resize(head + length, 0);
         self.export.read(range.start, &mut reply[head..]).await?;
@@ -70,7 +76,7 @@ impl Target {
             if runs.iter().any(|run| run.zero) {
                 let data = reply.split_off(head).freeze();
                 reply.truncate(begun);
-                self.fragments(cookie, range.start, &data, &runs, reply);
+                self.fragments(origin, range.start, &data, &runs, reply);
             }
         }
         Ok(())
@@ -78,7 +84,7 @@ impl Target {
 
     fn fragments(
         &self,
-        cookie: Cookie,
+        origin: Origin,
         start: u64,
         data: &[u8],
         runs: &[ZeroRun],
@@ -89,10 +95,10 @@ impl Target {
             let offset = start + run.range.start as u64;
             if run.zero {
                 self.replies
-                    .hole(reply, cookie, offset, run.range.len() as u64, last);
+                    .hole(reply, origin, offset, run.range.len() as u64, last);
             } else {
                 self.replies
-                    .begin_data(reply, cookie, offset, run.range.len() as u64, last);
+                    .begin_data(reply, origin, offset, run.range.len() as u64, last);
                 reply.extend_from_slice(&data[run.range.clone()]);
             }
         }
@@ -100,16 +106,20 @@ impl Target {
 
     async fn block_status(
         &self,
-        cookie: Cookie,
-        range: Range<u64>,
-        one: bool,
+        origin: Origin,
+        (range, one): (Range<u64>, bool),
+        asked: &[ContextId],
         reply: &mut BytesMut,
     ) -> Result<(), ExportError> {
-        let mut answers = Vec::with_capacity(self.contexts.len());
+        let mut answers = Vec::with_capacity(asked.len());
         // No context needs to say more than the one that says least.
         let mut end = range.end;
-        for (id, context) in &self.contexts {
-            let mut extents = Extents::new(end - range.start, one);
+        for (id, context) in self.contexts.iter().filter(|(id, _)| asked.contains(id)) {
+            let mut extents = if one {
+                Extents::one(end - range.start)
+            } else {
+                Extents::new(end - range.start, asked.len())
+            };
             while !extents.is_full() {
                 let at = range.start + extents.covered();
                 for status in self.export.status(context, at..end, STATUS_BATCH).await? {
@@ -119,7 +129,7 @@ impl Target {
             end = range.start + extents.covered();
             answers.push((*id, extents));
         }
-        self.replies.block_status(reply, cookie, &mut answers);
+        self.replies.block_status(reply, origin, &mut answers);
         Ok(())
     }
 

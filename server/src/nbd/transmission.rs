@@ -32,6 +32,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         replies: session.replies(),
         contexts: session.contexts,
         export: session.export,
+        leaving: Cell::new(false),
     });
     let _connected = Connected::to(Rc::clone(&target));
     let connection = Connection {
@@ -85,6 +86,7 @@ impl Connection {
     ) -> Result<(), Ended> {
         let under_way = Rc::clone(&self.under_way);
         let result = self.exchange(stream, stop).await;
+        self.target.leaving.set(true);
         // Nobody hears the answers any more, but what was begun is ended.
         while under_way.count.get() > 0 {
             under_way.news.notified().await;
@@ -117,11 +119,15 @@ impl Connection {
                     sent?;
                 }
                 received = reader.read_buf(&mut self.input), if listens => {
-                    self.last_words |= received? == 0;
+                    if received? == 0 {
+                        self.last_words = true;
+                        self.target.leaving.set(true);
+                    }
                 }
                 () = under_way.news.notified(), if under_way.count.get() > 0 => {}
                 _ = stop.wait_for(|stop| *stop), if give_up.is_none() => {
                     self.last_words = true;
+                    self.target.leaving.set(true);
                     give_up = Some(Instant::now() + GOODBYE_MAX);
                 }
                 () = until(give_up) => return Ok(()),

@@ -27,7 +27,7 @@ impl Catalog for Shelf {
                     name: "vda".to_owned(),
                     description: None,
                     size: 1 << 20,
-                    flags: TransmissionFlags::SEND_FLUSH | TransmissionFlags::SEND_DF,
+                    flags: TransmissionFlags::SEND_DF | TransmissionFlags::BLOCK_STATUS_PAYLOAD,
                     block_size: BlockSize::default(),
                 },
             )),
@@ -70,7 +70,7 @@ fn talk<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<u8>, String, usize) 
             end = match step {
                 Ok(Step::NeedMore) => break,
                 Ok(Step::WriteFirst) => None,
-                Ok(Step::Ready(session)) => Some(format!("ready, {}", session.structured)),
+                Ok(Step::Ready(session)) => Some(format!("ready, {:?}", session.headers)),
                 Ok(Step::Abort) => Some("abort".to_owned()),
                 Ok(Step::Hangup(why)) => Some(format!("hangup: {why}")),
                 Err(violation) => Some(violation.to_string()),

@@ -1,16 +1,20 @@
 //! What may be asked of an export, in one place.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use bytes::Bytes;
 use thiserror::Error;
 
 use crate::command::{
-    BLOCK_STATUS, CACHE, DO_NOT_FRAGMENT, FAST_ZERO, FLUSH, FUA, NO_HOLE, READ, REQUEST_ONE, TRIM,
-    WRITE, WRITE_ZEROES,
+    BLOCK_STATUS, CACHE, DO_NOT_FRAGMENT, FAST_ZERO, FLUSH, FUA, NO_HOLE, PAYLOAD_LENGTH, READ,
+    REQUEST_ONE, TRIM, WRITE, WRITE_ZEROES,
 };
+use crate::context_filter::ContextFilter;
 use crate::errno::Errno;
 use crate::export::{ExportInfo, TransmissionFlags as Flags};
+use crate::extents::ContextId;
+use crate::headers::Headers;
 use crate::request::{PAYLOAD_MAX, Request};
 
 /// A request that is legal: its range lies within the export, its flags were negotiated, and what
@@ -60,10 +64,12 @@ pub enum Command {
         /// What is going to be read.
         range: Range<u64>,
     },
-    /// Tell what the selected contexts say about a range; it is not empty.
+    /// Tell what contexts say about a range; it is not empty.
     BlockStatus {
         /// What is asked about.
         range: Range<u64>,
+        /// Which of the chosen contexts: at least one, and each once.
+        contexts: Vec<ContextId>,
         /// Whether one extent is enough.
         one: bool,
     },
@@ -80,24 +86,24 @@ pub struct Refusal {
 }
 
 /// The rules that the requests of one session are held to.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Admission {
     size: u64,
     flags: Flags,
-    structured: bool,
-    has_contexts: bool,
+    headers: Headers,
+    contexts: Vec<ContextId>,
     alignment: u64,
     payload_max: u64,
 }
 
 impl Admission {
-    /// The rules for an export as it was described to the client.
-    pub fn new(info: &ExportInfo, structured: bool, has_contexts: bool) -> Self {
+    /// The rules for an export as it was described to a client that chose `contexts`.
+    pub fn new(info: &ExportInfo, headers: Headers, contexts: Vec<ContextId>) -> Self {
         Self {
             size: info.size,
-            flags: info.flags.offered(structured),
-            structured,
-            has_contexts,
+            flags: info.flags.offered(headers, contexts.len()),
+            headers,
+            contexts,
             alignment: u64::from(info.block_size.minimum()),
             payload_max: PAYLOAD_MAX.min(u64::from(info.block_size.maximum())),
         }
@@ -109,18 +115,30 @@ impl Admission {
         match request.kind {
             READ => {
                 self.allow_flags(&request, DO_NOT_FRAGMENT)?;
-                self.limit_payload(&request)?;
+                let range = self.range(&request, Errno::Inval)?;
+                // Where replies have chunks this is the client's cue to ask for less at a time.
+                let too_long = if self.headers.has_chunks() {
+                    Errno::Overflow
+                } else {
+                    Errno::Inval
+                };
+                self.limit_payload(&request, too_long)?;
                 Ok(Command::Read {
-                    range: self.range(&request, Errno::Inval)?,
+                    range,
                     do_not_fragment: request.flags & DO_NOT_FRAGMENT != 0,
                 })
             }
             WRITE => {
-                self.allow_flags(&request, 0)?;
+                let payload_flag = match self.headers {
+                    Headers::Extended => PAYLOAD_LENGTH,
+                    Headers::Simple | Headers::Structured => 0,
+                };
+                self.allow_flags(&request, payload_flag)?;
                 self.allow_changes("write to a read-only export")?;
-                self.limit_payload(&request)?;
+                self.limit_payload(&request, Errno::Inval)?;
                 let range = self.range(&request, Errno::NoSpc)?;
-                if request.data.len() as u64 != request.length {
+                let flagged = request.flags & payload_flag == payload_flag;
+                if !flagged || request.data.len() as u64 != request.length {
                     return Err(refuse(Errno::Inval, "write without its payload"));
                 }
                 Ok(Command::Write {
@@ -165,23 +183,47 @@ impl Admission {
                 })
             }
             BLOCK_STATUS => {
-                self.allow_flags(&request, REQUEST_ONE)?;
-                if !self.structured || !self.has_contexts {
-                    return Err(refuse(
-                        Errno::Inval,
-                        "block status without a metadata context",
-                    ));
-                }
-                if request.length == 0 {
-                    return Err(refuse(Errno::Inval, "block status of nothing"));
-                }
-                Ok(Command::BlockStatus {
-                    range: self.range(&request, Errno::Inval)?,
-                    one: request.flags & REQUEST_ONE != 0,
-                })
+                let may_filter = self.flags.contains(Flags::BLOCK_STATUS_PAYLOAD);
+                let payload_flag = if may_filter { PAYLOAD_LENGTH } else { 0 };
+                self.allow_flags(&request, REQUEST_ONE | payload_flag)?;
+                let one = request.flags & REQUEST_ONE != 0;
+                self.block_status(request, one)
             }
             _ => Err(refuse(Errno::Inval, "unknown command")),
         }
+    }
+
+    fn block_status(&self, mut request: Request, one: bool) -> Result<Command, Refusal> {
+        if !self.headers.has_chunks() || self.contexts.is_empty() {
+            return Err(refuse(
+                Errno::Inval,
+                "block status without a metadata context",
+            ));
+        }
+        let mut contexts = self.contexts.clone();
+        if request.flags & PAYLOAD_LENGTH != 0 {
+            let filter = ContextFilter::decode(request.data.clone())
+                .filter(|filter| self.have_each_once(&filter.contexts))
+                .ok_or(refuse(
+                    Errno::Inval,
+                    "block status of no list of different contexts",
+                ))?;
+            (request.length, contexts) = (filter.length, filter.contexts);
+        }
+        if request.length == 0 {
+            return Err(refuse(Errno::Inval, "block status of nothing"));
+        }
+        Ok(Command::BlockStatus {
+            range: self.range(&request, Errno::Inval)?,
+            contexts,
+            one,
+        })
+    }
+
+    fn have_each_once(&self, asked: &[ContextId]) -> bool {
+        let mut different = HashSet::new();
+        let known = |id| self.contexts.contains(id) && different.insert(*id);
+        !asked.is_empty() && asked.iter().all(known)
     }
 
     /// Allows the flags of this kind of request, as far as they were negotiated. FUA was if the
@@ -216,11 +258,11 @@ impl Admission {
         Err(refuse(Errno::Inval, otherwise))
     }
 
-    fn limit_payload(&self, request: &Request) -> Result<(), Refusal> {
+    fn limit_payload(&self, request: &Request, too_long: Errno) -> Result<(), Refusal> {
         if request.length <= self.payload_max {
             return Ok(());
         }
-        Err(refuse(Errno::Inval, "payload longer than the maximum"))
+        Err(refuse(too_long, "payload longer than the maximum"))
     }
 
     fn range(&self, request: &Request, past_the_end: Errno) -> Result<Range<u64>, Refusal> {
@@ -245,245 +287,4 @@ fn refuse(errno: Errno, reason: &'static str) -> Refusal {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::command::DISCONNECT;
-    use crate::export::BlockSize;
-    use crate::request::Cookie;
-
-    const SIZE: u64 = 1 << 20;
-
-    #[test]
-    fn past_the_end_is_no_space_for_writes_and_invalid_for_everything_else() {
-        for (kind, errno) in [
-            (WRITE, Errno::NoSpc),
-            (WRITE_ZEROES, Errno::NoSpc),
-            (READ, Errno::Inval),
-            (TRIM, Errno::Inval),
-            (CACHE, Errno::Inval),
-            (BLOCK_STATUS, Errno::Inval),
-        ] {
-            check_refused(request(kind, SIZE, 1), errno);
-            check_refused(request(kind, SIZE - 1, 2), errno);
-            check_refused(request(kind, u64::MAX, 1), errno);
-            assert!(all().admit(request(kind, SIZE - 1, 1)).is_ok(), "{kind}");
-        }
-    }
-
-    #[test]
-    fn changes_to_a_read_only_export_are_not_permitted() {
-        let mut admission = all();
-        admission.flags = Flags::READ_ONLY;
-        for kind in [WRITE, TRIM, WRITE_ZEROES] {
-            assert_eq!(
-                admission.admit(request(kind, 0, 1)).unwrap_err().errno,
-                Errno::Perm
-            );
-        }
-        assert!(admission.admit(request(READ, 0, 1)).is_ok());
-    }
-
-    #[test]
-    fn a_flag_is_refused_where_it_has_no_meaning_and_fua_never_is() {
-        let meaning = [
-            (READ, DO_NOT_FRAGMENT),
-            (WRITE, 0),
-            (FLUSH, 0),
-            (TRIM, 0),
-            (CACHE, 0),
-        ]
-        .into_iter()
-        .chain([
-            (WRITE_ZEROES, NO_HOLE | FAST_ZERO),
-            (BLOCK_STATUS, REQUEST_ONE),
-        ]);
-        for (kind, flags) in meaning {
-            for bit in (0..16).map(|bit| 1 << bit) {
-                let length = u64::from(kind != FLUSH);
-                let request = Request {
-                    flags: bit,
-                    ..request(kind, 0, length)
-                };
-                let allowed = (flags | FUA) & bit != 0;
-                assert_eq!(
-                    all().admit(request).is_ok(),
-                    allowed,
-                    "{kind} with {bit:#x}"
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn what_was_not_offered_is_refused() {
-        let mut none = all();
-        none.flags = Flags::HAS_FLAGS;
-        for (kind, flags) in [
-            (READ, DO_NOT_FRAGMENT),
-            (WRITE, FUA),
-            (FLUSH, 0),
-            (TRIM, 0),
-            (CACHE, 0),
-            (WRITE_ZEROES, 0),
-        ] {
-            let request = Request {
-                flags,
-                ..request(kind, 0, u64::from(kind != FLUSH))
-            };
-            assert_eq!(
-                none.admit(request).unwrap_err().errno,
-                Errno::Inval,
-                "{kind}"
-            );
-        }
-        let mut slow = all();
-        slow.flags = slow.flags.without(Flags::SEND_FAST_ZERO);
-        let fast = Request {
-            flags: FAST_ZERO,
-            ..request(WRITE_ZEROES, 0, 1)
-        };
-        assert_eq!(slow.admit(fast).unwrap_err().errno, Errno::Inval);
-    }
-
-    #[test]
-    fn a_block_status_needs_a_context_and_a_length() {
-        check_refused(request(BLOCK_STATUS, 0, 0), Errno::Inval);
-        let without = Admission {
-            has_contexts: false,
-            ..all()
-        };
-        assert_eq!(
-            without
-                .admit(request(BLOCK_STATUS, 0, 1))
-                .unwrap_err()
-                .errno,
-            Errno::Inval
-        );
-        let without = Admission {
-            structured: false,
-            ..all()
-        };
-        assert_eq!(
-            without
-                .admit(request(BLOCK_STATUS, 0, 1))
-                .unwrap_err()
-                .errno,
-            Errno::Inval
-        );
-    }
-
-    #[test]
-    fn only_what_carries_a_payload_is_bound_by_the_longest_one() {
-        let large = Admission {
-            size: 1 << 40,
-            ..all()
-        };
-        for kind in [TRIM, WRITE_ZEROES, CACHE, BLOCK_STATUS] {
-            assert!(
-                large.admit(request(kind, 0, PAYLOAD_MAX + 1)).is_ok(),
-                "{kind}"
-            );
-        }
-        assert!(large.admit(request(READ, 0, PAYLOAD_MAX)).is_ok());
-        for kind in [READ, WRITE] {
-            let skipped = Request {
-                data: Bytes::new(),
-                ..request(kind, 0, 0)
-            };
-            let skipped = Request {
-                length: PAYLOAD_MAX + 1,
-                ..skipped
-            };
-            assert_eq!(
-                large.admit(skipped).unwrap_err().errno,
-                Errno::Inval,
-                "{kind}"
-            );
-        }
-    }
-
-    #[test]
-    fn requests_of_no_length_are_fine_up_to_the_very_end() {
-        for kind in [READ, WRITE, TRIM, WRITE_ZEROES, CACHE] {
-            assert!(all().admit(request(kind, SIZE, 0)).is_ok(), "{kind}");
-            assert!(all().admit(request(kind, SIZE + 1, 0)).is_err(), "{kind}");
-        }
-    }
-
-    #[test]
-    fn ranges_keep_to_the_minimum_block_size() {
-        let sectors = Admission {
-            alignment: 512,
-            ..all()
-        };
-        assert!(sectors.admit(request(READ, 512, 1024)).is_ok());
-        assert!(sectors.admit(request(READ, 1, 512)).is_err());
-        assert!(sectors.admit(request(READ, 512, 513)).is_err());
-    }
-
-    #[test]
-    fn unknown_commands_and_flushes_of_a_range_are_invalid() {
-        check_refused(request(8, 0, 0), Errno::Inval);
-        check_refused(request(u16::MAX, 0, 0), Errno::Inval);
-        check_refused(request(DISCONNECT, 0, 0), Errno::Inval);
-        check_refused(request(FLUSH, 0, 1), Errno::Inval);
-    }
-
-    #[test]
-    fn a_command_says_what_the_request_said() {
-        let zeroes = Request {
-            flags: NO_HOLE | FUA,
-            ..request(WRITE_ZEROES, 4, 8)
-        };
-        let expected = Command::WriteZeroes {
-            range: 4..12,
-            fua: true,
-            no_hole: true,
-            fast: false,
-        };
-        assert_eq!(all().admit(zeroes), Ok(expected));
-        let expected = Command::Write {
-            range: 4..6,
-            data: Bytes::from(vec![0; 2]),
-            fua: false,
-        };
-        assert_eq!(all().admit(request(WRITE, 4, 2)), Ok(expected));
-    }
-
-    fn check_refused(request: Request, errno: Errno) {
-        let (kind, offset, length) = (request.kind, request.offset, request.length);
-        let refusal = all().admit(request).unwrap_err();
-        assert_eq!(
-            refusal.errno, errno,
-            "{kind} at {offset}, {length} bytes: {refusal}"
-        );
-    }
-
-    /// Everything on offer.
-    fn all() -> Admission {
-        let info = ExportInfo {
-            name: "vda".into(),
-            description: None,
-            size: SIZE,
-            flags: Flags::from_bits(u16::MAX).without(Flags::READ_ONLY),
-            block_size: BlockSize::default(),
-        };
-        Admission::new(&info, true, true)
-    }
-
-    fn request(kind: u16, offset: u64, length: u64) -> Request {
-        let data = if kind == WRITE {
-            Bytes::from(vec![0; length as usize])
-        } else {
-            Bytes::new()
-        };
-        Request {
-            cookie: Cookie(1),
-            kind,
-            flags: 0,
-            offset,
-            length,
-            data,
-        }
-    }
-}
+mod tests;

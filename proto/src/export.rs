@@ -4,6 +4,8 @@ use std::ops::BitOr;
 
 use thiserror::Error;
 
+use crate::headers::Headers;
+
 /// Answers the questions of a [`Negotiation`](crate::Negotiation): what exists, and what it is.
 ///
 /// `Export` and `Context` are the server's own handles. A session ends up with the very handle that
@@ -108,7 +110,7 @@ impl TransmissionFlags {
     pub const SEND_TRIM: Self = Self(1 << 5);
     /// Zeroing is understood, and zeroing without making holes.
     pub const SEND_WRITE_ZEROES: Self = Self(1 << 6);
-    /// Structured replies can be had in one piece. Negotiation removes it where there are none.
+    /// Replies in chunks can be had in one piece. Negotiation removes it where there are none.
     pub const SEND_DF: Self = Self(1 << 7);
     /// A flush on one connection covers writes answered on another.
     pub const CAN_MULTI_CONN: Self = Self(1 << 8);
@@ -118,6 +120,9 @@ impl TransmissionFlags {
     pub const SEND_CACHE: Self = Self(1 << 10);
     /// Zeroing can be asked to be fast or to fail. Needs `SEND_WRITE_ZEROES`.
     pub const SEND_FAST_ZERO: Self = Self(1 << 11);
+    /// A block status can be asked for some of the chosen contexts. Negotiation removes it where
+    /// headers are not extended, or no context was chosen.
+    pub const BLOCK_STATUS_PAYLOAD: Self = Self(1 << 12);
 
     /// The flags as they stand on the wire.
     pub fn bits(self) -> u16 {
@@ -141,10 +146,13 @@ impl TransmissionFlags {
     }
 
     /// What of these may be offered, given what was negotiated.
-    pub(crate) fn offered(self, structured: bool) -> Self {
+    pub(crate) fn offered(self, headers: Headers, contexts_chosen: usize) -> Self {
         let mut flags = (self | Self::HAS_FLAGS).without(Self::SEND_RESIZE);
-        if !structured {
+        if !headers.has_chunks() {
             flags = flags.without(Self::SEND_DF);
+        }
+        if headers != Headers::Extended || contexts_chosen == 0 {
+            flags = flags.without(Self::BLOCK_STATUS_PAYLOAD);
         }
         if !flags.contains(Self::SEND_WRITE_ZEROES) {
             flags = flags.without(Self::SEND_FAST_ZERO);
@@ -211,7 +219,7 @@ impl Default for BlockSize {
 
 #[cfg(test)]
 mod tests {
-    use super::{BlockSize, TransmissionFlags};
+    use super::{BlockSize, Headers, TransmissionFlags};
 
     #[test]
     fn block_sizes_are_what_the_protocol_allows() {
@@ -228,9 +236,26 @@ mod tests {
     fn flags_that_need_another_are_not_offered_without_it() {
         use TransmissionFlags as Flags;
         let flags = Flags::SEND_DF | Flags::SEND_FAST_ZERO | Flags::SEND_RESIZE;
-        assert_eq!(flags.offered(false), Flags::HAS_FLAGS);
-        assert_eq!(flags.offered(true), Flags::HAS_FLAGS | Flags::SEND_DF);
+        assert_eq!(flags.offered(Headers::Simple, 0), Flags::HAS_FLAGS);
+        assert_eq!(
+            flags.offered(Headers::Structured, 0),
+            Flags::HAS_FLAGS | Flags::SEND_DF
+        );
         let flags = flags | Flags::SEND_WRITE_ZEROES;
-        assert!(flags.offered(false).contains(Flags::SEND_FAST_ZERO));
+        let offered = flags.offered(Headers::Simple, 0);
+        assert!(offered.contains(Flags::SEND_FAST_ZERO));
+    }
+
+    #[test]
+    fn some_contexts_can_be_asked_for_where_there_are_any_and_requests_have_payloads() {
+        use TransmissionFlags as Flags;
+        for (headers, contexts_chosen, offered) in [
+            (Headers::Extended, 1, true),
+            (Headers::Extended, 0, false),
+            (Headers::Structured, 1, false),
+        ] {
+            let flags = Flags::BLOCK_STATUS_PAYLOAD.offered(headers, contexts_chosen);
+            assert_eq!(flags.contains(Flags::BLOCK_STATUS_PAYLOAD), offered);
+        }
     }
 }

@@ -7,8 +7,9 @@ pub const STATE_ZERO: u32 = 1 << 1;
 /// In QEMU's `qemu:dirty-bitmap:` contexts: this has changed.
 pub const DIRTY: u32 = 1 << 0;
 
-/// The most extents in one list. `proto.md` advises against more than 2^20; this many cover 4 GiB,
-/// the longest request, when every other chunk of 64 KiB differs, and take 512 KiB on the wire.
+/// The most extents in a reply, all its contexts taken together. `proto.md` advises against more
+/// than 2^20 for one; this many cover 4 GiB, the longest compact request, when every other chunk of
+/// 64 KiB differs, and take 1 MiB on the wire at most.
 pub const EXTENTS_MAX: usize = 1 << 16;
 
 /// A stretch with one status.
@@ -16,8 +17,8 @@ pub const EXTENTS_MAX: usize = 1 << 16;
 pub struct Extent {
     /// In bytes, never zero.
     pub length: u64,
-    /// What the context says.
-    pub flags: u32,
+    /// What the context says. Only extended replies say more than 32 bits.
+    pub flags: u64,
 }
 
 /// What one context says about the range of one request, from its start.
@@ -33,14 +34,22 @@ pub struct Extents {
 }
 
 impl Extents {
-    /// An empty list for a request of `length` bytes that asks for `one` extent, or for all.
-    pub fn new(length: u64, one: bool) -> Self {
+    /// An empty list for a request of `length` bytes, with room for as many extents as a reply of so
+    /// many `contexts` has for each of them.
+    pub fn new(length: u64, contexts: usize) -> Self {
         Self {
             list: Vec::new(),
-            list_max: if one { 1 } else { EXTENTS_MAX },
+            list_max: (EXTENTS_MAX / contexts.max(1)).max(1),
             covered: 0,
-            // What an extent's 32 bits can say. Requests are no longer than that today.
-            room: length.min(u64::from(u32::MAX)),
+            room: length,
+        }
+    }
+
+    /// An empty list for a request of `length` bytes that asks for one extent.
+    pub fn one(length: u64) -> Self {
+        Self {
+            list_max: 1,
+            ..Self::new(length, 1)
         }
     }
 
@@ -51,6 +60,7 @@ impl Extents {
             return;
         }
         let has_place = self.list.len() < self.list_max;
+        let flags = u64::from(flags);
         match self.list.last_mut() {
             Some(last) if last.flags == flags => last.length += length,
             _ if has_place => self.list.push(Extent { length, flags }),
@@ -142,15 +152,17 @@ mod tests {
     }
 
     #[test]
-    fn a_list_has_a_maximum_length() {
-        let mut list = Extents::new(u64::MAX, false);
-        let mut flags = 0;
-        while !list.is_full() {
-            list.push(1, flags);
-            flags ^= 1;
+    fn the_lists_of_a_reply_have_a_maximum_length_together() {
+        for (contexts, most) in [(1, EXTENTS_MAX), (4, EXTENTS_MAX / 4), (1 << 20, 1)] {
+            let mut list = Extents::new(u64::MAX, contexts);
+            let mut flags = 0;
+            while !list.is_full() {
+                list.push(1, flags);
+                flags ^= 1;
+            }
+            assert_eq!(list.as_slice().len(), most);
+            assert_eq!(list.covered(), most as u64);
         }
-        assert_eq!(list.as_slice().len(), EXTENTS_MAX);
-        assert_eq!(list.covered(), EXTENTS_MAX as u64);
     }
 
     #[test]
@@ -171,14 +183,18 @@ mod tests {
     }
 
     fn build(length: u64, one: bool, runs: &[(u64, u32)]) -> Extents {
-        let mut extents = Extents::new(length, one);
+        let mut extents = if one {
+            Extents::one(length)
+        } else {
+            Extents::new(length, 1)
+        };
         for (length, flags) in runs {
             extents.push(*length, *flags);
         }
         extents
     }
 
-    fn lengths_and_flags(extents: &Extents) -> Vec<(u64, u32)> {
+    fn lengths_and_flags(extents: &Extents) -> Vec<(u64, u64)> {
         extents
             .as_slice()
             .iter()

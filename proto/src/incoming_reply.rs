@@ -4,10 +4,11 @@ use bytes::{Buf, Bytes, BytesMut};
 
 use crate::errno::Errno;
 use crate::extents::{ContextId, Extent};
+use crate::headers::Headers;
 use crate::request::{Cookie, PAYLOAD_MAX};
 use crate::string;
 use crate::violation::Violation;
-use crate::wire::{CHUNK_MAGIC, SIMPLE_REPLY_MAGIC, chunk};
+use crate::wire::{CHUNK_MAGIC, EXTENDED_CHUNK_MAGIC, SIMPLE_REPLY_MAGIC, chunk};
 
 /// The longest chunk that a client agrees to read: the longest payload with its offset. It holds
 /// four times the 2^20 extents that `proto.md` advises as the most.
@@ -24,10 +25,13 @@ pub enum Reply {
         /// Whether it succeeded.
         result: Result<(), Errno>,
     },
-    /// A piece of a structured reply.
+    /// A piece of a reply in chunks.
     Chunk {
         /// Which request it answers.
         cookie: Cookie,
+        /// Where the range of that request starts, which only an extended chunk repeats; whether it
+        /// is so, only who knows the request can tell.
+        request_offset: Option<u64>,
         /// Whether it is the last piece.
         done: bool,
         /// What it says.
@@ -35,7 +39,7 @@ pub enum Reply {
     },
 }
 
-/// What a piece of a structured reply says.
+/// What a piece of a reply says.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Chunk {
     /// Nothing more.
@@ -74,14 +78,19 @@ pub enum Chunk {
 
 impl Reply {
     /// Takes the next reply or chunk off the front of `input`, or `None` until all of it has
-    /// arrived.
-    pub fn decode(input: &mut BytesMut) -> Result<Option<Self>, Violation> {
+    /// arrived. Only what was negotiated is accepted.
+    pub fn decode(headers: Headers, input: &mut BytesMut) -> Result<Option<Self>, Violation> {
+        use Headers::{Extended, Simple, Structured};
         let mut header = &input[..];
-        match header.try_get_u32() {
-            Err(_) => Ok(None),
-            Ok(SIMPLE_REPLY_MAGIC) => Ok(decode_simple(input)),
-            Ok(CHUNK_MAGIC) => decode_chunk(input),
-            Ok(other) => Err(Violation::ReplyMagic(other)),
+        let Ok(magic) = header.try_get_u32() else {
+            return Ok(None);
+        };
+        match (magic, headers) {
+            (SIMPLE_REPLY_MAGIC, Simple | Structured) => Ok(decode_simple(input)),
+            (CHUNK_MAGIC, Structured) | (EXTENDED_CHUNK_MAGIC, Extended) => {
+                decode_chunk(headers, input)
+            }
+            (other, _) => Err(Violation::ReplyMagic(other)),
         }
     }
 }
@@ -102,38 +111,50 @@ fn decode_simple(input: &mut BytesMut) -> Option<Reply> {
     Some(Reply::Simple { cookie, result })
 }
 
-fn decode_chunk(input: &mut BytesMut) -> Result<Option<Reply>, Violation> {
-    if input.len() < CHUNK_HEADER_SIZE {
+fn decode_chunk(headers: Headers, input: &mut BytesMut) -> Result<Option<Reply>, Violation> {
+    let extended = headers == Headers::Extended;
+    let header_size = if extended {
+        EXTENDED_CHUNK_HEADER_SIZE
+    } else {
+        CHUNK_HEADER_SIZE
+    };
+    if input.len() < header_size {
         return Ok(None);
     }
-    let mut header = &input[size_of::<u32>()..CHUNK_HEADER_SIZE];
+    let mut header = &input[size_of::<u32>()..header_size];
     let flags = header.get_u16();
     let kind = header.get_u16();
     let cookie = Cookie(header.get_u64());
-    let length = header.get_u32();
+    let (request_offset, length) = if extended {
+        (Some(header.get_u64()), header.get_u64())
+    } else {
+        (None, u64::from(header.get_u32()))
+    };
 
-    if u64::from(length) > CHUNK_MAX {
+    if length > CHUNK_MAX {
         return Err(Violation::ChunkLength { kind, length });
     }
-    let size = CHUNK_HEADER_SIZE + length as usize;
+    let size = header_size + length as usize;
     if input.len() < size {
         input.reserve(size - input.len());
         return Ok(None);
     }
     let mut payload = input.split_to(size).freeze();
-    payload.advance(CHUNK_HEADER_SIZE);
+    payload.advance(header_size);
 
     let chunk = match kind {
         chunk::NONE => payload.is_empty().then_some(Chunk::None),
         chunk::OFFSET_DATA => data(payload),
         chunk::OFFSET_HOLE => hole(payload),
-        chunk::BLOCK_STATUS => block_status(payload),
+        chunk::BLOCK_STATUS if !extended => block_status(payload),
+        chunk::BLOCK_STATUS_EXTENDED if extended => block_status_extended(payload),
         kind if kind & chunk::ERROR_BIT != 0 => error(kind, payload),
         kind => return Err(Violation::ChunkType(kind)),
     };
     let chunk = chunk.ok_or(Violation::ChunkLength { kind, length })?;
     Ok(Some(Reply::Chunk {
         cookie,
+        request_offset,
         done: flags & chunk::DONE != 0,
         chunk,
     }))
@@ -158,9 +179,29 @@ fn block_status(mut payload: Bytes) -> Option<Chunk> {
     let mut extents = Vec::with_capacity(payload.len() / 8);
     while payload.has_remaining() {
         let length = u64::from(payload.try_get_u32().ok()?);
-        let flags = payload.try_get_u32().ok()?;
+        let flags = u64::from(payload.try_get_u32().ok()?);
         extents.push(Extent { length, flags });
     }
+    block_status_of(context, extents)
+}
+
+fn block_status_extended(mut payload: Bytes) -> Option<Chunk> {
+    let context = ContextId(payload.try_get_u32().ok()?);
+    let count = payload.try_get_u32().ok()?;
+    // Before anything is reserved for what it claims.
+    if payload.len() as u64 != 16 * u64::from(count) {
+        return None;
+    }
+    let mut extents = Vec::with_capacity(count as usize);
+    while payload.has_remaining() {
+        let length = payload.try_get_u64().ok()?;
+        let flags = payload.try_get_u64().ok()?;
+        extents.push(Extent { length, flags });
+    }
+    block_status_of(context, extents)
+}
+
+fn block_status_of(context: ContextId, extents: Vec<Extent>) -> Option<Chunk> {
     let sound = !extents.is_empty() && extents.iter().all(|extent| extent.length > 0);
     sound.then_some(Chunk::BlockStatus { context, extents })
 }
@@ -188,5 +229,7 @@ fn error(kind: u16, mut payload: Bytes) -> Option<Chunk> {
 
 /// Magic, error and cookie.
 const SIMPLE_SIZE: usize = 16;
-/// Magic, flags, type, cookie and length.
+/// Magic, flags, type, cookie and a length of 32 bits.
 const CHUNK_HEADER_SIZE: usize = 20;
+/// Magic, flags, type, cookie, the request's offset and a length of 64 bits.
+const EXTENDED_CHUNK_HEADER_SIZE: usize = 32;

@@ -7,20 +7,25 @@
 //! [`Reply::decode`].
 //!
 //! Spoken are the fixed newstyle handshake, structured replies and metadata contexts, as the
-//! protocol's reference, `proto.md`, has them. Every other option is declined as unsupported.
+//! protocol's reference, `proto.md`, has them; and extended headers, with block status of some
+//! contexts only, as its branch `extension-ext-header` has them. [`Headers`] says which form was
+//! negotiated. Every other option is declined as unsupported.
 
 pub use admission::{Admission, Command, Refusal};
+pub use context_filter::ContextFilter;
 pub use errno::Errno;
 pub use export::{BlockSize, Catalog, Denied, ExportInfo, Listed, TransmissionFlags};
 pub use extents::{
     ContextId, DIRTY, EXTENTS_MAX, Extent, Extents, STATE_HOLE, STATE_ZERO, cover_the_same_length,
 };
+pub use headers::Headers;
 pub use incoming_reply::{CHUNK_MAX, Chunk, Reply};
 pub use negotiation::{ANSWERS_MAX, GREETING, Negotiation, OPTIONS_MAX, Session, Step};
 pub use option::{OPTION_DATA_MAX, OPTION_SKIPPED_MAX, QUERIES_MAX};
 pub use reply::Replies;
 pub use request::{
-    Cookie, DecodeError, Incoming, PAYLOAD_MAX, PAYLOAD_SKIPPED_MAX, Request, RequestDecoder,
+    Cookie, DecodeError, Incoming, Origin, PAYLOAD_MAX, PAYLOAD_SKIPPED_MAX, Request,
+    RequestDecoder,
 };
 pub use string::STRING_MAX;
 pub use violation::Violation;
@@ -32,6 +37,7 @@ mod option;
 mod selection;
 
 mod admission;
+mod context_filter;
 mod extents;
 mod incoming_reply;
 mod reply;
@@ -39,6 +45,7 @@ mod request;
 
 pub mod command;
 mod errno;
+mod headers;
 mod string;
 mod violation;
 mod wire;

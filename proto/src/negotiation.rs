@@ -8,13 +8,15 @@ use crate::admission::Admission;
 use crate::answers::Answers;
 use crate::export::{Catalog, ExportInfo};
 use crate::extents::ContextId;
+use crate::headers::Headers;
 use crate::option::{
     ContextRequest, Declined, InfoRequest, OptionDecoder, Question, RawOption, invalid, parse,
 };
 use crate::reply::Replies;
+use crate::request::RequestDecoder;
 use crate::selection::{Selection, matching};
 use crate::violation::Violation;
-use crate::wire::{CLIENT_FIXED_NEWSTYLE, CLIENT_NO_ZEROES, option};
+use crate::wire::{CLIENT_FIXED_NEWSTYLE, CLIENT_NO_ZEROES, answer, option};
 
 /// What the server says first: fixed newstyle, and no padding for who does not want it.
 pub const GREETING: &[u8; 18] = b"NBDMAGICIHAVEOPT\x00\x03";
@@ -37,7 +39,7 @@ pub struct Negotiation<C: Catalog> {
     stage: Stage,
     options: OptionDecoder,
     options_seen: u32,
-    structured: bool,
+    headers: Headers,
     /// The last choice, for as long as no other is attempted.
     selection: Option<Selection>,
 }
@@ -69,8 +71,8 @@ pub struct Session<C: Catalog> {
     pub export: C::Export,
     /// What the client has been told; the flags are those that it saw.
     pub info: ExportInfo,
-    /// Whether replies are structured.
-    pub structured: bool,
+    /// The form of what follows.
+    pub headers: Headers,
     /// What a block-status request is about.
     pub contexts: Vec<(ContextId, C::Context)>,
 }
@@ -78,12 +80,18 @@ pub struct Session<C: Catalog> {
 impl<C: Catalog> Session<C> {
     /// The rules that its requests are held to.
     pub fn admission(&self) -> Admission {
-        Admission::new(&self.info, self.structured, !self.contexts.is_empty())
+        let contexts = self.contexts.iter().map(|(id, _)| *id).collect();
+        Admission::new(&self.info, self.headers, contexts)
+    }
+
+    /// What finds its requests.
+    pub fn requests(&self) -> RequestDecoder {
+        RequestDecoder::new(self.headers)
     }
 
     /// The form that its replies take.
     pub fn replies(&self) -> Replies {
-        Replies::new(self.structured)
+        Replies::new(self.headers)
     }
 }
 
@@ -95,7 +103,7 @@ impl<C: Catalog> Negotiation<C> {
             stage: Stage::Greeted,
             options: OptionDecoder::default(),
             options_seen: 0,
-            structured: false,
+            headers: Headers::default(),
             selection: None,
         }
     }
@@ -183,8 +191,9 @@ impl<C: Catalog> Negotiation<C> {
             Ok(Question::Go(request)) => self
                 .go(&request, &mut answers)
                 .map(|session| Some(Step::Ready(session))),
-            Ok(Question::StructuredReply) => {
-                self.structured = true;
+            Ok(Question::StructuredReply) => self.take_structured_replies().map(|()| None),
+            Ok(Question::ExtendedHeaders) => {
+                self.headers = Headers::Extended;
                 Ok(None)
             }
             Ok(Question::ListContexts(request)) => {
@@ -226,6 +235,9 @@ impl<C: Catalog> Negotiation<C> {
     }
 
     fn enter_without_errors(&self, name: &str, zeroes: bool, output: &mut BytesMut) -> Step<C> {
+        if self.headers == Headers::Extended {
+            return Step::Hangup("extended headers were negotiated, which need GO".into());
+        }
         match self.enter(name) {
             Ok(session) => {
                 output.put_u64(session.info.size);
@@ -248,9 +260,21 @@ impl<C: Catalog> Negotiation<C> {
         Ok(Session {
             export,
             info,
-            structured: self.structured,
+            headers: self.headers,
             contexts,
         })
+    }
+
+    /// There is no way back from extended headers, which are structured replies and more.
+    fn take_structured_replies(&mut self) -> Result<(), Declined> {
+        if self.headers == Headers::Extended {
+            return Err(Declined {
+                answer: answer::ERR_EXTENDED_HEADERS,
+                text: "extended headers have been negotiated".into(),
+            });
+        }
+        self.headers = Headers::Structured;
+        Ok(())
     }
 
     fn list_contexts(
@@ -258,7 +282,7 @@ impl<C: Catalog> Negotiation<C> {
         request: &ContextRequest,
         answers: &mut Answers<'_>,
     ) -> Result<(), Declined> {
-        self.need_structured_replies()?;
+        self.need_chunks()?;
         let (export, _) = self.open(&request.export)?;
         for name in matching(&self.catalog, &export, &request.queries) {
             answers.listed_context(&name);
@@ -271,7 +295,7 @@ impl<C: Catalog> Negotiation<C> {
         request: ContextRequest,
         answers: &mut Answers<'_>,
     ) -> Result<(), Declined> {
-        self.need_structured_replies()?;
+        self.need_chunks()?;
         let (export, _) = self.open(&request.export)?;
         let selection =
             Selection::choose(&self.catalog, (&request.export, &export), request.queries);
@@ -282,16 +306,20 @@ impl<C: Catalog> Negotiation<C> {
         Ok(())
     }
 
-    fn need_structured_replies(&self) -> Result<(), Declined> {
-        if self.structured {
+    fn need_chunks(&self) -> Result<(), Declined> {
+        if self.headers.has_chunks() {
             return Ok(());
         }
-        Err(invalid("metadata contexts need structured replies"))
+        Err(invalid(
+            "metadata contexts need structured replies or extended headers",
+        ))
     }
 
     fn open(&self, name: &str) -> Result<(C::Export, ExportInfo), Declined> {
         let (export, mut info) = self.catalog.open(name)?;
-        info.flags = info.flags.offered(self.structured);
+        // The same for INFO and for GO: who asks for both in a row is told the same.
+        let chosen = self.selection.as_ref().map_or(0, |it| it.count_for(name));
+        info.flags = info.flags.offered(self.headers, chosen);
         Ok((export, info))
     }
 }

@@ -140,6 +140,7 @@ pub(crate) enum Question {
     Info(InfoRequest),
     Go(InfoRequest),
     StructuredReply,
+    ExtendedHeaders,
     ListContexts(ContextRequest),
     SetContexts(ContextRequest),
 }
@@ -201,6 +202,7 @@ pub(crate) fn parse(raw: RawOption) -> Result<Question, Declined> {
         option::INFO => info_request(whole(raw.data)?).map(Question::Info),
         option::GO => info_request(whole(raw.data)?).map(Question::Go),
         option::STRUCTURED_REPLY => empty(&raw.data).map(|()| Question::StructuredReply),
+        option::EXTENDED_HEADERS => empty(&raw.data).map(|()| Question::ExtendedHeaders),
         option::LIST_META_CONTEXT => context_request(whole(raw.data)?).map(Question::ListContexts),
         option::SET_META_CONTEXT => context_request(whole(raw.data)?).map(Question::SetContexts),
         _ => Err(Declined {

@@ -6,21 +6,33 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use thiserror::Error;
 use tokio_util::codec::Decoder;
 
-use crate::command::{DISCONNECT, WRITE};
+use crate::command::{BLOCK_STATUS, DISCONNECT, PAYLOAD_LENGTH, WRITE};
+use crate::context_filter::FILTER_MAX;
+use crate::headers::Headers;
 use crate::violation::Violation;
-use crate::wire::REQUEST_MAGIC;
+use crate::wire::{EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC};
 
 /// The longest write that is kept, and the longest read that is answered: what `proto.md` lets
 /// every client presume.
 pub const PAYLOAD_MAX: u64 = 32 << 20;
 
-/// The longest payload that is skipped, so that its write can be refused and the next request
-/// found. Beyond it the connection ends.
+/// The longest payload of a compact write that is skipped, so that it can be refused and the next
+/// request found. Beyond it the connection ends; with extended headers it ends beyond
+/// [`PAYLOAD_MAX`], as their reference advises.
 pub const PAYLOAD_SKIPPED_MAX: u64 = 4 * PAYLOAD_MAX;
 
 /// What a client calls a request by until it is answered.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub struct Cookie(pub u64);
+
+/// What a reply repeats of its request.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct Origin {
+    /// What the client calls the request by.
+    pub cookie: Cookie,
+    /// Where its range starts. Only an extended reply says so, in all its chunks.
+    pub offset: u64,
+}
 
 /// A request as it came, not yet believed; [`Admission`](crate::Admission) turns it into a command.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -33,27 +45,67 @@ pub struct Request {
     pub flags: u16,
     /// Where the range starts.
     pub offset: u64,
-    /// How long it is.
+    /// How long it is; or how long the payload is, if there is one and [`PAYLOAD_LENGTH`] is set.
     pub length: u64,
-    /// The payload of a write. Empty if it was longer than [`PAYLOAD_MAX`] and has been skipped.
+    /// The payload. Empty if it was longer than could be right and has been skipped.
     pub data: Bytes,
 }
 
 impl Request {
+    /// What its reply repeats.
+    pub fn origin(&self) -> Origin {
+        Origin {
+            cookie: self.cookie,
+            offset: self.offset,
+        }
+    }
+
     /// Appends the request to `output`, payload included.
+    ///
+    /// The flags are sent as they are. With extended headers whatever has a payload needs
+    /// [`PAYLOAD_LENGTH`]: every write, and a block status with a
+    /// [`ContextFilter`](crate::ContextFilter).
     ///
     /// # Panics
     ///
-    /// If the length does not fit the header's 32 bits.
-    pub fn encode(&self, output: &mut BytesMut) {
-        let length = u32::try_from(self.length).expect("a length of at most 32 bits");
-        output.put_u32(REQUEST_MAGIC);
+    /// If the header is compact and the length does not fit its 32 bits.
+    pub fn encode(&self, headers: Headers, output: &mut BytesMut) {
+        let extended = headers == Headers::Extended;
+        output.put_u32(magic_of(headers));
         output.put_u16(self.flags);
         output.put_u16(self.kind);
         output.put_u64(self.cookie.0);
         output.put_u64(self.offset);
-        output.put_u32(length);
+        if extended {
+            output.put_u64(self.length);
+        } else {
+            output.put_u32(u32::try_from(self.length).expect("a length of at most 32 bits"));
+        }
         output.put_slice(&self.data);
+    }
+
+    fn has_payload(&self, headers: Headers) -> bool {
+        match headers {
+            Headers::Extended => self.flags & PAYLOAD_LENGTH != 0,
+            // Nothing else has one, unknown commands included.
+            Headers::Simple | Headers::Structured => self.kind == WRITE,
+        }
+    }
+
+    /// The longest payload that this can do something with.
+    fn payload_max(&self) -> u64 {
+        match self.kind {
+            WRITE => PAYLOAD_MAX,
+            BLOCK_STATUS => FILTER_MAX,
+            _ => 0,
+        }
+    }
+}
+
+fn magic_of(headers: Headers) -> u32 {
+    match headers {
+        Headers::Extended => EXTENDED_REQUEST_MAGIC,
+        Headers::Simple | Headers::Structured => REQUEST_MAGIC,
     }
 }
 
@@ -68,10 +120,11 @@ pub enum Incoming {
 
 /// Finds the requests in a stream of bytes.
 ///
-/// The payload of a write is a slice of the buffer that it was received in: keeping one keeps that
+/// A payload is a slice of the buffer that it was received in: keeping one keeps that
 /// piece of the buffer.
 #[derive(Debug, Default)]
 pub struct RequestDecoder {
+    headers: Headers,
     expecting: Expecting,
 }
 
@@ -87,25 +140,36 @@ enum Expecting {
 }
 
 impl RequestDecoder {
+    /// Expects requests of that form.
+    pub fn new(headers: Headers) -> Self {
+        Self {
+            headers,
+            expecting: Expecting::default(),
+        }
+    }
+
     /// Takes the next request off the front of `input`, or `None` until more has arrived.
     pub fn decode(&mut self, input: &mut BytesMut) -> Result<Option<Incoming>, Violation> {
         if matches!(self.expecting, Expecting::Header) {
-            if input.len() < HEADER_SIZE {
+            let Some(request) = read_header(self.headers, input)? else {
                 return Ok(None);
+            };
+            if request.kind == DISCONNECT {
+                return Ok(Some(Incoming::Disconnect));
             }
-            let request = read_header(input)?;
-            self.expecting = match request.kind {
-                DISCONNECT => return Ok(Some(Incoming::Disconnect)),
-                WRITE if request.length > PAYLOAD_SKIPPED_MAX => {
-                    return Err(Violation::PayloadLength(request.length));
-                }
-                WRITE if request.length > PAYLOAD_MAX => Expecting::Skipping {
+            if !request.has_payload(self.headers) {
+                return Ok(Some(Incoming::Request(request)));
+            }
+            if request.length > self.skipped_max() {
+                return Err(Violation::PayloadLength(request.length));
+            }
+            self.expecting = if request.length > request.payload_max() {
+                Expecting::Skipping {
                     left: request.length,
                     request,
-                },
-                WRITE => Expecting::Payload(request),
-                // Nothing else has a payload, unknown commands included.
-                _ => return Ok(Some(Incoming::Request(request))),
+                }
+            } else {
+                Expecting::Payload(request)
             };
         }
 
@@ -134,26 +198,46 @@ impl RequestDecoder {
             }
         }
     }
+
+    fn skipped_max(&self) -> u64 {
+        match self.headers {
+            Headers::Extended => PAYLOAD_MAX,
+            Headers::Simple | Headers::Structured => PAYLOAD_SKIPPED_MAX,
+        }
+    }
 }
 
-fn read_header(input: &mut BytesMut) -> Result<Request, Violation> {
+fn read_header(headers: Headers, input: &mut BytesMut) -> Result<Option<Request>, Violation> {
+    let extended = headers == Headers::Extended;
+    let size = if extended {
+        EXTENDED_HEADER_SIZE
+    } else {
+        HEADER_SIZE
+    };
+    if input.len() < size {
+        return Ok(None);
+    }
     let magic = input.get_u32();
-    if magic != REQUEST_MAGIC {
+    if magic != magic_of(headers) {
         return Err(Violation::RequestMagic(magic));
     }
     let flags = input.get_u16();
     let kind = input.get_u16();
     let cookie = Cookie(input.get_u64());
     let offset = input.get_u64();
-    let length = u64::from(input.get_u32());
-    Ok(Request {
+    let length = if extended {
+        input.get_u64()
+    } else {
+        u64::from(input.get_u32())
+    };
+    Ok(Some(Request {
         cookie,
         kind,
         flags,
         offset,
         length,
         data: Bytes::new(),
-    })
+    }))
 }
 
 /// Why a framed stream of requests ended early.
@@ -176,114 +260,10 @@ impl Decoder for RequestDecoder {
     }
 }
 
-/// Magic, flags, kind, cookie, offset and length of a request.
+/// Magic, flags, kind, cookie, offset and a length of 32 bits.
 const HEADER_SIZE: usize = 28;
+/// The same with a length of 64 bits.
+const EXTENDED_HEADER_SIZE: usize = 32;
 
 #[cfg(test)]
-mod tests {
-    use bytes::{BufMut, Bytes, BytesMut};
-
-    use super::{Cookie, HEADER_SIZE, Incoming, PAYLOAD_MAX, PAYLOAD_SKIPPED_MAX, Request};
-    use super::{RequestDecoder, Violation};
-    use crate::command::{DISCONNECT, FUA, READ, WRITE};
-
-    #[test]
-    fn requests_survive_the_wire_however_it_cuts_them() {
-        let requests = [
-            request(READ, 4096, b""),
-            request(WRITE, 5, b"hello"),
-            request(WRITE, 0, b""),
-            request(77, 1 << 31, b""),
-        ];
-        let mut wire = BytesMut::new();
-        for request in &requests {
-            request.encode(&mut wire);
-        }
-        let mut goodbye = request(DISCONNECT, 0, b"");
-        goodbye.flags = 0;
-        goodbye.encode(&mut wire);
-
-        for step in 1..wire.len() {
-            let (mut decoder, mut input, mut found) =
-                (RequestDecoder::default(), BytesMut::new(), Vec::new());
-            for piece in wire.chunks(step) {
-                input.put_slice(piece);
-                while let Some(incoming) = decoder.decode(&mut input).unwrap() {
-                    found.push(incoming);
-                }
-            }
-            let expected: Vec<_> = requests
-                .iter()
-                .cloned()
-                .map(Incoming::Request)
-                .chain([Incoming::Disconnect])
-                .collect();
-            assert_eq!(found, expected, "{step} bytes at a time");
-            assert!(input.is_empty());
-        }
-    }
-
-    #[test]
-    fn a_payload_is_a_slice_of_what_was_received() {
-        let mut input = BytesMut::new();
-        request(WRITE, 5, b"hello").encode(&mut input);
-        let payload_at = input[HEADER_SIZE..].as_ptr();
-        let Some(Incoming::Request(request)) =
-            RequestDecoder::default().decode(&mut input).unwrap()
-        else {
-            panic!("expected a request");
-        };
-        assert_eq!(request.data.as_ptr(), payload_at);
-    }
-
-    #[test]
-    fn an_overlong_payload_is_skipped_without_being_kept() {
-        let mut decoder = RequestDecoder::default();
-        let mut input = BytesMut::new();
-        request(WRITE, PAYLOAD_MAX + 1, b"").encode(&mut input);
-        let piece = vec![0; 1 << 20];
-        for _ in 0..PAYLOAD_MAX / (1 << 20) {
-            input.put_slice(&piece);
-            assert_eq!(decoder.decode(&mut input), Ok(None));
-            assert!(input.is_empty());
-        }
-        input.put_u8(0);
-        let refused = request(WRITE, PAYLOAD_MAX + 1, b"");
-        assert_eq!(
-            decoder.decode(&mut input),
-            Ok(Some(Incoming::Request(refused)))
-        );
-
-        request(READ, 1, b"").encode(&mut input);
-        let next = Incoming::Request(request(READ, 1, b""));
-        assert_eq!(decoder.decode(&mut input), Ok(Some(next)));
-    }
-
-    #[test]
-    fn an_absurd_payload_or_a_wrong_magic_ends_the_connection() {
-        let mut input = BytesMut::new();
-        request(WRITE, PAYLOAD_SKIPPED_MAX + 1, b"").encode(&mut input);
-        assert_eq!(
-            RequestDecoder::default().decode(&mut input),
-            Err(Violation::PayloadLength(PAYLOAD_SKIPPED_MAX + 1))
-        );
-
-        let mut input = BytesMut::from(&[0x11; HEADER_SIZE][..]);
-        assert_eq!(
-            RequestDecoder::default().decode(&mut input),
-            Err(Violation::RequestMagic(0x1111_1111))
-        );
-    }
-
-    fn request(kind: u16, length: u64, data: &'static [u8]) -> Request {
-        let data = Bytes::from_static(data);
-        Request {
-            cookie: Cookie(7),
-            kind,
-            flags: FUA,
-            offset: 1 << 40,
-            length,
-            data,
-        }
-    }
-}
+mod tests;

@@ -41,6 +41,15 @@ impl Selection {
         &self.names
     }
 
+    /// How many were chosen for an export entered as `name`.
+    pub(crate) fn count_for(&self, name: &str) -> usize {
+        if self.export == name {
+            self.names.len()
+        } else {
+            0
+        }
+    }
+
     /// The handles that the chosen names stand for in `export`, entered as `name`.
     ///
     /// None, if the choice was made for another name. An error if a context has gone: its id has

@@ -32,16 +32,16 @@ pub enum Violation {
     /// The name given with the one option that has no error reply cannot be a name.
     #[error("an export name that is no string")]
     ExportName,
-    /// A request did not start with the request magic.
+    /// A request did not start with the magic of the form that was negotiated.
     #[error("expected a request, found {0:#010x}")]
     RequestMagic(u32),
-    /// A write announced more payload than we ever agree to read.
+    /// A request announced more payload than we ever agree to read.
     #[error("a payload of {0} bytes")]
     PayloadLength(u64),
-    /// A reply did not start with one of the reply magics.
+    /// A reply did not start with a magic of the form that was negotiated.
     #[error("expected a reply, found {0:#010x}")]
     ReplyMagic(u32),
-    /// A chunk of a structured reply is of an unknown type that is no error.
+    /// A chunk is of a type that is no error, and unknown in the form that was negotiated.
     #[error("a reply chunk of unknown type {0}")]
     ChunkType(u16),
     /// A chunk's length does not fit what it contains, or is more than we ever agree to read.
@@ -50,6 +50,6 @@ pub enum Violation {
         /// The chunk's type.
         kind: u16,
         /// What its header announced.
-        length: u32,
+        length: u64,
     },
 }

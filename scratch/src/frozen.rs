@@ -85,14 +85,19 @@ impl<W: World> Frozen<W> {
         Ok(read?)
     }
 
-    /// What of `range` took space then: adjacent extents from its start on, at least one.
-    pub async fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>, FrozenError> {
+    /// What of `range` took space then: adjacent extents from its start on, at least one and at most
+    /// `limit`, which is not zero.
+    pub async fn extents(
+        &self,
+        range: Range<u64>,
+        limit: usize,
+    ) -> Result<Vec<Extent>, FrozenError> {
         self.snapshot.whole()?;
         let today = allocation(&*self.image, bytes(&granules(&range), self.size())).await?;
         fence(Ordering::Acquire);
         self.pace.step(Step::ReadPast).await;
         let mut then: Vec<Extent> = Vec::with_capacity(today.len());
-        for extent in today {
+        'told: for extent in today {
             for run in self.snapshot.preserved.runs(granules(&extent.range)) {
                 let part = clamp(&bytes(&run.granules, self.size()), &range);
                 let hole = match run.kept {
@@ -100,8 +105,10 @@ impl<W: World> Frozen<W> {
                     Kept::Hole => true,
                     Kept::Data | Kept::Zero => false,
                 };
+                let told = then.len();
                 match then.last_mut() {
                     Some(last) if last.hole == hole => last.range.end = part.end,
+                    _ if told == limit => break 'told,
                     _ => then.push(Extent { range: part, hole }),
                 }
             }

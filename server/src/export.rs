@@ -59,6 +59,9 @@ pub(crate) enum ExportError {
     /// Storage failed.
     #[error(transparent)]
     Io(#[from] io::Error),
+    /// It was long, and nobody waits for it any more; some of it has been done.
+    #[error("given up half done, as the client has gone or the server stops")]
+    GivenUp,
 }
 
 impl From<FrozenError> for ExportError {
@@ -300,8 +303,8 @@ impl Export {
                 extents.iter().take(limit).map(allocation_of).collect()
             }
             (Context::Allocation, Self::Frozen(part)) => {
-                let extents = part.frozen.extents(range).await?;
-                extents.iter().take(limit).map(allocation_of).collect()
+                let extents = part.frozen.extents(range, limit).await?;
+                extents.iter().map(allocation_of).collect()
             }
             (Context::Dirty(since), Self::Frozen(part) | Self::Difference(part, ..)) => {
                 let runs = part.frozen.changes(range, *since, limit)?;
@@ -362,7 +365,7 @@ async fn difference(
             if found.len() >= limit {
                 return Ok(found);
             }
-            for extent in part.frozen.extents(at..run.range.end).await? {
+            for extent in part.frozen.extents(at..run.range.end, limit).await? {
                 at = extent.range.end;
                 let Status { length, flags } = allocation_of(&extent);
                 push(&mut found, length, flags);

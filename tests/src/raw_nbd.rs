@@ -14,6 +14,8 @@ use std::sync::{Arc, Mutex};
 use crate::Extent;
 use crate::process::PATIENCE;
 
+pub mod extended;
+
 /// Options of the handshake.
 pub mod option {
     #![allow(missing_docs, reason = "the names are the protocol document's")]
@@ -26,6 +28,7 @@ pub mod option {
     pub const STRUCTURED_REPLY: u32 = 8;
     pub const LIST_META_CONTEXT: u32 = 9;
     pub const SET_META_CONTEXT: u32 = 10;
+    pub const EXTENDED_HEADERS: u32 = 11;
 }
 
 /// Replies to options.
@@ -39,6 +42,7 @@ pub mod rep {
     pub const ERR_POLICY: u32 = 1 << 31 | 2;
     pub const ERR_INVALID: u32 = 1 << 31 | 3;
     pub const ERR_UNKNOWN: u32 = 1 << 31 | 6;
+    pub const ERR_EXT_HEADER_REQD: u32 = 1 << 31 | 0xa;
 }
 
 /// Kinds of information about an export.
@@ -63,6 +67,7 @@ pub mod can {
     pub const MULTI_CONN: u16 = 1 << 8;
     pub const CACHE: u16 = 1 << 10;
     pub const FAST_ZERO: u16 = 1 << 11;
+    pub const BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 }
 
 /// Commands.
@@ -86,6 +91,7 @@ pub mod flag {
     pub const DF: u16 = 1 << 2;
     pub const REQ_ONE: u16 = 1 << 3;
     pub const FAST_ZERO: u16 = 1 << 4;
+    pub const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
 /// Kinds of chunks in a structured reply.
@@ -95,6 +101,7 @@ pub mod chunk {
     pub const OFFSET_DATA: u16 = 1;
     pub const OFFSET_HOLE: u16 = 2;
     pub const BLOCK_STATUS: u16 = 5;
+    pub const BLOCK_STATUS_EXT: u16 = 6;
     pub const ERROR: u16 = 1 << 15 | 1;
     pub const ERROR_OFFSET: u16 = 1 << 15 | 2;
     pub const DONE: u16 = 1;
@@ -109,6 +116,7 @@ pub mod errno {
     pub const ENOSPC: u32 = 28;
     pub const EOVERFLOW: u32 = 75;
     pub const ENOTSUP: u32 = 95;
+    pub const ESHUTDOWN: u32 = 108;
 }
 
 const OPTION_MAGIC: &[u8; 8] = b"IHAVEOPT";
@@ -116,6 +124,8 @@ const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const SIMPLE_MAGIC: u32 = 0x6744_6698;
 const CHUNK_MAGIC: u32 = 0x668e_33ef;
+const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
 
 /// A reply to an option.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -148,6 +158,8 @@ pub struct Chunk {
     pub cookie: u64,
     /// Whether it came as a simple reply.
     pub simple: bool,
+    /// Where its request starts, if it came with an extended header.
+    pub request_offset: Option<u64>,
     /// Whether it is the last.
     pub done: bool,
     /// One of [`chunk`]; a simple reply counts as `NONE`, or as `OFFSET_DATA` if it has data.
@@ -241,12 +253,13 @@ impl Answer {
 #[derive(Debug)]
 pub struct Sender {
     stream: UnixStream,
+    extended: bool,
     /// How much data a simple reply to each read has.
     reads: Arc<Mutex<HashMap<u64, u32>>>,
 }
 
 impl Sender {
-    /// Sends one request, with any payload.
+    /// Sends one request, with any payload, in the form that was agreed on.
     pub fn request(
         &mut self,
         (command, flags): (u16, u16),
@@ -255,6 +268,13 @@ impl Sender {
         length: u32,
         payload: &[u8],
     ) -> io::Result<()> {
+        if self.extended {
+            let flags = match command {
+                command::WRITE => flags | flag::PAYLOAD_LEN,
+                _ => flags,
+            };
+            return self.extended((command, flags), cookie, offset, length.into(), payload);
+        }
         if command == command::READ {
             self.reads.lock().unwrap().insert(cookie, length);
         }
@@ -285,6 +305,7 @@ impl Sender {
 pub struct Receiver {
     stream: io::BufReader<UnixStream>,
     structured: bool,
+    extended: bool,
     reads: Arc<Mutex<HashMap<u64, u32>>>,
     partial: HashMap<u64, Answer>,
 }
@@ -293,6 +314,8 @@ impl Receiver {
     /// Receives one reply, or one chunk of one.
     pub fn chunk(&mut self) -> io::Result<Chunk> {
         match self.u32()? {
+            EXTENDED_CHUNK_MAGIC if self.extended => self.extended(),
+            magic if self.extended => panic!("expected an extended chunk, found {magic:#010x}"),
             SIMPLE_MAGIC => self.simple(),
             CHUNK_MAGIC if self.structured => self.structured(),
             magic => panic!("expected a reply, found {magic:#010x}"),
@@ -335,6 +358,7 @@ impl Receiver {
         Ok(Chunk {
             cookie,
             simple: true,
+            request_offset: None,
             done: true,
             kind,
             error,
@@ -346,6 +370,16 @@ impl Receiver {
         let (flags, kind) = (self.u16()?, self.u16()?);
         let cookie = self.u64()?;
         let length = self.u32()?;
+        self.rest_of_chunk((flags, kind), cookie, None, length.into())
+    }
+
+    fn rest_of_chunk(
+        &mut self,
+        (flags, kind): (u16, u16),
+        cookie: u64,
+        request_offset: Option<u64>,
+        length: u64,
+    ) -> io::Result<Chunk> {
         assert_eq!(flags & !chunk::DONE, 0, "unknown flags of a chunk");
         assert!(length <= 64 << 20, "a chunk of {length} bytes");
         let mut payload = self.bytes(length as usize)?;
@@ -359,6 +393,7 @@ impl Receiver {
         Ok(Chunk {
             cookie,
             simple: false,
+            request_offset,
             done: flags & chunk::DONE != 0,
             kind,
             error,
@@ -422,11 +457,13 @@ impl RawNbd {
         Self {
             sender: Sender {
                 stream: stream.try_clone().unwrap(),
+                extended: false,
                 reads: Arc::clone(&reads),
             },
             receiver: Receiver {
                 stream: io::BufReader::new(stream),
                 structured: false,
+                extended: false,
                 reads,
                 partial: HashMap::new(),
             },
@@ -577,8 +614,15 @@ impl RawNbd {
         self.sender
             .request(command_and_flags, self.cookies, offset, length, payload)
             .expect("the server takes requests");
+        self.answer_at(offset)
+    }
+
+    fn answer_at(&mut self, offset: u64) -> Answer {
         let answer = self.receiver.answer().expect("the server answers");
         assert_eq!(answer.cookie, self.cookies, "the answer to another request");
+        let echoed = self.sender.extended.then_some(offset);
+        let told = answer.chunks.iter().map(|chunk| chunk.request_offset);
+        assert!(told.into_iter().all(|told| told == echoed), "{answer:?}");
         answer
     }
 

@@ -2,7 +2,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use crate::proto::{Reply, RequestDecoder, Step};
+use crate::proto::{Headers, Reply, RequestDecoder, Step};
 use crate::talk::{Talk, contexts, info, option_header};
 use crate::wire::*;
 
@@ -51,7 +51,6 @@ fn no_bytes_make_it_panic() {
         let mut random = Random(seed);
         let what = std::panic::catch_unwind(move || {
             let mut talk = Talk::new(random.below(4) as u32);
-            let mut requests = RequestDecoder::default();
             for _ in 0..30 {
                 random.put_some(&mut talk.input);
                 if !matches!(talk.advance(), Ok(Step::NeedMore | Step::WriteFirst)) {
@@ -59,18 +58,36 @@ fn no_bytes_make_it_panic() {
                 }
                 talk.output.clear();
             }
-            let mut input = BytesMut::new();
-            let mut replies = BytesMut::new();
-            for _ in 0..30 {
-                input.put_slice(b"\x25\x60\x95\x13\0");
-                random.put_some(&mut input);
-                while let Ok(Some(_)) = requests.decode(&mut input) {}
-                replies.put_slice(b"\x66\x8e\x33\xef\0\0\0");
-                replies.put_u8(random.below(7) as u8);
-                replies.put_slice(&[0; 11]);
-                random.put_some(&mut replies);
-                while let Ok(Some(_)) = Reply::decode(&mut replies) {}
-                replies.clear();
+            let forms: [(_, &[u8], &[u8], usize); 2] = [
+                (
+                    Headers::Structured,
+                    b"\x25\x60\x95\x13\0",
+                    b"\x66\x8e\x33\xef",
+                    11,
+                ),
+                (
+                    Headers::Extended,
+                    b"\x21\xe4\x1c\x71\0",
+                    b"\x6e\x8a\x27\x8c",
+                    23,
+                ),
+            ];
+            for (headers, request, chunk, rest_of_head) in forms {
+                let mut requests = RequestDecoder::new(headers);
+                let mut input = BytesMut::new();
+                let mut replies = BytesMut::new();
+                for _ in 0..30 {
+                    input.put_slice(request);
+                    random.put_some(&mut input);
+                    while let Ok(Some(_)) = requests.decode(&mut input) {}
+                    replies.put_slice(chunk);
+                    replies.put_slice(&[0; 3]);
+                    replies.put_u8(random.below(7) as u8);
+                    replies.put_bytes(0, rest_of_head);
+                    random.put_some(&mut replies);
+                    while let Ok(Some(_)) = Reply::decode(headers, &mut replies) {}
+                    replies.clear();
+                }
             }
         });
         assert!(what.is_ok(), "seed {seed}");
@@ -104,7 +121,7 @@ impl Random {
     fn put_some(&mut self, output: &mut BytesMut) {
         if self.below(16) > 0 {
             let length = self.below(24) as u32;
-            output.put_slice(&option_header(self.below(12) as u32, length));
+            output.put_slice(&option_header(self.below(13) as u32, length));
         }
         for _ in 0..self.below(24) {
             // Mostly small numbers: lengths and counts that nearly fit.

@@ -3,7 +3,8 @@
 use bytes::BufMut;
 
 use crate::proto::{
-    ANSWERS_MAX, OPTION_DATA_MAX, OPTION_SKIPPED_MAX, OPTIONS_MAX, STRING_MAX, Step, Violation,
+    ANSWERS_MAX, Headers, OPTION_DATA_MAX, OPTION_SKIPPED_MAX, OPTIONS_MAX, STRING_MAX, Step,
+    Violation,
 };
 use crate::talk::{Talk, info, kinds, option_header};
 use crate::wire::*;
@@ -29,8 +30,8 @@ fn a_client_learns_about_an_export_and_enters_it() {
 
     let session = talk.go("vda");
     assert_eq!(
-        (session.export, session.info.size, session.structured),
-        ("vda", 1 << 20, true)
+        (session.export, session.info.size, session.headers),
+        ("vda", 1 << 20, Headers::Structured)
     );
     assert!(session.contexts.is_empty());
 }
@@ -62,7 +63,7 @@ fn what_is_denied_gets_the_error_of_its_reason() {
 fn unknown_options_are_skipped_and_declined() {
     let mut talk = Talk::new(3);
     assert_eq!(kinds(&talk.ask(STARTTLS, b"")), [ERR_UNSUP]);
-    assert_eq!(kinds(&talk.ask(11, b"")), [ERR_UNSUP]);
+    assert_eq!(kinds(&talk.ask(12, b"")), [ERR_UNSUP]);
     assert_eq!(
         kinds(&talk.ask(0xffff_ffff, &vec![7; 100_000])),
         [ERR_UNSUP]

@@ -7,6 +7,7 @@ use stillpoint_proto as proto;
 mod bytes_as_they_come;
 mod contexts;
 mod exports;
+mod extended_headers;
 
 mod talk;
 mod wire;

@@ -35,7 +35,7 @@ impl Catalog for Shelf {
                     name: "vda".into(),
                     description: Some("a disk".into()),
                     size: 1 << 20,
-                    flags: TransmissionFlags::SEND_DF,
+                    flags: TransmissionFlags::SEND_DF | TransmissionFlags::BLOCK_STATUS_PAYLOAD,
                     block_size: BlockSize::default(),
                 },
             )),
@@ -93,6 +93,12 @@ impl Talk {
     pub(crate) fn structured() -> Self {
         let mut talk = Self::new(3);
         talk.ask(STRUCTURED_REPLY, b"");
+        talk
+    }
+
+    pub(crate) fn extended() -> Self {
+        let mut talk = Self::new(3);
+        talk.ask(EXTENDED_HEADERS, b"");
         talk
     }
 

@@ -9,6 +9,7 @@ pub(crate) const GO: u32 = 7;
 pub(crate) const STRUCTURED_REPLY: u32 = 8;
 pub(crate) const LIST_META_CONTEXT: u32 = 9;
 pub(crate) const SET_META_CONTEXT: u32 = 10;
+pub(crate) const EXTENDED_HEADERS: u32 = 11;
 
 pub(crate) const ACK: u32 = 1;
 pub(crate) const SERVER: u32 = 2;
@@ -20,3 +21,4 @@ pub(crate) const ERR_INVALID: u32 = 0x8000_0003;
 pub(crate) const ERR_UNKNOWN: u32 = 0x8000_0006;
 pub(crate) const ERR_SHUTDOWN: u32 = 0x8000_0007;
 pub(crate) const ERR_TOO_BIG: u32 = 0x8000_0009;
+pub(crate) const ERR_EXT_HEADER_REQD: u32 = 0x8000_000a;

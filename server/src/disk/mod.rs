@@ -23,6 +23,7 @@ use block::{Extent, SharedSync, Storage, Zeroing};
 use bytes::Bytes;
 use scratch::{Claims, Frozen, Pace, Snapshot, Step, World, preserve};
 
+use intents::Inside;
 use sound_sync::SoundSync;
 use tokio::sync::Notify;
 
@@ -166,10 +167,25 @@ impl<W: World> Disk<W> {
 
     /// Makes `range` read as zeroes; as for [`write`](Self::write).
     pub async fn zero(&self, range: Range<u64>, how: Zeroing) -> io::Result<()> {
-        for piece in pieces(range) {
-            self.change(piece, Change::Zero(how)).await?;
+        for stretch in cut(range, RESERVED_MAX) {
+            let _inside = self.reserve_ahead(&stretch).await;
+            for piece in pieces(stretch) {
+                self.change(piece, Change::Zero(how)).await?;
+            }
         }
         Ok(())
+    }
+
+    /// Activates the regions of a stretch of several pieces together, for which one sync is enough.
+    ///
+    /// Each piece asks again, and learns then of what failed here. A process that is killed leaves
+    /// regions active that need not be.
+    async fn reserve_ahead(&self, stretch: &Range<u64>) -> Option<Inside<'_, W>> {
+        let intents = self.intents.as_ref()?;
+        if stretch.end - stretch.start <= PIECE_MAX {
+            return None;
+        }
+        intents.enter(stretch, &self.map, &self.pace).await.ok()
     }
 
     /// Makes durable every write that was acknowledged before the call, whoever made it.
@@ -393,14 +409,22 @@ impl<W: World> Disk<W> {
 
 /// Cuts `range` into pieces that are written as one.
 fn pieces(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    cut(range, PIECE_MAX)
+}
+
+/// Cuts `range` at multiples of `size`, so that a chunk is rarely cut.
+fn cut(range: Range<u64>, size: u64) -> impl Iterator<Item = Range<u64>> {
     let mut at = range.start;
     std::iter::from_fn(move || {
         let start = at;
-        // At multiples of the size, so that a chunk is rarely cut.
-        at = ((start / PIECE_MAX + 1) * PIECE_MAX).min(range.end);
+        at = ((start / size + 1) * size).min(range.end);
         (start < range.end).then_some(start..at)
     })
 }
 
 /// The most bytes that are written as one.
 pub const PIECE_MAX: u64 = 4 << 20;
+
+/// The most bytes whose regions are activated together, for one sync: 16 regions at the usual
+/// granularity, few beside those that may be active.
+const RESERVED_MAX: u64 = 64 << 20;

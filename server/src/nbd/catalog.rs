@@ -60,6 +60,7 @@ fn flags(export: &Export) -> TransmissionFlags {
         | TransmissionFlags::SEND_FUA
         | TransmissionFlags::SEND_DF
         | TransmissionFlags::SEND_CACHE
+        | TransmissionFlags::BLOCK_STATUS_PAYLOAD
         | TransmissionFlags::CAN_MULTI_CONN;
     if export.read_only() {
         all | TransmissionFlags::READ_ONLY

@@ -4,6 +4,7 @@
 //! under way at once, and answers in the order in which they end. What was begun is ended, also
 //! when the client goes away meanwhile: a write that landed after the next instant would be a lie.
 
+mod block_status;
 mod catalog;
 mod perform;
 mod transmission;

@@ -1,12 +1,14 @@
 //! One request, from what was asked to the bytes of its reply.
 
+use std::cell::Cell;
 use std::io;
 use std::ops::Range;
 
 use block::{Zeroing, is_zero};
 use bytes::BytesMut;
-use proto::{Command, ContextId, Cookie, Errno, Extents, Replies};
+use proto::{Command, ContextId, Errno, Origin, Replies};
 
+use super::block_status::Question;
 use crate::disk::Disk;
 use crate::export::{Context, Export, ExportError};
 use crate::files::Files;
@@ -16,13 +18,15 @@ pub(super) struct Target {
     pub(super) export: Export,
     pub(super) contexts: Vec<(ContextId, Context)>,
     pub(super) replies: Replies,
+    /// The client has gone or the server stops: what is long enough to have steps ends after one.
+    pub(super) leaving: Cell<bool>,
 }
 
 impl Target {
     /// Does what `command` says and returns `reply` with the answer appended.
     pub(super) async fn perform(
         &self,
-        cookie: Cookie,
+        origin: Origin,
         command: Command,
         mut reply: BytesMut,
     ) -> BytesMut {
@@ -31,14 +35,23 @@ impl Target {
             Command::Read {
                 range,
                 do_not_fragment,
-            } => self.read(cookie, range, do_not_fragment, &mut reply).await,
-            Command::BlockStatus { range, one } => {
-                self.block_status(cookie, range, one, &mut reply).await
+            } => self.read(origin, range, do_not_fragment, &mut reply).await,
+            Command::BlockStatus {
+                range,
+                contexts,
+                one,
+            } => {
+                let question = Question {
+                    range,
+                    contexts,
+                    one,
+                };
+                self.block_status(origin, &question, &mut reply).await
             }
             other => self
                 .change(other)
                 .await
-                .map(|()| self.replies.ok(&mut reply, cookie)),
+                .map(|()| self.replies.ok(&mut reply, origin)),
         };
         if let Err(error) = outcome {
             // Whatever of the answer there was is worth nothing.
@@ -47,21 +60,21 @@ impl Target {
             // Here the cause is known for the last time.
             tracing::warn!(%error, ?errno, "a request failed");
             self.replies
-                .error(&mut reply, cookie, errno, &error.to_string());
+                .error(&mut reply, origin, errno, &error.to_string());
         }
         reply
     }
 
     async fn read(
         &self,
-        cookie: Cookie,
+        origin: Origin,
         range: Range<u64>,
         do_not_fragment: bool,
         reply: &mut BytesMut,
     ) -> Result<(), ExportError> {
         let (begun, length) = (reply.len(), (range.end - range.start) as usize);
         self.replies
-            .begin_data(reply, cookie, range.start, length as u64, true);
+            .begin_data(reply, origin, range.start, length as u64, true);
         let head = reply.len();
         reply.resize(head + length, 0);
         self.export.read(range.start, &mut reply[head..]).await?;
@@ -70,7 +83,7 @@ impl Target {
             if runs.iter().any(|run| run.zero) {
                 let data = reply.split_off(head).freeze();
                 reply.truncate(begun);
-                self.fragments(cookie, range.start, &data, &runs, reply);
+                self.fragments(origin, range.start, &data, &runs, reply);
             }
         }
         Ok(())
@@ -78,7 +91,7 @@ impl Target {
 
     fn fragments(
         &self,
-        cookie: Cookie,
+        origin: Origin,
         start: u64,
         data: &[u8],
         runs: &[ZeroRun],
@@ -89,38 +102,13 @@ impl Target {
             let offset = start + run.range.start as u64;
             if run.zero {
                 self.replies
-                    .hole(reply, cookie, offset, run.range.len() as u64, last);
+                    .hole(reply, origin, offset, run.range.len() as u64, last);
             } else {
                 self.replies
-                    .begin_data(reply, cookie, offset, run.range.len() as u64, last);
+                    .begin_data(reply, origin, offset, run.range.len() as u64, last);
                 reply.extend_from_slice(&data[run.range.clone()]);
             }
         }
-    }
-
-    async fn block_status(
-        &self,
-        cookie: Cookie,
-        range: Range<u64>,
-        one: bool,
-        reply: &mut BytesMut,
-    ) -> Result<(), ExportError> {
-        let mut answers = Vec::with_capacity(self.contexts.len());
-        // No context needs to say more than the one that says least.
-        let mut end = range.end;
-        for (id, context) in &self.contexts {
-            let mut extents = Extents::new(end - range.start, one);
-            while !extents.is_full() {
-                let at = range.start + extents.covered();
-                for status in self.export.status(context, at..end, STATUS_BATCH).await? {
-                    extents.push(status.length, status.flags);
-                }
-            }
-            end = range.start + extents.covered();
-            answers.push((*id, extents));
-        }
-        self.replies.block_status(reply, cookie, &mut answers);
-        Ok(())
     }
 
     async fn change(&self, command: Command) -> Result<(), ExportError> {
@@ -145,13 +133,13 @@ impl Target {
                     (false, true) => Zeroing::FastMayUnmap,
                     (true, true) => Zeroing::FastKeep,
                 };
-                disk.zero(range, how).await?;
+                self.zero(disk, range, how).await?;
                 flush_if(disk, fua).await?;
             }
             Command::Trim { range, fua } => {
-                match disk.zero(range, Zeroing::FastMayUnmap).await {
+                match self.zero(disk, range, Zeroing::FastMayUnmap).await {
                     // A trim is advice: storage that cannot take it keeps its bytes.
-                    Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+                    Err(ExportError::Io(error)) if error.kind() == io::ErrorKind::Unsupported => {}
                     other => other?,
                 }
                 flush_if(disk, fua).await?;
@@ -174,14 +162,43 @@ impl Target {
         }
     }
 
-    async fn prefetch(&self, range: Range<u64>) -> Result<(), ExportError> {
-        let mut buffer = vec![0; PREFETCH_PIECE.min((range.end - range.start) as usize)];
-        let mut at = range.start;
-        while at < range.end {
-            let length = buffer.len().min((range.end - at) as usize);
-            self.export.prefetch(at, &mut buffer[..length]).await?;
-            at += length as u64;
+    /// Zeroes a range of any length in steps, each of which is several writes.
+    async fn zero(
+        &self,
+        disk: &Disk<Files>,
+        range: Range<u64>,
+        how: Zeroing,
+    ) -> Result<(), ExportError> {
+        for step in steps(&range, ZERO_STEP) {
+            let more = step.end < range.end;
+            disk.zero(step, how).await?;
+            if more {
+                self.pause().await?;
+            }
         }
+        Ok(())
+    }
+
+    /// Reads a range to have it in memory; of a long one its beginning.
+    async fn prefetch(&self, range: Range<u64>) -> Result<(), ExportError> {
+        let range = range.start..range.end.min(range.start + PREFETCH_MAX);
+        let mut buffer = vec![0; PREFETCH_PIECE.min((range.end - range.start) as usize)];
+        for step in steps(&range, PREFETCH_PIECE as u64) {
+            let piece = &mut buffer[..(step.end - step.start) as usize];
+            self.export.prefetch(step.start, piece).await?;
+            if step.end < range.end {
+                self.pause().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets others have their turn in the middle of something long, unless nobody waits for it.
+    async fn pause(&self) -> Result<(), ExportError> {
+        if self.leaving.get() {
+            return Err(ExportError::GivenUp);
+        }
+        tokio::task::yield_now().await;
         Ok(())
     }
 }
@@ -192,7 +209,7 @@ async fn flush_if(disk: &Disk<Files>, fua: bool) -> io::Result<()> {
 
 fn errno_of(error: &ExportError) -> Errno {
     match error {
-        ExportError::Ended => Errno::Shutdown,
+        ExportError::Ended | ExportError::GivenUp => Errno::Shutdown,
         ExportError::Broken(_) => Errno::Io,
         ExportError::Io(error) => match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Errno::NoSpc,
@@ -202,6 +219,16 @@ fn errno_of(error: &ExportError) -> Errno {
             _ => Errno::Io,
         },
     }
+}
+
+/// Cuts `range` at multiples of `length`.
+fn steps(range: &Range<u64>, length: u64) -> impl Iterator<Item = Range<u64>> {
+    let Range { start: mut at, end } = *range;
+    std::iter::from_fn(move || {
+        let start = at;
+        at = end.min((start / length + 1) * length);
+        (start < end).then_some(start..at)
+    })
 }
 
 /// A stretch of a buffer that is wholly zero, or is not.
@@ -239,8 +266,12 @@ const ZERO_BLOCK: usize = 4096;
 /// How much is read at a time when nobody waits for the bytes.
 const PREFETCH_PIECE: usize = 256 << 10;
 
-/// How many stretches of a context are asked for at a time.
-const STATUS_BATCH: usize = 4096;
+/// The most that is read ahead for one request, which is advice: no cache is the better for more.
+const PREFETCH_MAX: u64 = 1 << 30;
+
+/// How much is zeroed before it is asked whether anybody still waits for it: one sync of the table
+/// of regions, and what 16 writes take.
+const ZERO_STEP: u64 = 64 << 20;
 
 #[cfg(test)]
 mod tests {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use proto::{
-    Admission, Command, Cookie, EXTENTS_MAX, Errno, Incoming, Replies, Request, RequestDecoder,
+    Admission, Command, EXTENTS_MAX, Errno, Incoming, Origin, Replies, Request, RequestDecoder,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, watch};
@@ -27,17 +27,18 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
     input: BytesMut,
     stop: watch::Receiver<bool>,
 ) -> Result<(), Ended> {
-    let admission = session.admission();
+    let (admission, decoder) = (session.admission(), session.requests());
     let target = Rc::new(Target {
         replies: session.replies(),
         contexts: session.contexts,
         export: session.export,
+        leaving: Cell::new(false),
     });
     let _connected = Connected::to(Rc::clone(&target));
     let connection = Connection {
         target,
         admission,
-        decoder: RequestDecoder::default(),
+        decoder,
         input,
         output: BytesMut::new(),
         under_way: Rc::default(),
@@ -85,6 +86,7 @@ impl Connection {
     ) -> Result<(), Ended> {
         let under_way = Rc::clone(&self.under_way);
         let result = self.exchange(stream, stop).await;
+        self.target.leaving.set(true);
         // Nobody hears the answers any more, but what was begun is ended.
         while under_way.count.get() > 0 {
             under_way.news.notified().await;
@@ -117,11 +119,15 @@ impl Connection {
                     sent?;
                 }
                 received = reader.read_buf(&mut self.input), if listens => {
-                    self.last_words |= received? == 0;
+                    if received? == 0 {
+                        self.last_words = true;
+                        self.target.leaving.set(true);
+                    }
                 }
                 () = under_way.news.notified(), if under_way.count.get() > 0 => {}
                 _ = stop.wait_for(|stop| *stop), if give_up.is_none() => {
                     self.last_words = true;
+                    self.target.leaving.set(true);
                     give_up = Some(Instant::now() + GOODBYE_MAX);
                 }
                 () = until(give_up) => return Ok(()),
@@ -147,31 +153,31 @@ impl Connection {
     }
 
     fn begin(&mut self, request: Request) {
-        let cookie = request.cookie;
+        let origin = request.origin();
         match self.admission.admit(request) {
-            Ok(command) => self.perform(cookie, command),
+            Ok(command) => self.perform(origin, command),
             Err(refusal) => {
                 tracing::debug!(%refusal, "a request was refused");
                 let replies = self.target.replies;
-                replies.error(&mut self.output, cookie, refusal.errno, refusal.reason);
+                replies.error(&mut self.output, origin, refusal.errno, refusal.reason);
             }
         }
     }
 
     /// Performs a request: at once if it need not wait, else beside the others.
-    fn perform(&mut self, cookie: Cookie, command: Command) {
-        let weight = weight(&command, self.target.contexts.len());
+    fn perform(&mut self, origin: Origin, command: Command) {
+        let weight = weight(&command);
         // The reply is written behind the others, and is one with them if it is ready at once.
         self.output.reserve(REPLY_HEAD_MAX);
         let reply = self.output.split_off(self.output.len());
         let target = Rc::clone(&self.target);
         let mut work: Pin<Box<dyn Future<Output = BytesMut>>> =
-            Box::pin(async move { target.perform(cookie, command, reply).await });
+            Box::pin(async move { target.perform(origin, command, reply).await });
         // Whoever is not ready is polled again by its own task, with a waker that wakes.
         match work.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(reply) => self.output.unsplit(reply),
             Poll::Pending => {
-                let pending = Pending::new(&self.under_way, self.target.replies, cookie, weight);
+                let pending = Pending::new(&self.under_way, self.target.replies, origin, weight);
                 tokio::task::spawn_local(async move { pending.answer(work.await) });
             }
         }
@@ -196,19 +202,19 @@ impl Connection {
 struct Pending {
     under_way: Rc<UnderWay>,
     replies: Replies,
-    cookie: Cookie,
+    origin: Origin,
     weight: usize,
     reply: Option<BytesMut>,
 }
 
 impl Pending {
-    fn new(under_way: &Rc<UnderWay>, replies: Replies, cookie: Cookie, weight: usize) -> Self {
+    fn new(under_way: &Rc<UnderWay>, replies: Replies, origin: Origin, weight: usize) -> Self {
         under_way.count.set(under_way.count.get() + 1);
         under_way.bytes.set(under_way.bytes.get() + weight);
         Self {
             under_way: Rc::clone(under_way),
             replies,
-            cookie,
+            origin,
             weight,
             reply: None,
         }
@@ -225,7 +231,7 @@ impl Drop for Pending {
             let mut reply = BytesMut::new();
             self.replies.error(
                 &mut reply,
-                self.cookie,
+                self.origin,
                 Errno::Io,
                 "the request was given up",
             );
@@ -260,15 +266,23 @@ impl Drop for Connected {
     }
 }
 
-/// How many bytes a request holds, or its reply may, where `contexts` were chosen.
-fn weight(command: &Command, contexts: usize) -> usize {
+/// How many bytes a request holds, or its reply may.
+fn weight(command: &Command) -> usize {
     match command {
         Command::Read { range, .. } => (range.end - range.start) as usize,
         Command::Write { data, .. } => data.len(),
-        Command::BlockStatus { one: true, .. } => contexts * EXTENT_BYTES,
-        Command::BlockStatus { range, .. } => {
-            let extents = ((range.end - range.start) / EXTENT_MIN + 2).min(EXTENTS_MAX as u64);
-            contexts * extents as usize * EXTENT_BYTES
+        Command::BlockStatus {
+            range,
+            contexts,
+            one,
+        } => {
+            let extents = if *one {
+                1
+            } else {
+                (range.end - range.start) / EXTENT_MIN + 2
+            };
+            let all = extents.saturating_mul(contexts.len() as u64);
+            all.min(EXTENTS_MAX as u64) as usize * EXTENT_BYTES
         }
         _ => 0,
     }
@@ -283,8 +297,8 @@ const REQUESTS_MAX: usize = 256;
 /// Two of the largest requests; one is always taken.
 const BYTES_MAX: usize = 64 << 20;
 
-/// What an extent takes in a reply.
-const EXTENT_BYTES: usize = 8;
+/// What an extent takes: 16 bytes until it is in the reply, and there as many if it is extended.
+const EXTENT_BYTES: usize = 32;
 
 /// No file system tells smaller holes, and no map has smaller chunks.
 const EXTENT_MIN: u64 = 512;
@@ -294,16 +308,24 @@ const REPLY_HEAD_MAX: usize = 8 << 10;
 
 #[cfg(test)]
 mod tests {
+    use proto::ContextId;
+
     use super::*;
 
     #[test]
     fn a_block_status_weighs_what_its_reply_may_take() {
         let weigh = |length: u64, one, contexts| {
             let range = 4096..4096 + length;
-            weight(&Command::BlockStatus { range, one }, contexts)
+            let contexts = (0..contexts).map(ContextId).collect();
+            weight(&Command::BlockStatus {
+                range,
+                contexts,
+                one,
+            })
         };
-        assert_eq!(weigh(1 << 32, false, 3), 3 * EXTENTS_MAX * EXTENT_BYTES);
-        assert!(weigh(64 << 10, false, 1) < 2 << 10);
+        assert_eq!(weigh(1 << 32, false, 3), EXTENTS_MAX * EXTENT_BYTES);
+        assert_eq!(weigh(1 << 60, false, 1), EXTENTS_MAX * EXTENT_BYTES);
+        assert!(weigh(64 << 10, false, 1) < 8 << 10);
         assert_eq!(weigh(1 << 32, true, 3), 3 * EXTENT_BYTES);
     }
 }

@@ -59,7 +59,7 @@ async fn read_bytes(stage: &Stage, kept: &Kept, range: Range<u64>) {
 /// Returns up to where it was told.
 async fn read_extents(stage: &Stage, kept: &Kept, range: Range<u64>) -> Option<u64> {
     let call = Call::begin(stage, kept);
-    let result = kept.frozen.extents(range.clone()).await;
+    let result = kept.frozen.extents(range.clone(), usize::MAX).await;
     let extents = call.holds(result)?;
     let title = call.title();
     let mut at = range.start;

@@ -5,6 +5,7 @@ mod serve;
 
 mod address;
 mod control;
+mod limits;
 mod listen;
 mod nbd;
 mod notify;

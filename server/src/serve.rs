@@ -7,9 +7,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
 
 use crate::address::Address;
@@ -18,9 +19,10 @@ use crate::disk::OnTrackingError;
 use crate::export::Role;
 use crate::failure::Failure;
 use crate::hooks::wall_clock;
+use crate::limits::Limits;
 use crate::listen::{self, Group};
 use crate::lock_file::LockFile;
-use crate::nbd::{Client, Stream, Workers};
+use crate::nbd::{Client, Door, Peer, Stream, Workers};
 use crate::notify;
 use crate::served::{DiskSpec, ServedDisk};
 use crate::service::{ScratchOptions, Service};
@@ -50,6 +52,8 @@ pub(crate) struct ServeOptions {
     pub(crate) scratch: ScratchOptions,
     /// What becomes of a write that cannot be tracked.
     pub(crate) on_tracking_error: OnTrackingError,
+    /// What clients may take.
+    pub(crate) limits: Limits,
 }
 
 /// Serves until told to stop, by a signal or over the control socket.
@@ -77,6 +81,8 @@ enum Listener {
 
 async fn serve(options: ServeOptions) -> Result<(), Failure> {
     refuse_plaintext(&options)?;
+    options.limits.check()?;
+    allow_descriptors();
     // From here on a signal is a wish, also one that comes before the first client.
     let signals = Signals::watch().map_err(|error| cannot("wait for signals", &error))?;
     let scratch_dir = options.scratch_dir.as_deref();
@@ -113,7 +119,8 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     });
     print_table(&control, &listeners.control_path).map_err(|error| cannot("print", &error))?;
     notify::ready();
-    let workers = accept(listeners, workers, &control, stopping, signals).await;
+    let doors = [Role::Live, Role::Backup].map(|role| Door::new(role, &options.limits));
+    let workers = accept(listeners, workers, doors, &control, (stopping, signals)).await;
 
     notify::stopping();
     for address in control
@@ -146,19 +153,18 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
 async fn accept(
     listeners: Listeners,
     mut workers: Workers,
+    [live, backup]: [Arc<Door>; 2],
     control: &Rc<Control>,
-    mut stopping: watch::Receiver<bool>,
-    mut signals: Signals,
+    (mut stopping, mut signals): (watch::Receiver<bool>, Signals),
 ) -> Workers {
     let (queue, mut clients) = mpsc::channel(CLIENTS_WAITING_MAX);
     let mut loops = tokio::task::JoinSet::new();
-    let [live, backup] = [(); 2].map(|()| Arc::new(Semaphore::new(CLIENTS_MAX)));
     for (listener, role) in listeners.data {
-        let places = Arc::clone(match role {
+        let door = match role {
             Role::Live => &live,
             Role::Backup => &backup,
-        });
-        loops.spawn_local(accept_data(listener, role, places, queue.clone()));
+        };
+        loops.spawn_local(accept_data(listener, Arc::clone(door), queue.clone()));
     }
     let mut conversations = tokio::task::JoinSet::new();
     loop {
@@ -209,28 +215,18 @@ impl Signals {
     }
 }
 
-async fn accept_data(
-    listener: Listener,
-    role: Role,
-    places: Arc<Semaphore>,
-    queue: mpsc::Sender<Client>,
-) {
+async fn accept_data(listener: Listener, door: Arc<Door>, queue: mpsc::Sender<Client>) {
     loop {
-        // The place before the client: who finds none waits outside, and takes no descriptor.
-        let place = Arc::clone(&places).acquire_owned().await;
-        let place = place.expect("it is never closed");
+        // The room before the client: who finds none waits outside, and takes no descriptor.
+        door.handshakes.room().await;
         let accepted = match &listener {
             Listener::Unix(listener) => accept_unix(listener).await,
             Listener::Tcp(listener) => accept_tcp(listener).await,
         };
         match accepted {
             Ok((stream, peer)) => {
-                let client = Client {
-                    stream,
-                    role,
-                    peer,
-                    place,
-                };
+                let visitor = door.enter(peer);
+                let client = Client { stream, visitor };
                 if queue.send(client).await.is_err() {
                     return;
                 }
@@ -240,18 +236,20 @@ async fn accept_data(
     }
 }
 
-async fn accept_unix(listener: &UnixListener) -> io::Result<(Stream, String)> {
+async fn accept_unix(listener: &UnixListener) -> io::Result<(Stream, Peer)> {
     let (stream, _) = listener.accept().await?;
-    let peer = match stream.peer_cred() {
-        Ok(cred) => format!("uid {}, pid {}", cred.uid(), cred.pid().unwrap_or(0)),
-        Err(_) => "unknown".to_owned(),
-    };
+    let peer = stream
+        .peer_cred()
+        .map_or(Peer::Unknown, |cred| Peer::Process {
+            uid: cred.uid(),
+            pid: cred.pid(),
+        });
     Ok((Stream::Unix(stream.into_std()?), peer))
 }
 
-async fn accept_tcp(listener: &TcpListener) -> io::Result<(Stream, String)> {
-    let (stream, peer) = listener.accept().await?;
-    Ok((Stream::Tcp(stream.into_std()?), peer.to_string()))
+async fn accept_tcp(listener: &TcpListener) -> io::Result<(Stream, Peer)> {
+    let (stream, address) = listener.accept().await?;
+    Ok((Stream::Tcp(stream.into_std()?), Peer::Address(address)))
 }
 
 /// Without descriptors to accept with, trying again at once would only burn time.
@@ -380,6 +378,17 @@ fn print_table(control: &Control, control_path: &Path) -> io::Result<()> {
     out.flush()
 }
 
+/// Takes as many descriptors as the system allows. With fewer, accepting waits until some are free.
+fn allow_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        limit.current = limit.maximum;
+        if let Err(error) = setrlimit(Resource::Nofile, limit) {
+            tracing::warn!(%error, "cannot raise the number of open files");
+        }
+    }
+}
+
 fn worker_count() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
@@ -389,11 +398,6 @@ fn cannot(what: &str, error: &io::Error) -> Failure {
 }
 
 const RUN_DIR_MODE: u32 = 0o755;
-
-/// Clients of each role that are served at once: some times what any tool opens, and so few that with
-/// the usual 1,024 descriptors those of one role leave enough for the other, for control and for
-/// backups.
-const CLIENTS_MAX: usize = 256;
 
 /// Clients of the control socket: some times what watches a server and works with it. Whoever comes
 /// on top is told so at once, since a command that waits outside looks like a server that hangs.

@@ -14,6 +14,7 @@ pub mod mount;
 pub mod process;
 pub mod qemu;
 pub mod raw_nbd;
+pub mod rude;
 pub mod seeds;
 pub mod shadow;
 pub mod state;

@@ -9,6 +9,7 @@ mod checkpoint;
 mod client;
 mod consumer;
 mod disk_option;
+mod limit_options;
 mod problem;
 mod run_dir;
 mod scratch_options;

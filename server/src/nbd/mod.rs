@@ -4,13 +4,23 @@
 //! under way at once, and answers in the order in which they end. What was begun is ended, also
 //! when the client goes away meanwhile: a write that landed after the next instant would be a lie.
 
-mod block_status;
-mod catalog;
-mod perform;
-mod transmission;
 mod workers;
 
+mod door;
+mod handshakes;
+mod peer;
+mod places;
+
+mod catalog;
+mod transmission;
+
+mod block_status;
+mod budget;
+mod perform;
+mod progress;
+
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,11 +31,14 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+pub(crate) use door::Door;
+pub(crate) use peer::Peer;
 pub(crate) use workers::{Client, Stream, Workers};
 
-use crate::export::Role;
 use crate::service::Service;
 use catalog::Exports;
+use door::Visitor;
+use progress::Lapse;
 
 /// Why a connection ended early.
 #[derive(Debug, Error)]
@@ -36,30 +49,40 @@ enum Ended {
     Violation(#[from] Violation),
     #[error("{0}")]
     Declined(String),
-    #[error("no export was chosen within {HANDSHAKE_MAX:?}")]
-    TooSlow,
+    #[error("no export was chosen within {0:?}")]
+    TooSlow(Duration),
+    #[error("no export was chosen, and others wait")]
+    Displaced,
+    #[error(transparent)]
+    Lapse(#[from] Lapse),
 }
 
 /// Speaks with one client until it leaves or the server stops.
 async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
     service: Arc<Service>,
-    role: Role,
+    visitor: Visitor,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), Ended> {
-    let mut input = BytesMut::with_capacity(INPUT_PIECE);
-    let exports = Exports::new(service, role);
+    let mut input = BytesMut::with_capacity(HANDSHAKE_PIECE);
+    let visitor = Rc::new(visitor);
+    let exports = Exports::new(service, Rc::clone(&visitor));
+    let patience = visitor.door.limits.handshake;
     let negotiated = tokio::select! {
         biased;
         _ = stop.wait_for(|stop| *stop) => return Ok(()),
-        negotiated = timeout(HANDSHAKE_MAX, negotiate(&mut stream, &mut input, exports)) => {
-            negotiated.map_err(|_| Ended::TooSlow)??
+        () = visitor.displaced() => return Err(Ended::Displaced),
+        negotiated = timeout(patience, negotiate(&mut stream, &mut input, exports)) => {
+            negotiated.map_err(|_| Ended::TooSlow(patience))??
         }
     };
-    match negotiated {
-        Some(session) => transmission::run(stream, session, input, stop).await,
-        None => Ok(()),
-    }
+    let Some(session) = negotiated else {
+        return Ok(());
+    };
+    visitor.is_served();
+    let (peer, role) = (visitor.peer, visitor.door.role);
+    tracing::info!(%peer, ?role, export = session.info.name, "connected");
+    transmission::run(stream, session, input, (&visitor.door, stop)).await
 }
 
 /// Lets the client choose an export; `None` if it says goodbye instead.
@@ -72,7 +95,15 @@ async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
     let mut output = BytesMut::from(&GREETING[..]);
     loop {
         stream.write_all_buf(&mut output).await?;
-        match negotiation.advance(input, &mut output)? {
+        let step = match negotiation.advance(input, &mut output) {
+            Ok(step) => step,
+            Err(violation) => {
+                // What was said before it still holds.
+                stream.write_all_buf(&mut output).await?;
+                return Err(violation.into());
+            }
+        };
+        match step {
             Step::WriteFirst => continue,
             Step::NeedMore => stream.write_all_buf(&mut output).await?,
             Step::Ready(session) => {
@@ -91,8 +122,8 @@ async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// Long enough for a person who types the handshake, short enough that nobody holds a place.
-const HANDSHAKE_MAX: Duration = Duration::from_secs(30);
+/// What is read at once before an export is chosen: most of what tools ask.
+const HANDSHAKE_PIECE: usize = 4 << 10;
 
 /// What is read from a socket at once: some tens of requests, or a good part of a large one.
 const INPUT_PIECE: usize = 256 << 10;

@@ -22,7 +22,7 @@ use crate::hooks::wall_clock;
 use crate::limits::Limits;
 use crate::listen::{self, Group};
 use crate::lock_file::LockFile;
-use crate::nbd::{Client, Door, Peer, Stream, Workers};
+use crate::nbd::{Client, Entrance, Peer, Stream, Workers};
 use crate::notify;
 use crate::served::{DiskSpec, ServedDisk};
 use crate::service::{ScratchOptions, Service};
@@ -119,8 +119,8 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     });
     print_table(&control, &listeners.control_path).map_err(|error| cannot("print", &error))?;
     notify::ready();
-    let doors = [Role::Live, Role::Backup].map(|role| Door::new(role, &options.limits));
-    let workers = accept(listeners, workers, doors, &control, (stopping, signals)).await;
+    let entrances = [Role::Live, Role::Backup].map(|role| Entrance::new(role, &options.limits));
+    let workers = accept(listeners, workers, entrances, &control, (stopping, signals)).await;
 
     notify::stopping();
     for address in control
@@ -153,18 +153,18 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
 async fn accept(
     listeners: Listeners,
     mut workers: Workers,
-    [live, backup]: [Arc<Door>; 2],
+    [live, backup]: [Arc<Entrance>; 2],
     control: &Rc<Control>,
     (mut stopping, mut signals): (watch::Receiver<bool>, Signals),
 ) -> Workers {
     let (queue, mut clients) = mpsc::channel(CLIENTS_WAITING_MAX);
     let mut loops = tokio::task::JoinSet::new();
     for (listener, role) in listeners.data {
-        let door = match role {
+        let entrance = match role {
             Role::Live => &live,
             Role::Backup => &backup,
         };
-        loops.spawn_local(accept_data(listener, Arc::clone(door), queue.clone()));
+        loops.spawn_local(accept_data(listener, Arc::clone(entrance), queue.clone()));
     }
     let mut conversations = tokio::task::JoinSet::new();
     loop {
@@ -215,17 +215,17 @@ impl Signals {
     }
 }
 
-async fn accept_data(listener: Listener, door: Arc<Door>, queue: mpsc::Sender<Client>) {
+async fn accept_data(listener: Listener, entrance: Arc<Entrance>, queue: mpsc::Sender<Client>) {
     loop {
         // The room before the client: who finds none waits outside, and takes no descriptor.
-        door.handshakes.room().await;
+        entrance.handshakes.room().await;
         let accepted = match &listener {
             Listener::Unix(listener) => accept_unix(listener).await,
             Listener::Tcp(listener) => accept_tcp(listener).await,
         };
         match accepted {
             Ok((stream, peer)) => {
-                let visitor = door.enter(peer);
+                let visitor = entrance.enter(peer);
                 let client = Client { stream, visitor };
                 if queue.send(client).await.is_err() {
                     return;

@@ -6,6 +6,7 @@
 
 pub mod server;
 
+pub mod attacks;
 pub mod bitmap;
 pub mod control;
 pub mod guest;

@@ -255,7 +255,8 @@ pub fn descriptors(pid: u32) -> usize {
     open.count()
 }
 
-fn sized(text: &str) -> Vec<u8> {
+/// A text with its length before it.
+pub fn sized(text: &str) -> Vec<u8> {
     [&(text.len() as u32).to_be_bytes()[..], text.as_bytes()].concat()
 }
 

@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use proto::{BlockSize, Catalog, Denied, ExportInfo, Listed, TransmissionFlags};
 
-use super::door::Visitor;
+use super::entrance::Visitor;
 use crate::export::{self, Context, Export};
 use crate::service::Service;
 
@@ -19,7 +19,7 @@ impl Exports {
     }
 
     fn find(&self, name: &str) -> Result<Export, Denied> {
-        let role = self.visitor.door.role;
+        let role = self.visitor.entrance.role;
         let found = export::find(&self.service, role, name).ok_or(Denied::Unknown)?;
         self.visitor.take_place()?;
         Ok(found)
@@ -31,7 +31,7 @@ impl Catalog for Exports {
     type Context = Context;
 
     fn list(&self) -> Vec<Listed> {
-        let all = export::list(&self.service, self.visitor.door.role);
+        let all = export::list(&self.service, self.visitor.entrance.role);
         all.into_iter()
             .map(|(name, description)| Listed {
                 name,

@@ -6,7 +6,7 @@
 
 mod workers;
 
-mod door;
+mod entrance;
 mod handshakes;
 mod peer;
 mod places;
@@ -31,13 +31,13 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-pub(crate) use door::Door;
+pub(crate) use entrance::Entrance;
 pub(crate) use peer::Peer;
 pub(crate) use workers::{Client, Stream, Workers};
 
 use crate::service::Service;
 use catalog::Exports;
-use door::Visitor;
+use entrance::Visitor;
 use progress::Lapse;
 
 /// Why a connection ended early.
@@ -67,7 +67,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     let mut input = BytesMut::with_capacity(HANDSHAKE_PIECE);
     let visitor = Rc::new(visitor);
     let exports = Exports::new(service, Rc::clone(&visitor));
-    let patience = visitor.door.limits.handshake;
+    let patience = visitor.entrance.limits.handshake;
     let negotiated = tokio::select! {
         biased;
         _ = stop.wait_for(|stop| *stop) => return Ok(()),
@@ -80,9 +80,9 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
         return Ok(());
     };
     visitor.is_served();
-    let (peer, role) = (visitor.peer, visitor.door.role);
+    let (peer, role) = (visitor.peer, visitor.entrance.role);
     tracing::info!(%peer, ?role, export = session.info.name, "connected");
-    transmission::run(stream, session, input, (&visitor.door, stop)).await
+    transmission::run(stream, session, input, (&visitor.entrance, stop)).await
 }
 
 /// Lets the client choose an export; `None` if it says goodbye instead.

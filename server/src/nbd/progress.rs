@@ -202,9 +202,9 @@ mod tests {
             if let Err(lapse) = looked {
                 return Some((second, lapse));
             }
-            if owed.takes {
+            if moved > 0 && owed.takes {
                 progress.took(moved, false);
-            } else {
+            } else if moved > 0 {
                 progress.sent(moved);
             }
         }

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::budget::Share;
 use super::catalog::Exports;
-use super::door::Door;
+use super::entrance::Entrance;
 use super::perform::Target;
 use super::progress::{Lapse, Owed, Progress};
 use super::{Ended, INPUT_PIECE};
@@ -30,7 +30,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     session: proto::Session<Exports>,
     input: BytesMut,
-    (door, stop): (&Door, watch::Receiver<bool>),
+    (entrance, stop): (&Entrance, watch::Receiver<bool>),
 ) -> Result<(), Ended> {
     let (admission, decoder) = (session.admission(), session.requests());
     let target = Rc::new(Target {
@@ -49,9 +49,9 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         under_way: Rc::default(),
         last_words: false,
         postponed: None,
-        share: Share::new(&door.budget),
-        progress: Progress::new(&door.limits, door.role == Role::Live),
-        limits: door.limits.clone(),
+        share: Share::new(&entrance.budget),
+        progress: Progress::new(&entrance.limits, entrance.role == Role::Live),
+        limits: entrance.limits.clone(),
     };
     connection.run(stream, stop).await
 }

@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
 
 use super::converse;
-use super::door::Visitor;
+use super::entrance::Visitor;
 use crate::export::Role;
 use crate::service::Service;
 
@@ -81,7 +81,7 @@ impl Workers {
 
     /// Gives a client to the next thread in turn.
     pub(crate) fn serve(&mut self, client: Client) {
-        let queues = match client.visitor.door.role {
+        let queues = match client.visitor.entrance.role {
             Role::Live => &mut self.live,
             Role::Backup => &mut self.backup,
         };
@@ -118,7 +118,7 @@ async fn work(
 
 async fn serve(client: Client, service: Arc<Service>, stop: watch::Receiver<bool>) {
     let Client { stream, visitor } = client;
-    let (peer, role) = (visitor.peer, visitor.door.role);
+    let (peer, role) = (visitor.peer, visitor.entrance.role);
     let ended = match tied(stream) {
         Ok(Tied::Unix(stream)) => converse(stream, service, visitor, stop).await,
         Ok(Tied::Tcp(stream)) => converse(stream, service, visitor, stop).await,

@@ -13,7 +13,7 @@ use crate::export::Role;
 use crate::limits::{HANDSHAKES_MAX, Limits};
 
 /// The way in to the exports of one role, and how many and how much may be inside.
-pub(crate) struct Door {
+pub(crate) struct Entrance {
     /// What is offered behind it.
     pub(crate) role: Role,
     /// What clients may take.
@@ -29,7 +29,7 @@ pub(crate) struct Door {
 /// Someone who has come in.
 pub(crate) struct Visitor {
     /// By which way.
-    pub(crate) door: Arc<Door>,
+    pub(crate) entrance: Arc<Entrance>,
     /// Who it is.
     pub(crate) peer: Peer,
     /// Until an export has been chosen.
@@ -40,7 +40,7 @@ pub(crate) struct Visitor {
     told: Cell<bool>,
 }
 
-impl Door {
+impl Entrance {
     pub(crate) fn new(role: Role, limits: &Limits) -> Arc<Self> {
         Arc::new(Self {
             role,
@@ -54,7 +54,7 @@ impl Door {
     /// Lets someone in, to choose an export.
     pub(crate) fn enter(self: &Arc<Self>, peer: Peer) -> Visitor {
         Visitor {
-            door: Arc::clone(self),
+            entrance: Arc::clone(self),
             handshake: RefCell::new(Some(self.handshakes.begin(peer.origin()))),
             peer,
             place: OnceCell::new(),
@@ -69,7 +69,7 @@ impl Visitor {
         if self.place.get().is_some() {
             return Ok(());
         }
-        let place = self.door.places.take(self.peer.origin());
+        let place = self.entrance.places.take(self.peer.origin());
         let _ = self.place.set(place.map_err(Denied::Policy)?);
         Ok(())
     }
@@ -77,7 +77,7 @@ impl Visitor {
     /// Tells in the log what it is refused: once, since it may ask a thousand times.
     pub(super) fn is_refused(&self, denied: &Denied) {
         if !self.told.replace(true) {
-            let (peer, role) = (self.peer, self.door.role);
+            let (peer, role) = (self.peer, self.entrance.role);
             tracing::info!(%peer, ?role, reason = %denied, "refused an export");
         }
     }

@@ -170,4 +170,4 @@ fn ask_all(clients: &mut [Rude], words: &[u8]) {
 const NO_TIME: Duration = Duration::ZERO;
 
 /// How long a server may take nothing before a client sees that it will not.
-const BRIEFLY: Duration = Duration::from_millis(20);
+const BRIEFLY: Duration = Duration::from_millis(50);

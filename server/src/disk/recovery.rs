@@ -265,16 +265,7 @@ impl<P: Durable> Recovery<P> {
             table.update(region.page(), |record| record.activate(*region))?;
         }
         let new_chunks = new.clone().map(|new| granularity.chunks(&new));
-        for (region, _) in new_chunks.iter().flat_map(Region::cut) {
-            table.rewrite(region.page(), |record| {
-                // The region in which the disk ended may have been written before.
-                if !record.is_filled(region) {
-                    map.eras().fill(&region.chunks())?;
-                }
-                record.activate(region);
-                Ok(())
-            })?;
-        }
+        let calm = new_chunks.map_or(Ok(BTreeSet::new()), |new| activate(&new, &map, &table))?;
         let regions = Regions::new(map.eras().page_count(), granularity, table);
         // A sync may have failed without anyone having lived to record it, and what the last server
         // stored be in memory only: stored again, it is durable after a sync that succeeds.
@@ -302,7 +293,8 @@ impl<P: Durable> Recovery<P> {
             damaged_bytes += range.end - range.start;
         }
         if ending == Ending::PowerCut {
-            for region in regions.all_active() {
+            // Where nobody had written, only what is new has changed.
+            for region in regions.all_active().filter(|r| !calm.contains(r)) {
                 map.presume(&regions.range(region), eras.presumed)?;
             }
         }
@@ -318,6 +310,30 @@ impl<P: Durable> Recovery<P> {
             eras,
         })
     }
+}
+
+/// Makes every region active that has some of `new`, as whoever writes there first, and returns those
+/// that were not.
+fn activate<P: Durable>(
+    new: &Chunks,
+    map: &EraMap<P>,
+    table: &PageTable<P>,
+) -> io::Result<BTreeSet<Region>> {
+    let mut calm = BTreeSet::new();
+    for (region, _) in Region::cut(new) {
+        table.rewrite(region.page(), |record| {
+            // The one in which the disk ended may have been written before.
+            if !record.is_filled(region) {
+                map.eras().fill(&region.chunks())?;
+            }
+            if !record.is_active(region) {
+                calm.insert(region);
+            }
+            record.activate(region);
+            Ok(())
+        })?;
+    }
+    Ok(calm)
 }
 
 impl Damage {

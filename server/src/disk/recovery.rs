@@ -254,6 +254,10 @@ impl<P: Durable> Recovery<P> {
         let new =
             grown_from.map(|size| size / granularity.bytes() * granularity.bytes()..map.size());
         for page in &damage.pages {
+            // Behind the end of the disk nothing is marked, and a larger disk finds entries there.
+            let chunks = Eras::<P>::chunks_of_page(*page);
+            map.eras()
+                .fill(&(map.eras().count().clamp(chunks.start, chunks.end)..chunks.end))?;
             // Stored in any case, so that the sector is whole again.
             table.rewrite(*page, |record| {
                 record.active = u16::MAX;

@@ -339,7 +339,7 @@ async fn begin(
         known: Era::from_number(known),
     };
     let recovered = recovery.start(before, durability, &mut start).await?;
-    start.recovered(has_record).await?;
+    start.recovered(has_record, image).await?;
     fit_eras(dir, whole)?;
     if recovered.damaged_bytes > 0 {
         let bytes = recovered.damaged_bytes;
@@ -429,8 +429,10 @@ struct Start {
 impl Start {
     /// Everything that may have changed is marked, durably: what says so otherwise goes, and a
     /// damaged record of loss, unless it is whole.
-    async fn recovered(&mut self, has_record: bool) -> io::Result<()> {
+    async fn recovered(&mut self, has_record: bool, image: &FileStorage) -> io::Result<()> {
         if self.life.growth.take().is_some() {
+            // Whoever was killed may not have lived to make its size durable.
+            image.sync().await?;
             self.header.store(&self.life)?;
             self.header.sync().await?;
         }

@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use bitmap::{Era, Salt};
-use block::Zeroing;
+use block::{Storage as _, Zeroing};
 use bytes::Bytes;
 use scratch::Durable;
 use stillpoint::disk::{
@@ -14,7 +14,7 @@ use stillpoint::disk::{
 
 use super::machine::{Image, Machine, MachinePace, PowerWorld, disk_of};
 use super::oracle::{CHECKPOINT, Record, STARTED, records};
-use super::shape::granularity;
+use super::shape::{REGION, granularity};
 use crate::simulation::executor::pause;
 
 /// A server that has started.
@@ -170,7 +170,7 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
     let known = known.max(untracked.number());
     let (lease, _) = Lease::open(machine.lease.clone()).expect("nothing fails here");
     let seed = machine.sim.seed;
-    let (size, growth) = found_size(&machine, header);
+    let (size, growth) = found_size(&machine, header, ending);
     let recovery = Recovery::load(
         size,
         granularity(),
@@ -199,6 +199,7 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
         .expect("nothing fails here");
     machine.weakest.set(durability);
     if growth.is_some() {
+        image.sync().await.expect("it has failed before, if at all");
         books.header.growth = None;
         books.header.store(&machine);
         machine.header.sync().await.expect("nothing fails here");
@@ -256,7 +257,7 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
 }
 
 /// How large the disk is, and from where it was growing to that.
-fn found_size(machine: &Machine, header: Header) -> (u64, Option<Growth>) {
+fn found_size(machine: &Machine, header: Header, ending: Ending) -> (u64, Option<Growth>) {
     let (size, seed) = (machine.length(), machine.sim.seed);
     let ours = header.growth.map_or([header.size; 2], |g| [g.from, g.to]);
     assert!(
@@ -266,7 +267,12 @@ fn found_size(machine: &Machine, header: Header) -> (u64, Option<Growth>) {
     let growth = header.growth.filter(|growth| growth.to == size);
     if let Some(Growth { from, to }) = growth {
         let now = machine.sim.tick();
-        machine.oracle.borrow_mut().grows(&(from..to), now);
+        // A start that was interrupted may have made the region active in which the disk ended.
+        let start = match ending {
+            Ending::PowerCut => from / REGION * REGION,
+            Ending::Clean | Ending::Killed => from,
+        };
+        machine.oracle.borrow_mut().grows(&(start..to), now);
     }
     (size, growth)
 }

@@ -112,6 +112,16 @@ struct Books<'a> {
     header: Header,
 }
 
+impl Books<'_> {
+    /// What is new is marked, durably.
+    async fn end_growth(&mut self, image: &Image) -> io::Result<()> {
+        image.sync().await?;
+        self.header.growth = None;
+        self.header.store(self.machine);
+        self.machine.header.sync().await
+    }
+}
+
 impl Chronicle for Books<'_> {
     async fn runs(&mut self, running: Running) -> io::Result<()> {
         self.header = Header {
@@ -199,10 +209,7 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
         .expect("nothing fails here");
     machine.weakest.set(durability);
     if growth.is_some() {
-        image.sync().await.expect("it has failed before, if at all");
-        books.header.growth = None;
-        books.header.store(&machine);
-        machine.header.sync().await.expect("nothing fails here");
+        books.end_growth(&image).await.expect("nothing fails here");
     }
     if lost {
         // The map is another file, which never was as the old one.

@@ -20,6 +20,8 @@ use crate::sync::{AtomicU64, Ordering};
 #[derive(Debug)]
 pub(crate) struct Preserved<P> {
     pages: Box<[OnceLock<Box<Page>>]>,
+    /// Of the disk as it was. What is behind it nobody lacks.
+    count: u64,
     store: P,
     second: P,
     code: Code,
@@ -54,6 +56,7 @@ impl<P: PageStore> Preserved<P> {
             .collect();
         Self {
             pages,
+            count,
             store,
             second,
             code,
@@ -139,14 +142,14 @@ impl<P: PageStore> Preserved<P> {
 
     /// Whether nothing of `granules` is lacking.
     pub(crate) fn covers(&self, granules: &Range<u64>) -> bool {
-        granules
-            .clone()
+        (granules.start..granules.end.min(self.count))
             .all(|granule| self.kept(granule) != Kept::Not)
     }
 
-    /// `granules` cut into runs that are kept alike.
+    /// `granules`, as far as the disk went, cut into runs that are kept alike.
     pub(crate) fn runs(&self, granules: Range<u64>) -> impl Iterator<Item = KeptRun> + '_ {
         let mut at = granules.start;
+        let granules = granules.start..granules.end.min(self.count);
         std::iter::from_fn(move || {
             let start = at;
             if start >= granules.end {

@@ -21,6 +21,7 @@ mod files;
 mod hooks;
 mod lock_file;
 mod names;
+mod new_size;
 mod sync;
 
 /// The parsers that nobody outside needs but a fuzzer.

@@ -83,7 +83,7 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     let _run_dir = claim_run_dir(&options.run_dir)?;
     let mut disks = Vec::new();
     for spec in &options.disks {
-        disks.push(ServedDisk::open(spec, scratch_dir, options.on_tracking_error).await?);
+        disks.push(ServedDisk::open(spec, scratch_dir, options.on_tracking_error, None).await?);
     }
     let service = Service::new(disks, options.freeze_timeout, wall_clock, options.scratch)
         .map_err(|error| cannot("restore backups", &error))?;
@@ -130,6 +130,8 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     // The workers have been told; joining them blocks nobody but this thread.
     workers.join();
     keepers.shutdown().await;
+    // What a control client has begun may still go on, whether or not that client is there.
+    let _at_rest = service.rest().await;
     for disk in service.disks().values() {
         if let Err(error) = disk.close().await {
             let message = format!(

@@ -9,6 +9,7 @@ pub mod server;
 pub mod bitmap;
 pub mod control;
 pub mod guest;
+pub mod killer;
 pub mod loop_device;
 pub mod mount;
 pub mod process;

@@ -186,6 +186,11 @@ impl Server {
         }
     }
 
+    /// The command that starts the server.
+    pub fn command(&self) -> Command {
+        self.builder.command()
+    }
+
     /// Starts a server that is expected to fail at it.
     pub fn start_and_fail(&self) -> Output {
         assert!(self.child.is_none(), "the server runs already");

@@ -195,7 +195,7 @@ impl Declined {
             answer::ERR_SHUTDOWN => Reason::Shutdown,
             ERR_BLOCK_SIZE_REQUIRED => Reason::BlockSizeRequired,
             answer::ERR_TOO_BIG => Reason::TooBig,
-            ERR_EXTENDED_HEADERS_REQUIRED => Reason::ExtendedHeadersRequired,
+            answer::ERR_EXTENDED_HEADERS => Reason::ExtendedHeadersRequired,
             other => Reason::Other(other),
         };
         Some(Self {
@@ -249,7 +249,6 @@ const ERROR_BIT: u32 = 1 << 31;
 const ERR_PLATFORM: u32 = ERROR_BIT | 4;
 const ERR_TLS_REQUIRED: u32 = ERROR_BIT | 5;
 const ERR_BLOCK_SIZE_REQUIRED: u32 = ERROR_BIT | 8;
-const ERR_EXTENDED_HEADERS_REQUIRED: u32 = ERROR_BIT | 0xa;
 
 /// Magic, option, type and length of an answer.
 const HEADER_SIZE: usize = 20;

@@ -5,6 +5,7 @@ use bytes::Buf;
 use super::answer::{RawAnswer, description, name};
 use super::violation::ServerViolation;
 use crate::export::{BlockSize, ExportInfo, TransmissionFlags as Flags};
+use crate::headers::Headers;
 use crate::wire::info;
 
 /// What has been told about one export so far.
@@ -53,14 +54,15 @@ impl Description {
     pub(crate) fn finish(
         self,
         asked: &str,
-        structured: bool,
+        headers: Headers,
+        contexts: usize,
     ) -> Result<ExportInfo, ServerViolation> {
         let (size, flags) = self.export.ok_or(ServerViolation::NoExport)?;
         Ok(ExportInfo {
             name: self.name.unwrap_or_else(|| asked.to_owned()),
             description: self.text,
             size,
-            flags: believed(flags, structured),
+            flags: believed(flags, headers, contexts),
             block_size: self.block_size.unwrap_or_default(),
         })
     }
@@ -69,15 +71,15 @@ impl Description {
 /// What is known of an export that was entered the old way.
 pub(crate) fn undescribed(
     asked: &str,
-    size: u64,
-    flags: u16,
-    structured: bool,
+    (size, flags): (u64, u16),
+    headers: Headers,
+    contexts: usize,
 ) -> Result<ExportInfo, ServerViolation> {
     Ok(ExportInfo {
         name: asked.to_owned(),
         description: None,
         size: checked_size(size)?,
-        flags: believed(Flags::from_bits(flags), structured),
+        flags: believed(Flags::from_bits(flags), headers, contexts),
         block_size: BlockSize::default(),
     })
 }
@@ -104,7 +106,7 @@ fn checked_size(size: u64) -> Result<u64, ServerViolation> {
 
 /// A feature that contradicts another, or that was not negotiated, is one that will not be used.
 /// Without the flag that says that there are flags there is nothing but the warning not to write.
-fn believed(flags: Flags, structured: bool) -> Flags {
+fn believed(flags: Flags, headers: Headers, contexts: usize) -> Flags {
     let flags = if flags.contains(Flags::HAS_FLAGS) {
         flags
     } else if flags.contains(Flags::READ_ONLY) {
@@ -112,5 +114,5 @@ fn believed(flags: Flags, structured: bool) -> Flags {
     } else {
         Flags::default()
     };
-    flags.offered(structured)
+    flags.offered(headers, contexts)
 }

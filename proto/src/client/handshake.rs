@@ -10,6 +10,7 @@ use super::session::Session;
 use super::violation::ServerViolation;
 use crate::export::{ExportInfo, Listed};
 use crate::extents::ContextId;
+use crate::headers::Headers;
 use crate::option::QUERIES_MAX;
 use crate::wire::{CLIENT_FIXED_NEWSTYLE, CLIENT_NO_ZEROES, OPTION_MAGIC, answer, option};
 
@@ -27,21 +28,7 @@ pub struct Handshake {
     stage: Stage,
     fixed: bool,
     zeroes: bool,
-    form: ReplyForm,
-}
-
-/// What replies look like in transmission, from the oldest to the newest.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub enum ReplyForm {
-    /// All or nothing. No holes, no texts of errors, no metadata contexts.
-    Simple,
-    /// In pieces.
-    Structured,
-}
-
-impl ReplyForm {
-    /// The newest form that is known here.
-    pub const NEWEST: Self = Self::Structured;
+    headers: Headers,
 }
 
 /// What a server can be asked before an export has been entered.
@@ -49,8 +36,8 @@ impl ReplyForm {
 pub enum Question {
     /// May we go on with TLS? If so, all that was agreed on before is forgotten.
     StartTls,
-    /// Which form can replies have, this one or an older one?
-    Agree(ReplyForm),
+    /// Which form can requests and replies have, this one or an older one?
+    Agree(Headers),
     /// Which exports are there?
     List,
     /// Which metadata contexts has an export?
@@ -86,8 +73,8 @@ pub enum Answer {
     },
     /// Now the TLS handshake. Everything from now on, in both directions, goes through it.
     StartTls,
-    /// Replies have this form.
-    Agreed(ReplyForm),
+    /// Requests and replies have this form.
+    Agreed(Headers),
     /// These are its exports.
     Exports(Vec<Listed>),
     /// These are its contexts.
@@ -143,6 +130,7 @@ struct Waiting {
 #[derive(Debug)]
 enum Gathering {
     StartTls,
+    Extended,
     Structured,
     List(Vec<Listed>),
     ListContexts(Vec<String>),
@@ -173,13 +161,13 @@ impl Handshake {
             stage: Stage::Greeting,
             fixed: false,
             zeroes: true,
-            form: ReplyForm::Simple,
+            headers: Headers::Simple,
         }
     }
 
-    /// The form of replies that has been agreed on so far.
-    pub fn form(&self) -> ReplyForm {
-        self.form
+    /// The form of what follows the handshake, as far as it has been agreed on.
+    pub fn headers(&self) -> Headers {
+        self.headers
     }
 
     /// Appends a question to `output`. To be called when the question before has been answered.
@@ -197,7 +185,7 @@ impl Handshake {
             Question::StartTls => wait(option::STARTTLS, Gathering::StartTls, |option| {
                 put_bare(output, option);
             }),
-            Question::Agree(form) => self.agree(form, output),
+            Question::Agree(headers) => self.agree(headers, output),
             Question::List => wait(option::LIST, Gathering::List(Vec::new()), |option| {
                 put_bare(output, option);
             }),
@@ -355,12 +343,16 @@ impl Handshake {
                 return Err(ServerViolation::PlaintextAfterStartTls(input.len()));
             }
             Gathering::StartTls => {
-                self.form = ReplyForm::Simple;
+                self.headers = Headers::Simple;
                 Answer::StartTls
             }
+            Gathering::Extended => {
+                self.headers = Headers::Extended;
+                Answer::Agreed(self.headers)
+            }
             Gathering::Structured => {
-                self.form = ReplyForm::Structured;
-                Answer::Agreed(self.form)
+                self.headers = Headers::Structured;
+                Answer::Agreed(self.headers)
             }
             Gathering::List(exports) => Answer::Exports(exports),
             Gathering::ListContexts(names) => Answer::Contexts(names),
@@ -368,15 +360,15 @@ impl Handshake {
                 export, selected, ..
             } => return Ok((go(export, selected, output), None)),
             Gathering::Info(export, description) => {
-                Answer::Info(description.finish(&export, self.structured())?)
+                Answer::Info(description.finish(&export, self.headers, 0)?)
             }
             Gathering::Go {
                 export,
                 contexts,
                 description,
             } => {
-                let info = description.finish(&export, self.structured())?;
-                let session = Session::new(info, self.form, contexts);
+                let info = description.finish(&export, self.headers, contexts.len())?;
+                let session = Session::new(info, self.headers, contexts);
                 return Ok((Stage::Over, Some(Answer::Entered(Box::new(session)))));
             }
             Gathering::Abort => return Ok((Stage::Over, Some(Answer::Aborted))),
@@ -393,14 +385,20 @@ impl Handshake {
     ) -> (Stage, Option<Answer>) {
         let unsupported = declined.reason == Reason::Unsupported;
         let answer = match gathering {
-            // No is an answer to this question; but not until something else has been done.
-            Gathering::Structured if !declined.ends_all() => Answer::Agreed(self.form),
+            Gathering::Extended if !declined.ends_all() => {
+                return (self.agree(Headers::Structured, output), None);
+            }
+            // No is an answer to this question.
+            Gathering::Structured if !declined.ends_all() => Answer::Agreed(self.headers),
             Gathering::SelectContexts { export, .. } if unsupported => {
                 return (go(export, Vec::new(), output), None);
             }
+            // With extended headers there is no other way in.
             Gathering::Go {
                 export, contexts, ..
-            } if unsupported => return (enter_by_name(export, contexts, output), None),
+            } if unsupported && self.headers != Headers::Extended => {
+                return (enter_by_name(export, contexts, output), None);
+            }
             // Whatever it says, we are leaving.
             Gathering::Abort => return (Stage::Over, Some(Answer::Aborted)),
             _ => Answer::Declined(declined),
@@ -408,18 +406,22 @@ impl Handshake {
         (Stage::Asking, Some(answer))
     }
 
-    fn agree(&mut self, form: ReplyForm, output: &mut BytesMut) -> Stage {
+    fn agree(&mut self, headers: Headers, output: &mut BytesMut) -> Stage {
         // What has been agreed on cannot be taken back.
-        if form <= self.form {
-            return Stage::Known(Box::new(Answer::Agreed(self.form)));
+        if headers <= self.headers {
+            return Stage::Known(Box::new(Answer::Agreed(self.headers)));
         }
-        wait(option::STRUCTURED_REPLY, Gathering::Structured, |option| {
-            put_bare(output, option);
-        })
+        let (option, gathering) = match headers {
+            Headers::Extended => (option::EXTENDED_HEADERS, Gathering::Extended),
+            Headers::Structured | Headers::Simple => {
+                (option::STRUCTURED_REPLY, Gathering::Structured)
+            }
+        };
+        wait(option, gathering, |option| put_bare(output, option))
     }
 
     fn enter(&self, export: String, contexts: Vec<String>, output: &mut BytesMut) -> Stage {
-        if contexts.is_empty() || !self.structured() {
+        if contexts.is_empty() || !self.headers.has_chunks() {
             return go(export, Vec::new(), output);
         }
         put_contexts(output, option::SET_META_CONTEXT, &export, &contexts);
@@ -444,13 +446,10 @@ impl Handshake {
         }
         let (size, flags) = (input.get_u64(), input.get_u16());
         input.advance(padding);
-        let info = undescribed(&export, size, flags, self.structured())?;
-        let session = Session::new(info, self.form, contexts);
+        let told = (size, flags);
+        let info = undescribed(&export, told, self.headers, contexts.len())?;
+        let session = Session::new(info, self.headers, contexts);
         Ok(Some(Answer::Entered(Box::new(session))))
-    }
-
-    fn structured(&self) -> bool {
-        self.form >= ReplyForm::Structured
     }
 }
 

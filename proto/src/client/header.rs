@@ -1,9 +1,10 @@
-//! What the head of a reply announces, looked at before its payload is waited for.
+//! What the head of a chunk announces, looked at before its payload is waited for.
 
 use bytes::Buf;
 
+use crate::headers::Headers;
 use crate::request::Cookie;
-use crate::wire::{CHUNK_MAGIC, chunk};
+use crate::wire::{CHUNK_MAGIC, EXTENDED_CHUNK_MAGIC, chunk};
 
 /// A chunk of which the header has arrived.
 #[derive(Clone, Copy, Debug)]
@@ -13,29 +14,47 @@ pub(crate) struct Announced {
     pub(crate) kind: u16,
     /// Of the payload.
     pub(crate) length: u64,
+    header_size: usize,
 }
 
 impl Announced {
     /// Of all of it.
     pub(crate) fn size(self) -> usize {
-        CHUNK_HEADER_SIZE + self.length as usize
+        self.header_size + self.length as usize
     }
 }
 
-/// What the next chunk in `input` announces; `None` if that is not known yet, or no chunk.
-pub(crate) fn announced(input: &[u8]) -> Option<Announced> {
-    let mut header = input.get(..CHUNK_HEADER_SIZE)?;
-    if header.get_u32() != CHUNK_MAGIC {
+/// What the next chunk in `input` announces; `None` if that is not known yet, or it is none of the
+/// form that was agreed on.
+pub(crate) fn announced(headers: Headers, input: &[u8]) -> Option<Announced> {
+    let (magic, header_size) = match headers {
+        Headers::Simple => return None,
+        Headers::Structured => (CHUNK_MAGIC, HEADER_SIZE),
+        Headers::Extended => (EXTENDED_CHUNK_MAGIC, EXTENDED_HEADER_SIZE),
+    };
+    let mut header = input.get(..header_size)?;
+    if header.get_u32() != magic {
         return None;
     }
     let flags = header.get_u16();
+    let kind = header.get_u16();
+    let cookie = Cookie(header.get_u64());
+    let length = if headers == Headers::Extended {
+        header.advance(size_of::<u64>());
+        header.get_u64()
+    } else {
+        u64::from(header.get_u32())
+    };
     Some(Announced {
-        kind: header.get_u16(),
-        cookie: Cookie(header.get_u64()),
-        length: u64::from(header.get_u32()),
+        cookie,
         done: flags & chunk::DONE != 0,
+        kind,
+        length,
+        header_size,
     })
 }
 
 /// Magic, flags, type, cookie and length.
-const CHUNK_HEADER_SIZE: usize = 20;
+const HEADER_SIZE: usize = 20;
+/// The same with the request's offset and a longer length.
+const EXTENDED_HEADER_SIZE: usize = 32;

@@ -11,7 +11,7 @@
 
 pub use answer::{ANSWER_DATA_MAX, ANSWERS_LENGTH_MAX, ANSWERS_MAX, Declined, Reason};
 pub use assembly::{FRAGMENT_MIN, FRAGMENTS_FREE, Piece, into_bytes};
-pub use handshake::{Answer, Handshake, Question, ReplyForm, Unaskable};
+pub use handshake::{Answer, Handshake, Question, Unaskable};
 pub use session::{Completion, ERROR_CHUNK_MAX, Failure, Outcome, Session, Submitted};
 pub use status::{BlockStatus, EXTENTS_ACCEPTED_MAX};
 pub use violation::ServerViolation;

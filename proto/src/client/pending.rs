@@ -76,6 +76,7 @@ impl Pending {
             (chunk::OFFSET_DATA, Gathered::Data(_)) => 8 + self.data_left(),
             (chunk::OFFSET_HOLE, Gathered::Data(_)) => 8 + 4,
             (chunk::BLOCK_STATUS, Gathered::Status(status)) => 4 + 8 * status.room(),
+            (chunk::BLOCK_STATUS_EXTENDED, Gathered::Status(status)) => 8 + 16 * status.room(),
             (kind, _) if kind & chunk::ERROR_BIT != 0 => ERROR_CHUNK_MAX,
             (kind, _) => return Err(self.unexpected(kind)),
         };
@@ -83,6 +84,17 @@ impl Pending {
             return Err(too_long(announced));
         }
         Ok(())
+    }
+
+    /// Checks what an extended reply repeats.
+    pub(crate) fn check_offset(&self, found: Option<u64>) -> Result<(), ServerViolation> {
+        let expected = self.range.start;
+        match found {
+            Some(found) if found != expected => {
+                Err(ServerViolation::RequestOffset { expected, found })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Takes in a chunk that was expected.
@@ -171,7 +183,7 @@ impl Pending {
 fn too_long(announced: Announced) -> ServerViolation {
     let violation = Violation::ChunkLength {
         kind: announced.kind,
-        length: u32::try_from(announced.length).unwrap_or(u32::MAX),
+        length: announced.length,
     };
     violation.into()
 }

@@ -9,19 +9,20 @@ use thiserror::Error;
 
 use super::answer::Printable;
 use super::assembly::{Assembly, Piece};
-use super::handshake::ReplyForm;
 use super::header::{Announced, announced};
 use super::pending::{Gathered, Pending};
 use super::status::{BlockStatus, StatusAssembly};
 use super::violation::ServerViolation;
 use crate::admission::{Admission, Command, Refusal};
 use crate::command::{
-    BLOCK_STATUS, CACHE, DISCONNECT, DO_NOT_FRAGMENT, FAST_ZERO, FLUSH, FUA, NO_HOLE, READ,
-    REQUEST_ONE, TRIM, WRITE, WRITE_ZEROES,
+    BLOCK_STATUS, CACHE, DISCONNECT, DO_NOT_FRAGMENT, FAST_ZERO, FLUSH, FUA, NO_HOLE,
+    PAYLOAD_LENGTH, READ, REQUEST_ONE, TRIM, WRITE, WRITE_ZEROES,
 };
+use crate::context_filter::ContextFilter;
 use crate::errno::Errno;
 use crate::export::ExportInfo;
 use crate::extents::ContextId;
+use crate::headers::Headers;
 use crate::incoming_reply::Reply;
 use crate::request::{Cookie, Request};
 
@@ -37,7 +38,7 @@ pub const ERROR_CHUNK_MAX: u64 = 8 << 10;
 #[derive(Debug)]
 pub struct Session {
     info: ExportInfo,
-    form: ReplyForm,
+    headers: Headers,
     contexts: Vec<(ContextId, String)>,
     admission: Admission,
     under_way: HashMap<u64, Pending>,
@@ -116,14 +117,14 @@ impl Session {
     /// A session as it was negotiated.
     pub(crate) fn new(
         info: ExportInfo,
-        form: ReplyForm,
+        headers: Headers,
         contexts: Vec<(ContextId, String)>,
     ) -> Self {
-        let structured = form >= ReplyForm::Structured;
+        let ids = contexts.iter().map(|(id, _)| *id).collect();
         Self {
-            admission: Admission::new(&info, structured, !contexts.is_empty()),
+            admission: Admission::new(&info, headers, ids),
             info,
-            form,
+            headers,
             contexts,
             under_way: HashMap::new(),
             next_cookie: 1,
@@ -136,9 +137,9 @@ impl Session {
         &self.info
     }
 
-    /// What replies look like.
-    pub fn form(&self) -> ReplyForm {
-        self.form
+    /// The form of requests and replies.
+    pub fn headers(&self) -> Headers {
+        self.headers
     }
 
     /// The contexts that block states are about: those that were asked for and that there are.
@@ -161,17 +162,17 @@ impl Session {
         output: &mut BytesMut,
     ) -> Result<Submitted, Refusal> {
         let cookie = Cookie(self.next_cookie);
-        let mut request = request(cookie, &command).ok_or(BACKWARDS)?;
-        if request.length > u64::from(u32::MAX) {
+        let mut request = self.request(cookie, command).ok_or(BACKWARDS)?;
+        if self.headers != Headers::Extended && request.length > u64::from(u32::MAX) {
             return Err(TOO_LONG);
         }
-        self.admission.admit(request.clone())?;
+        let command = self.admission.admit(request.clone())?;
 
         let pending = self.pending(request.kind, command);
         self.under_way.insert(cookie.0, pending);
         self.next_cookie += 1;
         let payload = std::mem::take(&mut request.data);
-        request.encode(output);
+        request.encode(self.headers, output);
         Ok(Submitted { cookie, payload })
     }
 
@@ -185,7 +186,7 @@ impl Session {
             length: 0,
             data: Bytes::new(),
         };
-        goodbye.encode(output);
+        goodbye.encode(self.headers, output);
     }
 
     /// Takes replies off the front of `input` until one is complete; `None` until more has arrived.
@@ -197,15 +198,18 @@ impl Session {
                 return self.receive_data(input);
             }
             self.check_announced(input)?;
-            let completion = match Reply::decode(input)? {
+            let completion = match Reply::decode(self.headers, input)? {
                 None => return Ok(None),
                 Some(Reply::Simple { cookie, result }) => self.receive_simple(cookie, result)?,
                 Some(Reply::Chunk {
                     cookie,
+                    request_offset,
                     done,
                     chunk,
                 }) => {
-                    self.find(cookie)?.add(chunk)?;
+                    let pending = self.find(cookie)?;
+                    pending.check_offset(request_offset)?;
+                    pending.add(chunk)?;
                     if done {
                         Some(self.finish(cookie)?)
                     } else {
@@ -225,16 +229,13 @@ impl Session {
         if let Some((_, length)) = self.data_of {
             return length;
         }
-        announced(input).map_or(1, Announced::size)
+        announced(self.headers, input).map_or(1, Announced::size)
     }
 
     fn check_announced(&mut self, input: &[u8]) -> Result<(), ServerViolation> {
-        let Some(announced) = announced(input) else {
+        let Some(announced) = announced(self.headers, input) else {
             return Ok(());
         };
-        if self.form == ReplyForm::Simple {
-            return Err(ServerViolation::ReplyForm("structured"));
-        }
         self.find(announced.cookie)?.expect(announced)
     }
 
@@ -244,9 +245,9 @@ impl Session {
         cookie: Cookie,
         result: Result<(), Errno>,
     ) -> Result<Option<Completion>, ServerViolation> {
-        let form = self.form;
+        let chunks = self.headers.has_chunks();
         let pending = self.find(cookie)?;
-        if form == ReplyForm::Structured && !pending.may_be_simple(result.is_ok()) {
+        if chunks && !pending.may_be_simple(result.is_ok()) {
             return Err(ServerViolation::ReplyForm("simple"));
         }
         match result {
@@ -300,11 +301,14 @@ impl Session {
                 let assembly = Assembly::new(range.clone(), do_not_fragment);
                 Pending::new(kind, range, Gathered::Data(assembly))
             }
-            Command::BlockStatus { range, one } => {
+            Command::BlockStatus {
+                range,
+                contexts,
+                one,
+            } => {
                 let alignment = u64::from(self.info.block_size.minimum());
-                let ids = self.contexts.iter().map(|(id, _)| *id);
                 let export = (self.info.size, alignment);
-                let status = StatusAssembly::new((range.clone(), one), export, ids);
+                let status = StatusAssembly::new((range.clone(), one), export, contexts);
                 Pending::new(kind, range, Gathered::Status(status))
             }
             Command::Write { range, .. }
@@ -314,44 +318,76 @@ impl Session {
             Command::Flush => Pending::new(kind, 0..0, Gathered::Nothing),
         }
     }
-}
 
-/// The request that says the same as a command; `None` for a range that ends before it starts.
-fn request(cookie: Cookie, command: &Command) -> Option<Request> {
-    let flag = |set: bool, flag: u16| if set { flag } else { 0 };
-    let whole = 0..0;
-    let (kind, flags, range): (u16, u16, &Range<u64>) = match command {
-        Command::Read {
-            range,
-            do_not_fragment,
-        } => (READ, flag(*do_not_fragment, DO_NOT_FRAGMENT), range),
-        Command::Write { range, fua, .. } => (WRITE, flag(*fua, FUA), range),
-        Command::Flush => (FLUSH, 0, &whole),
-        Command::Trim { range, fua } => (TRIM, flag(*fua, FUA), range),
-        Command::WriteZeroes {
-            range,
-            fua,
-            no_hole,
-            fast,
-        } => {
-            let flags = flag(*fua, FUA) | flag(*no_hole, NO_HOLE) | flag(*fast, FAST_ZERO);
-            (WRITE_ZEROES, flags, range)
+    /// The request that says the same as a command; `None` for a range that ends before it starts.
+    fn request(&self, cookie: Cookie, command: Command) -> Option<Request> {
+        let flag = |set: bool, flag: u16| if set { flag } else { 0 };
+        let mut data = Bytes::new();
+        let (kind, mut flags, range) = match command {
+            Command::Read {
+                range,
+                do_not_fragment,
+            } => (READ, flag(do_not_fragment, DO_NOT_FRAGMENT), range),
+            Command::Write {
+                range,
+                data: payload,
+                fua,
+            } => {
+                data = payload;
+                (WRITE, flag(fua, FUA), range)
+            }
+            Command::Flush => (FLUSH, 0, 0..0),
+            Command::Trim { range, fua } => (TRIM, flag(fua, FUA), range),
+            Command::WriteZeroes {
+                range,
+                fua,
+                no_hole,
+                fast,
+            } => {
+                let flags = flag(fua, FUA) | flag(no_hole, NO_HOLE) | flag(fast, FAST_ZERO);
+                (WRITE_ZEROES, flags, range)
+            }
+            Command::Cache { range } => (CACHE, 0, range),
+            Command::BlockStatus {
+                range,
+                contexts,
+                one,
+            } => {
+                data = self.filter(&range, contexts);
+                (BLOCK_STATUS, flag(one, REQUEST_ONE), range)
+            }
+        };
+        let mut length = range.end.checked_sub(range.start)?;
+        let has_payload = kind == WRITE || !data.is_empty();
+        if has_payload && self.headers == Headers::Extended {
+            flags |= PAYLOAD_LENGTH;
         }
-        Command::Cache { range } => (CACHE, 0, range),
-        Command::BlockStatus { range, one } => (BLOCK_STATUS, flag(*one, REQUEST_ONE), range),
-    };
-    let data = match command {
-        Command::Write { data, .. } => data.clone(),
-        _ => Bytes::new(),
-    };
-    Some(Request {
-        cookie,
-        kind,
-        flags,
-        offset: range.start,
-        length: range.end.checked_sub(range.start)?,
-        data,
-    })
+        if kind == BLOCK_STATUS && has_payload {
+            flags |= PAYLOAD_LENGTH;
+            length = data.len() as u64;
+        }
+        Some(Request {
+            cookie,
+            kind,
+            flags,
+            offset: range.start,
+            length,
+            data,
+        })
+    }
+
+    /// What says that a block status is about some of the contexts; nothing if it is about all.
+    fn filter(&self, range: &Range<u64>, contexts: Vec<ContextId>) -> Bytes {
+        let mut selected = self.contexts.iter();
+        if selected.all(|(id, _)| contexts.contains(id)) && contexts.len() == self.contexts.len() {
+            return Bytes::new();
+        }
+        let filter = ContextFilter {
+            length: range.end.saturating_sub(range.start),
+            contexts,
+        };
+        filter.encode()
+    }
 }
 
 const BACKWARDS: Refusal = Refusal {

@@ -45,14 +45,14 @@ impl StatusAssembly {
     pub(crate) fn new(
         (range, one): (Range<u64>, bool),
         (export_size, alignment): (u64, u64),
-        contexts: impl Iterator<Item = ContextId>,
+        contexts: Vec<ContextId>,
     ) -> Self {
         Self {
             range,
             one,
             alignment,
             export_size,
-            contexts: contexts.map(|id| (id, None)).collect(),
+            contexts: contexts.into_iter().map(|id| (id, None)).collect(),
             extents: 0,
         }
     }

@@ -102,6 +102,14 @@ pub enum ServerViolation {
     /// A reply of a form that was not agreed on, or that this request must not have.
     #[error("a {0} reply where it is not allowed")]
     ReplyForm(&'static str),
+    /// An extended reply that is about another offset than its request.
+    #[error("a reply about offset {found} to a request about offset {expected}")]
+    RequestOffset {
+        /// The request's.
+        expected: u64,
+        /// The reply's.
+        found: u64,
+    },
     /// A chunk that the request cannot have for an answer.
     #[error("a reply chunk of type {kind} to command {command}")]
     ChunkKind {

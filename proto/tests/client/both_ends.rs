@@ -3,12 +3,11 @@
 use bytes::{Bytes, BytesMut};
 
 use crate::proto::client::{
-    Answer, Completion, Handshake, Outcome, Question, ReplyForm, Session as ClientSession,
-    into_bytes,
+    Answer, Completion, Handshake, Outcome, Question, Session as ClientSession, into_bytes,
 };
 use crate::proto::{
-    BlockSize, Catalog, Command, Denied, Errno, ExportInfo, Extents, GREETING, Incoming, Listed,
-    Negotiation, Replies, RequestDecoder, Session, Step, TransmissionFlags,
+    BlockSize, Catalog, Command, ContextId, Denied, Errno, ExportInfo, Extents, GREETING, Headers,
+    Incoming, Listed, Negotiation, Origin, Replies, Session, Step, TransmissionFlags,
 };
 
 struct Shelf;
@@ -53,13 +52,19 @@ impl Catalog for Shelf {
 
 #[test]
 fn every_question_is_answered_wherever_the_bytes_are_cut() {
-    let (whole, length) = talk(usize::MAX);
+    for headers in [Headers::Structured, Headers::Extended] {
+        check(headers);
+    }
+}
+
+fn check(headers: Headers) {
+    let (whole, length) = talk(headers, usize::MAX);
     assert_eq!(
         whole[..8],
         [
             "greeting, options: true",
             "Exports([Listed { name: \"vda\", description: Some(\"a disk\") }])",
-            "Agreed(Structured)",
+            &format!("Agreed({headers:?})")[..],
             "Contexts([\"base:allocation\", \"qemu:dirty-bitmap:cp1\"])",
             "Contexts([\"qemu:dirty-bitmap:cp1\"])",
             "Info(1099511627776)",
@@ -77,12 +82,12 @@ fn every_question_is_answered_wherever_the_bytes_are_cut() {
         ]
     );
     for cut in 0..length {
-        assert_eq!(talk(cut).0, whole, "cut at {cut}");
+        assert_eq!(talk(headers, cut).0, whole, "{headers:?}, cut at {cut}");
     }
 }
 
 /// All that is said, with the server's stream cut at one place; and the length of that stream.
-fn talk(cut: usize) -> (Vec<String>, usize) {
+fn talk(headers: Headers, cut: usize) -> (Vec<String>, usize) {
     let mut ends = Ends {
         handshake: Handshake::new(),
         negotiation: Negotiation::new(Shelf),
@@ -94,7 +99,7 @@ fn talk(cut: usize) -> (Vec<String>, usize) {
     let mut said = vec![ends.answer()];
     for question in [
         Question::List,
-        Question::Agree(ReplyForm::NEWEST),
+        Question::Agree(headers),
         contexts(&[]),
         contexts(&["qemu:"]),
         Question::Info {
@@ -167,6 +172,7 @@ fn transmit(mut client: ClientSession, server: &Session<Shelf>, ends: &mut Ends)
         },
         Command::BlockStatus {
             range: 0..1024,
+            contexts: vec![ContextId(1)],
             one: false,
         },
         Command::Read {
@@ -180,15 +186,15 @@ fn transmit(mut client: ClientSession, server: &Session<Shelf>, ends: &mut Ends)
     }
     client.disconnect(&mut ends.to_server);
 
-    let (mut decoder, admission) = (RequestDecoder::default(), server.admission());
+    let (mut decoder, admission) = (server.requests(), server.admission());
     let mut output = BytesMut::new();
     loop {
         match decoder.decode(&mut ends.to_server).unwrap() {
             Some(Incoming::Disconnect) => break,
             Some(Incoming::Request(request)) => {
-                let cookie = request.cookie;
+                let origin = request.origin();
                 let command = admission.admit(request).unwrap();
-                perform(server.replies(), command, cookie, &mut output);
+                perform(server.replies(), command, origin, &mut output);
             }
             None => panic!("nobody said goodbye"),
         }
@@ -204,26 +210,21 @@ fn transmit(mut client: ClientSession, server: &Session<Shelf>, ends: &mut Ends)
     said
 }
 
-fn perform(
-    replies: Replies,
-    command: Command,
-    cookie: crate::proto::Cookie,
-    output: &mut BytesMut,
-) {
+fn perform(replies: Replies, command: Command, origin: Origin, output: &mut BytesMut) {
     match command {
         Command::Read { range, .. } if range.start == 512 => {
-            replies.begin_data(output, cookie, 512, 5, false);
+            replies.begin_data(output, origin, 512, 5, false);
             output.extend_from_slice(b"hello");
-            replies.hole(output, cookie, 517, 507, true);
+            replies.hole(output, origin, 517, 507, true);
         }
-        Command::Read { .. } => replies.error_at(output, cookie, 1024, Errno::Io, "bad sector"),
+        Command::Read { .. } => replies.error_at(output, origin, 1024, Errno::Io, "bad sector"),
         Command::BlockStatus { range, .. } => {
-            let mut extents = Extents::new(range.end, false);
+            let mut extents = Extents::new(range.end, 1);
             extents.push(range.end, 1);
-            let mut contexts: Vec<_> = [(crate::proto::ContextId(1), extents)].into();
-            replies.block_status(output, cookie, &mut contexts);
+            let mut contexts: Vec<_> = [(ContextId(1), extents)].into();
+            replies.block_status(output, origin, &mut contexts);
         }
-        _ => replies.ok(output, cookie),
+        _ => replies.ok(output, origin),
     }
 }
 

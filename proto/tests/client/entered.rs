@@ -2,10 +2,10 @@
 
 use bytes::{Bytes, BytesMut};
 
-use crate::proto::Command;
 use crate::proto::client::{
-    Answer, Completion, Handshake, Question, ReplyForm, ServerViolation, Session, Submitted,
+    Answer, Completion, Handshake, Question, ServerViolation, Session, Submitted,
 };
+use crate::proto::{Command, ContextId, Headers};
 use crate::wire::*;
 
 /// The size of the exports here.
@@ -34,22 +34,25 @@ pub(crate) fn hear(handshake: &mut Handshake, server: &[u8]) -> Result<Answer, S
 }
 
 /// A session on an export that does everything, with these contexts, from id 1 on.
-pub(crate) fn session(form: ReplyForm, contexts: &[&str]) -> Session {
+pub(crate) fn session(form: Headers, contexts: &[&str]) -> Session {
     session_with(form, contexts, EVERYTHING, [1, 4096, 32 << 20])
 }
 
 pub(crate) fn session_with(
-    form: ReplyForm,
+    form: Headers,
     contexts: &[&str],
     flags: u16,
     block_sizes: [u32; 3],
 ) -> Session {
     let mut handshake = greeted(FIXED | NO_ZEROES);
     let mut output = BytesMut::new();
-    if form == ReplyForm::Structured {
-        handshake.ask(Question::Agree(form), &mut output).unwrap();
-        hear(&mut handshake, &answer(STRUCTURED_REPLY, ACK, b"")).unwrap();
-    }
+    handshake.ask(Question::Agree(form), &mut output).unwrap();
+    let agreed = match form {
+        Headers::Simple => vec![],
+        Headers::Structured => answer(STRUCTURED_REPLY, ACK, b""),
+        Headers::Extended => answer(EXTENDED_HEADERS, ACK, b""),
+    };
+    hear(&mut handshake, &agreed).unwrap();
     let mut server = Vec::new();
     if !contexts.is_empty() {
         for (name, id) in contexts.iter().zip(1..) {
@@ -92,9 +95,11 @@ pub(crate) fn write(offset: u64, data: &'static [u8]) -> Command {
     }
 }
 
-pub(crate) fn block_status(start: u64, end: u64) -> Command {
+/// Of all the contexts that [`session`] was given so many of.
+pub(crate) fn block_status(start: u64, end: u64, contexts: u32) -> Command {
     Command::BlockStatus {
         range: start..end,
+        contexts: (1..=contexts).map(ContextId).collect(),
         one: false,
     }
 }

@@ -5,9 +5,9 @@ use bytes::BytesMut;
 use crate::entered::*;
 use crate::proto::client::{
     ANSWER_DATA_MAX, ANSWERS_LENGTH_MAX, ANSWERS_MAX, Answer, Handshake, Question, Reason,
-    ReplyForm, ServerViolation, Unaskable,
+    ServerViolation, Unaskable,
 };
-use crate::proto::{ContextId, TransmissionFlags};
+use crate::proto::{ContextId, Headers, TransmissionFlags};
 use crate::wire::*;
 
 #[test]
@@ -57,7 +57,7 @@ fn a_server_without_options_can_only_be_entered() {
     for question in [
         Question::List,
         Question::StartTls,
-        Question::Agree(ReplyForm::Structured),
+        Question::Agree(Headers::Structured),
         info_of("vda"),
         Question::Abort,
     ] {
@@ -78,14 +78,14 @@ fn a_server_without_options_can_only_be_entered() {
         panic!("not entered");
     };
     assert_eq!(session.info().size, 1024);
-    assert_eq!(session.form(), ReplyForm::Simple);
+    assert_eq!(session.headers(), Headers::Simple);
 }
 
 #[test]
 fn a_server_without_go_is_entered_by_name_and_keeps_structured_replies() {
     let mut handshake = greeted(FIXED | NO_ZEROES);
     let mut output = BytesMut::new();
-    let question = Question::Agree(ReplyForm::Structured);
+    let question = Question::Agree(Headers::Structured);
     handshake.ask(question, &mut output).unwrap();
     hear(&mut handshake, &answer(STRUCTURED_REPLY, ACK, b"")).unwrap();
     handshake.ask(enter("vda"), &mut output).unwrap();
@@ -104,7 +104,7 @@ fn a_server_without_go_is_entered_by_name_and_keeps_structured_replies() {
     let Ok(Answer::Entered(session)) = hear(&mut handshake, &server) else {
         panic!("not entered");
     };
-    assert_eq!(session.form(), ReplyForm::Structured);
+    assert_eq!(session.headers(), Headers::Structured);
     assert!(session.info().flags.contains(TransmissionFlags::SEND_DF));
 }
 
@@ -112,10 +112,10 @@ fn a_server_without_go_is_entered_by_name_and_keeps_structured_replies() {
 fn a_server_without_structured_replies_has_simple_ones_and_no_contexts() {
     let mut handshake = greeted(FIXED);
     let mut output = BytesMut::new();
-    let question = Question::Agree(ReplyForm::Structured);
+    let question = Question::Agree(Headers::Structured);
     handshake.ask(question, &mut output).unwrap();
     let heard = hear(&mut handshake, &answer(STRUCTURED_REPLY, ERR_UNSUP, b""));
-    assert!(matches!(heard, Ok(Answer::Agreed(ReplyForm::Simple))));
+    assert!(matches!(heard, Ok(Answer::Agreed(Headers::Simple))));
 
     output.clear();
     let question = Question::Enter {
@@ -134,7 +134,7 @@ fn a_server_without_structured_replies_has_simple_ones_and_no_contexts() {
 #[test]
 fn a_refusal_that_means_everything_is_no_answer_about_replies() {
     let found = asked(
-        Question::Agree(ReplyForm::Structured),
+        Question::Agree(Headers::Structured),
         &answer(STRUCTURED_REPLY, ERR_TLS_REQD, b"not in the clear"),
     );
     let Ok(Some(Answer::Declined(declined))) = found else {
@@ -462,10 +462,10 @@ fn what_was_agreed_before_tls_is_forgotten() {
     handshake.ask(Question::StartTls, &mut output).unwrap();
     let heard = hear(&mut handshake, &answer(STARTTLS, ACK, b""));
     assert!(matches!(heard, Ok(Answer::StartTls)));
-    assert_eq!(handshake.form(), ReplyForm::Simple);
+    assert_eq!(handshake.headers(), Headers::Simple);
 
     output.clear();
-    let question = Question::Agree(ReplyForm::Structured);
+    let question = Question::Agree(Headers::Structured);
     handshake.ask(question, &mut output).unwrap();
     assert_eq!(output[8..12], STRUCTURED_REPLY.to_be_bytes());
 }
@@ -544,7 +544,7 @@ fn flood(handshake: &mut Handshake, server: &[u8], most: u32) -> ServerViolation
 
 fn structured() -> Handshake {
     let mut handshake = greeted(FIXED | NO_ZEROES);
-    let question = Question::Agree(ReplyForm::Structured);
+    let question = Question::Agree(Headers::Structured);
     handshake.ask(question, &mut BytesMut::new()).unwrap();
     hear(&mut handshake, &answer(STRUCTURED_REPLY, ACK, b"")).unwrap();
     handshake

@@ -6,11 +6,15 @@
 use stillpoint_proto as proto;
 
 mod both_ends;
+mod extended;
 mod handshake;
 mod reads;
 mod replies;
 mod states;
 mod vulnerabilities;
+
+#[cfg(feature = "client")]
+mod connection;
 
 mod entered;
 mod wire;

@@ -6,9 +6,9 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::entered::*;
-use crate::proto::client::{FRAGMENT_MIN, FRAGMENTS_FREE, Outcome, Piece, ReplyForm};
+use crate::proto::client::{FRAGMENT_MIN, FRAGMENTS_FREE, Outcome, Piece};
 use crate::proto::client::{ServerViolation, Session, into_bytes};
-use crate::proto::{Command, Errno};
+use crate::proto::{Command, Errno, Headers};
 use crate::wire::*;
 
 #[test]
@@ -41,7 +41,7 @@ fn pieces_come_in_any_order_and_are_put_together() {
 
 #[test]
 fn a_simple_reply_has_all_the_data_at_once() {
-    let mut session = session(ReplyForm::Simple, &[]);
+    let mut session = session(Headers::Simple, &[]);
     let first = submit(&mut session, read(0, 3));
     let second = submit(&mut session, read(5, 7));
     let server = [simple(second, 0, b"de"), simple(first, 0, b"abc")].concat();
@@ -303,7 +303,7 @@ fn replies(
 }
 
 fn structured() -> Session {
-    session(ReplyForm::Structured, &[])
+    session(Headers::Structured, &[])
 }
 
 fn pieces(session: &mut Session, server: &[u8]) -> Result<Vec<Piece>, ServerViolation> {

@@ -3,13 +3,13 @@
 use bytes::BytesMut;
 
 use crate::entered::*;
-use crate::proto::client::{ERROR_CHUNK_MAX, Outcome, ReplyForm, ServerViolation};
-use crate::proto::{Command, Cookie, Errno};
+use crate::proto::client::{ERROR_CHUNK_MAX, Outcome, ServerViolation};
+use crate::proto::{Command, Cookie, Errno, Headers};
 use crate::wire::*;
 
 #[test]
 fn whatever_is_not_a_read_may_be_answered_simply_or_in_a_chunk() {
-    let mut session = session(ReplyForm::Structured, &[]);
+    let mut session = session(Headers::Structured, &[]);
     let first = submit(&mut session, write(0, b"hello"));
     let second = submit(&mut session, Command::Flush);
     let third = submit(&mut session, write(9, b"x"));
@@ -30,7 +30,7 @@ fn whatever_is_not_a_read_may_be_answered_simply_or_in_a_chunk() {
 #[test]
 fn a_simple_reply_to_a_read_is_a_violation_where_replies_are_structured() {
     for error in [0, 5] {
-        let mut session = session(ReplyForm::Structured, &[]);
+        let mut session = session(Headers::Structured, &[]);
         let cookie = submit(&mut session, read(0, 1));
         assert_eq!(
             violation(&mut session, &simple(cookie, error, b"x")),
@@ -41,13 +41,13 @@ fn a_simple_reply_to_a_read_is_a_violation_where_replies_are_structured() {
 
 #[test]
 fn a_block_status_cannot_succeed_simply() {
-    let mut failing = session(ReplyForm::Structured, &["base:allocation"]);
-    let cookie = submit(&mut failing, block_status(0, 1));
+    let mut failing = session(Headers::Structured, &["base:allocation"]);
+    let cookie = submit(&mut failing, block_status(0, 1, 1));
     let completions = receive(&mut failing, &simple(cookie, 22, b"")).unwrap();
     assert!(completions[0].result.is_err());
 
-    let mut session = session(ReplyForm::Structured, &["base:allocation"]);
-    let cookie = submit(&mut session, block_status(0, 1));
+    let mut session = session(Headers::Structured, &["base:allocation"]);
+    let cookie = submit(&mut session, block_status(0, 1, 1));
     assert_eq!(
         violation(&mut session, &simple(cookie, 0, b"")),
         ServerViolation::ReplyForm("simple")
@@ -55,18 +55,29 @@ fn a_block_status_cannot_succeed_simply() {
 }
 
 #[test]
-fn a_structured_reply_that_was_not_agreed_on_is_a_violation() {
-    let mut session = session(ReplyForm::Simple, &[]);
-    let cookie = submit(&mut session, write(0, b"x"));
-    assert!(matches!(
-        violation(&mut session, &chunk(cookie, DONE, NONE, b"")),
-        ServerViolation::ReplyForm(_) | ServerViolation::Framing(_)
-    ));
+fn a_reply_of_a_form_that_was_not_agreed_on_is_a_violation() {
+    // The cookie of the first request.
+    let cookie = 1;
+    let extended = extended(cookie, 0, DONE, NONE, b"");
+    let structured = chunk(cookie, DONE, NONE, b"");
+    let simple = simple(cookie, 0, b"");
+    for (headers, reply) in [
+        (Headers::Simple, &structured),
+        (Headers::Simple, &extended),
+        (Headers::Structured, &extended),
+        (Headers::Extended, &structured),
+        (Headers::Extended, &simple),
+    ] {
+        let mut session = session(headers, &[]);
+        assert_eq!(submit(&mut session, write(0, b"x")), cookie);
+        let found = violation(&mut session, reply);
+        assert!(matches!(found, ServerViolation::Framing(_)), "{headers:?}");
+    }
 }
 
 #[test]
 fn a_reply_without_a_request_is_a_violation() {
-    let mut session = session(ReplyForm::Structured, &[]);
+    let mut session = session(Headers::Structured, &[]);
     let cookie = submit(&mut session, write(0, b"x"));
     let other = cookie + 1;
     for server in [
@@ -84,7 +95,7 @@ fn a_reply_without_a_request_is_a_violation() {
 #[test]
 fn a_second_reply_to_one_request_is_a_violation() {
     for again in [simple, |cookie, _, _: &[u8]| chunk(cookie, DONE, NONE, b"")] {
-        let mut session = session(ReplyForm::Structured, &[]);
+        let mut session = session(Headers::Structured, &[]);
         let cookie = submit(&mut session, write(0, b"x"));
         let server = [chunk(cookie, DONE, NONE, b""), again(cookie, 0, b"")];
         assert_eq!(
@@ -96,7 +107,7 @@ fn a_second_reply_to_one_request_is_a_violation() {
 
 #[test]
 fn a_chunk_after_the_last_is_a_violation() {
-    let mut session = session(ReplyForm::Structured, &[]);
+    let mut session = session(Headers::Structured, &[]);
     let cookie = submit(&mut session, read(0, 2));
     let server = [data(cookie, DONE, 0, b"ab"), data(cookie, DONE, 0, b"ab")];
     assert_eq!(
@@ -107,7 +118,7 @@ fn a_chunk_after_the_last_is_a_violation() {
 
 #[test]
 fn a_chunk_that_says_that_nothing_follows_is_the_last() {
-    let mut session = session(ReplyForm::Structured, &[]);
+    let mut session = session(Headers::Structured, &[]);
     let cookie = submit(&mut session, write(0, b"x"));
     assert_eq!(
         violation(&mut session, &chunk(cookie, 0, NONE, b"")),
@@ -123,13 +134,12 @@ fn chunks_fit_what_was_asked() {
         (write(0, b"x"), OFFSET_HOLE),
         (write(0, b"x"), BLOCK_STATUS),
         (read(0, 100), BLOCK_STATUS),
-        (block_status(0, 100), OFFSET_DATA),
-        (block_status(0, 100), OFFSET_HOLE),
-        (block_status(0, 100), 6),
+        (block_status(0, 100, 1), OFFSET_DATA),
+        (block_status(0, 100, 1), OFFSET_HOLE),
         (read(0, 100), 77),
         (Command::Flush, 3),
     ] {
-        let mut session = session(ReplyForm::Structured, &contexts);
+        let mut session = session(Headers::Structured, &contexts);
         let cookie = submit(&mut session, command.clone());
         let found = violation(&mut session, &chunk(cookie, DONE, kind, &[1; 12]));
         assert!(
@@ -141,7 +151,7 @@ fn chunks_fit_what_was_asked() {
 
 #[test]
 fn an_unknown_error_is_an_error() {
-    let mut session = session(ReplyForm::Structured, &[]);
+    let mut session = session(Headers::Structured, &[]);
     let cookie = submit(&mut session, read(0, 2));
     let payload = [
         &1_u32.to_be_bytes()[..],
@@ -168,7 +178,7 @@ fn a_text_longer_than_its_chunk_or_than_any_text_is_a_violation() {
         vec![0; 5],
         text(10, ERROR_CHUNK_MAX as usize),
     ] {
-        let mut session = session(ReplyForm::Structured, &[]);
+        let mut session = session(Headers::Structured, &[]);
         let cookie = submit(&mut session, read(0, 2));
         let server = chunk(cookie, DONE, ERROR, &payload);
         assert!(matches!(
@@ -185,7 +195,7 @@ fn a_text_that_is_no_string_is_left_out_and_control_characters_are_not_shown() {
         (b"a\0b", "input/output error"),
         (b"a\x1b[31mb\n", "input/output error: a\u{fffd}[31mb"),
     ] {
-        let mut session = session(ReplyForm::Structured, &[]);
+        let mut session = session(Headers::Structured, &[]);
         let cookie = submit(&mut session, read(0, 2));
         let length = (bytes.len() as u16).to_be_bytes();
         let payload = [&5_u32.to_be_bytes()[..], &length, bytes].concat();
@@ -199,7 +209,7 @@ fn a_text_that_is_no_string_is_left_out_and_control_characters_are_not_shown() {
 
 #[test]
 fn errors_without_end_are_a_violation() {
-    let mut session = session(ReplyForm::Structured, &[]);
+    let mut session = session(Headers::Structured, &[]);
     let cookie = submit(&mut session, write(0, b"x"));
     let server = error(cookie, 0, 5, "again").repeat(1000);
     assert_eq!(
@@ -210,7 +220,7 @@ fn errors_without_end_are_a_violation() {
 
 #[test]
 fn bytes_that_are_no_reply_are_a_violation() {
-    for form in [ReplyForm::Simple, ReplyForm::Structured] {
+    for form in [Headers::Simple, Headers::Structured, Headers::Extended] {
         let mut session = session(form, &[]);
         submit(&mut session, read(0, 2));
         for server in [
@@ -229,9 +239,9 @@ fn bytes_that_are_no_reply_are_a_violation() {
 #[test]
 fn where_the_stream_is_cut_makes_no_difference() {
     let script = |cut: usize| {
-        let mut session = session(ReplyForm::Structured, &["base:allocation", "qemu:x"]);
+        let mut session = session(Headers::Structured, &["base:allocation", "qemu:x"]);
         let first = submit(&mut session, read(0, 20));
-        let second = submit(&mut session, block_status(0, 1000));
+        let second = submit(&mut session, block_status(0, 1000, 2));
         let third = submit(&mut session, write(0, b"x"));
         let server = [
             data(first, 0, 10, &[7; 10]),
@@ -263,7 +273,7 @@ fn where_the_stream_is_cut_makes_no_difference() {
 fn what_a_server_could_only_refuse_is_not_sent() {
     let sizes = [512, 4096, 1 << 20];
     let flags = HAS_FLAGS | READ_ONLY;
-    let mut session = session_with(ReplyForm::Structured, &[], flags, sizes);
+    let mut session = session_with(Headers::Structured, &[], flags, sizes);
     for (command, reason) in [
         (read(0, 513), "aligned"),
         (read(1, 513), "aligned"),
@@ -273,7 +283,7 @@ fn what_a_server_could_only_refuse_is_not_sent() {
         (read(0, 2 << 20), "longer than the maximum"),
         (write(0, &[0; 512]), "read-only"),
         (Command::Flush, "not offered"),
-        (block_status(0, 512), "without a metadata context"),
+        (block_status(0, 512, 0), "without a metadata context"),
         (Command::Cache { range: 0..SIZE }, "32 bits"),
     ] {
         let mut output = BytesMut::new();

@@ -3,14 +3,15 @@
 use bytes::BytesMut;
 
 use crate::entered::*;
-use crate::proto::client::{Answer, Handshake, Outcome, Question, ReplyForm, ServerViolation};
+use crate::proto::Headers;
+use crate::proto::client::{Answer, Handshake, Outcome, Question, ServerViolation};
 use crate::wire::*;
 
 /// libnbd wrote data behind its buffer when a chunk's offset lay outside of the read.
 #[test]
 fn cve_2019_14842_a_chunk_outside_of_the_read_is_never_stored() {
     for (offset, length) in [(4096, 4096), (8192, 1), (0, 4096), (u64::MAX - 4095, 4096)] {
-        let mut session = session(ReplyForm::Structured, &[]);
+        let mut session = session(Headers::Structured, &[]);
         let cookie = submit(&mut session, read(4096, 4096 + 512));
         let server = data(cookie, DONE, offset, &vec![7; length]);
         assert!(
@@ -37,7 +38,7 @@ fn cve_2021_20286_a_server_that_ends_or_fails_at_any_byte_of_the_handshake_is_an
     .concat();
     let questions = || {
         [
-            Question::Agree(ReplyForm::Structured),
+            Question::Agree(Headers::Structured),
             Question::Enter {
                 export: "vda".into(),
                 contexts: vec!["base:allocation".into()],
@@ -69,7 +70,7 @@ fn cve_2021_20286_a_server_that_ends_or_fails_at_any_byte_of_the_handshake_is_an
 /// nbdcopy took what asynchronous reads left in their buffers for data, errors or not.
 #[test]
 fn cve_2022_0485_there_is_no_data_but_that_of_a_read_that_succeeded() {
-    let mut session = session(ReplyForm::Structured, &[]);
+    let mut session = session(Headers::Structured, &[]);
     let cookie = submit(&mut session, read(0, 4));
     let server = [data(cookie, 0, 0, b"junk"), error(cookie, DONE, 5, "")];
     let completion = receive(&mut session, &server.concat()).unwrap().remove(0);
@@ -100,15 +101,15 @@ fn cve_2023_5215_an_export_has_no_negative_size() {
     ));
 }
 
-/// libnbd ended the program when a block status had flags that no context has.
+/// libnbd ended the program when a block status had flags of more than 32 bits.
 #[test]
 fn cve_2023_5871_flags_that_no_context_has_are_flags() {
-    let mut session = session(ReplyForm::Structured, &["base:allocation"]);
-    let cookie = submit(&mut session, block_status(0, 100));
-    let server = status(cookie, DONE, 1, &[(100, u32::MAX)]);
+    let mut session = session(Headers::Extended, &["base:allocation"]);
+    let cookie = submit(&mut session, block_status(0, 100, 1));
+    let server = extended_status(cookie, (0, DONE), 1, &[(100, u64::MAX)]);
     let completion = receive(&mut session, &server).unwrap().remove(0);
     let Ok(Outcome::BlockStatus(status)) = completion.result else {
         panic!("{completion:?}");
     };
-    assert_eq!(status.contexts[0].1[0].flags, u32::MAX);
+    assert_eq!(status.contexts[0].1[0].flags, u64::MAX);
 }

@@ -9,6 +9,8 @@ pub(crate) const GO: u32 = 7;
 pub(crate) const LIST_META_CONTEXT: u32 = 9;
 pub(crate) const SET_META_CONTEXT: u32 = 10;
 
+pub(crate) const EXTENDED_HEADERS: u32 = 11;
+
 pub(crate) const ACK: u32 = 1;
 pub(crate) const REP_SERVER: u32 = 2;
 pub(crate) const REP_INFO: u32 = 3;
@@ -26,6 +28,7 @@ pub(crate) const SEND_WRITE_ZEROES: u16 = 1 << 6;
 pub(crate) const SEND_DF: u16 = 1 << 7;
 pub(crate) const SEND_CACHE: u16 = 1 << 10;
 pub(crate) const SEND_FAST_ZERO: u16 = 1 << 11;
+pub(crate) const BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 pub(crate) const EVERYTHING: u16 = HAS_FLAGS
     | SEND_FLUSH
     | SEND_FUA
@@ -33,13 +36,15 @@ pub(crate) const EVERYTHING: u16 = HAS_FLAGS
     | SEND_WRITE_ZEROES
     | SEND_DF
     | SEND_CACHE
-    | SEND_FAST_ZERO;
+    | SEND_FAST_ZERO
+    | BLOCK_STATUS_PAYLOAD;
 
 pub(crate) const DONE: u16 = 1;
 pub(crate) const NONE: u16 = 0;
 pub(crate) const OFFSET_DATA: u16 = 1;
 pub(crate) const OFFSET_HOLE: u16 = 2;
 pub(crate) const BLOCK_STATUS: u16 = 5;
+pub(crate) const BLOCK_STATUS_EXT: u16 = 6;
 pub(crate) const ERROR: u16 = 0x8001;
 pub(crate) const ERROR_OFFSET: u16 = 0x8002;
 
@@ -109,6 +114,46 @@ pub(crate) fn chunk_header(cookie: u64, flags: u16, kind: u16, length: u32) -> V
         &length.to_be_bytes(),
     ]
     .concat()
+}
+
+/// An extended chunk, which repeats where the request starts.
+pub(crate) fn extended(cookie: u64, offset: u64, flags: u16, kind: u16, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = extended_header(cookie, offset, flags, kind, payload.len() as u64);
+    bytes.extend(payload);
+    bytes
+}
+
+pub(crate) fn extended_header(
+    cookie: u64,
+    offset: u64,
+    flags: u16,
+    kind: u16,
+    length: u64,
+) -> Vec<u8> {
+    [
+        &0x6e8a_278c_u32.to_be_bytes()[..],
+        &flags.to_be_bytes(),
+        &kind.to_be_bytes(),
+        &cookie.to_be_bytes(),
+        &offset.to_be_bytes(),
+        &length.to_be_bytes(),
+    ]
+    .concat()
+}
+
+pub(crate) fn extended_status(
+    cookie: u64,
+    (offset, flags): (u64, u16),
+    context: u32,
+    extents: &[(u64, u64)],
+) -> Vec<u8> {
+    let mut payload = context.to_be_bytes().to_vec();
+    payload.extend((extents.len() as u32).to_be_bytes());
+    for (length, flags) in extents {
+        payload.extend(length.to_be_bytes());
+        payload.extend(flags.to_be_bytes());
+    }
+    extended(cookie, offset, flags, BLOCK_STATUS_EXT, &payload)
 }
 
 pub(crate) fn data(cookie: u64, flags: u16, offset: u64, data: &[u8]) -> Vec<u8> {

@@ -54,7 +54,7 @@ impl<S> Connection<S> {
     pub(super) fn new(stream: S, session: Session, input: BytesMut) -> (Client, Self) {
         let shared = Arc::new(Shared::new(
             session.info().clone(),
-            session.form(),
+            session.headers(),
             session.contexts().to_vec(),
         ));
         // Bounded by the permits that each request has.

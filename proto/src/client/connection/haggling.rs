@@ -6,8 +6,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use super::driver::Connection;
 use super::error::Error;
 use super::requests::Client;
-use crate::client::{Answer, Handshake, Question, ReplyForm};
+use crate::client::{Answer, Handshake, Question};
 use crate::export::{ExportInfo, Listed};
+use crate::headers::Headers;
 
 /// A connection on which no export has been entered yet.
 ///
@@ -19,7 +20,7 @@ pub struct Haggling<S> {
     stream: S,
     handshake: Handshake,
     input: BytesMut,
-    form: ReplyForm,
+    headers: Headers,
     agreed: bool,
 }
 
@@ -28,7 +29,7 @@ pub struct Haggling<S> {
 #[must_use = "the handshake goes on inside of TLS"]
 pub struct AfterTls {
     handshake: Handshake,
-    form: ReplyForm,
+    headers: Headers,
 }
 
 impl AfterTls {
@@ -38,7 +39,7 @@ impl AfterTls {
             stream,
             handshake: self.handshake,
             input: BytesMut::new(),
-            form: self.form,
+            headers: self.headers,
             agreed: false,
         }
     }
@@ -53,7 +54,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Haggling<S> {
             stream,
             handshake: Handshake::new(),
             input: BytesMut::new(),
-            form: ReplyForm::NEWEST,
+            headers: Headers::Extended,
             agreed: false,
         };
         let mut output = BytesMut::new();
@@ -63,11 +64,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Haggling<S> {
         }
     }
 
-    /// Asks for no newer form of replies than this one. Without it the newest is asked for that is
+    /// Asks for no newer form of requests and replies than this one. Without it the newest is asked for that is
     /// known here; servers that do not know it are asked for an older one in either case.
     #[must_use]
-    pub fn at_most(mut self, form: ReplyForm) -> Self {
-        self.form = form;
+    pub fn at_most(mut self, headers: Headers) -> Self {
+        self.headers = headers;
         self
     }
 
@@ -82,7 +83,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Haggling<S> {
                 self.stream,
                 AfterTls {
                     handshake: self.handshake,
-                    form: self.form,
+                    headers: self.headers,
                 },
             )),
             Err(error) => Err(self.leave(error).await),
@@ -171,7 +172,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Haggling<S> {
         if self.agreed {
             return Ok(());
         }
-        match self.ask(Question::Agree(self.form)).await {
+        match self.ask(Question::Agree(self.headers)).await {
             Ok(_) => {}
             // One that knows no options has simple replies.
             Err(Error::Declined(declined)) if !declined.ends_all() => {}

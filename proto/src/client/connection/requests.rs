@@ -10,9 +10,10 @@ use super::error::Error;
 use super::map::Map;
 use super::shared::{Shared, Submission, Waiter};
 use crate::admission::Command;
-use crate::client::{BlockStatus, EXTENTS_ACCEPTED_MAX, Outcome, Piece, ReplyForm, into_bytes};
-use crate::export::ExportInfo;
+use crate::client::{BlockStatus, EXTENTS_ACCEPTED_MAX, Outcome, Piece, into_bytes};
+use crate::export::{ExportInfo, TransmissionFlags as Flags};
 use crate::extents::{ContextId, Extent};
+use crate::headers::Headers;
 use crate::request::PAYLOAD_MAX;
 
 /// How many requests are sent before one is answered; others wait. Servers take as many and more,
@@ -76,9 +77,9 @@ impl Client {
         &self.shared.info
     }
 
-    /// The form of its replies.
-    pub fn form(&self) -> ReplyForm {
-        self.shared.form
+    /// The form of requests and replies.
+    pub fn headers(&self) -> Headers {
+        self.shared.headers
     }
 
     /// The metadata contexts that were asked for and that the export has.
@@ -156,16 +157,18 @@ impl Client {
 
     /// Says that a range is no longer needed; what it reads as then is the server's choice.
     pub async fn trim(&self, range: Range<u64>, durability: Durability) -> Result<(), Error> {
-        let requests = self.parts(&range, EFFECT_MAX).map(|range| Command::Trim {
-            range,
-            fua: durability == Durability::Now,
-        });
+        let requests = self
+            .parts(&range, self.effect_max())
+            .map(|range| Command::Trim {
+                range,
+                fua: durability == Durability::Now,
+            });
         self.perform(requests).await.map(drop)
     }
 
     /// Says that a range will be read soon.
     pub async fn cache(&self, range: Range<u64>) -> Result<(), Error> {
-        let parts = self.parts(&range, EFFECT_MAX);
+        let parts = self.parts(&range, self.effect_max());
         let requests = parts.map(|range| Command::Cache { range });
         self.perform(requests).await.map(drop)
     }
@@ -180,9 +183,26 @@ impl Client {
     /// How much of it is the server's choice, and in the [`BlockStatus`]; [`map`](Self::map) goes
     /// on to the end.
     pub async fn block_status(&self, range: Range<u64>) -> Result<BlockStatus, Error> {
-        let end = range.end.min(range.start.saturating_add(EFFECT_MAX));
+        let all: Vec<ContextId> = self.contexts().iter().map(|(id, _)| *id).collect();
+        self.block_status_of(range, &all).await
+    }
+
+    /// What some of the selected contexts say about the beginning of a range. Where a server cannot
+    /// be asked for some, it is asked for all.
+    pub async fn block_status_of(
+        &self,
+        range: Range<u64>,
+        contexts: &[ContextId],
+    ) -> Result<BlockStatus, Error> {
+        let selected = self.contexts().iter().map(|(id, _)| *id);
+        let may_filter = self.info().flags.contains(Flags::BLOCK_STATUS_PAYLOAD);
         let command = Command::BlockStatus {
-            range: range.start..end,
+            range: range.start..range.end.min(range.start.saturating_add(self.effect_max())),
+            contexts: if may_filter {
+                contexts.to_vec()
+            } else {
+                selected.collect()
+            },
             one: false,
         };
         match self.perform([command]).await?.pop() {
@@ -251,6 +271,14 @@ impl Client {
         PAYLOAD_MAX.min(u64::from(sizes.maximum())) / minimum * minimum
     }
 
+    /// The longest range without data that a request can say, in blocks of any size.
+    fn effect_max(&self) -> u64 {
+        match self.shared.headers {
+            Headers::Extended => u64::MAX,
+            Headers::Structured | Headers::Simple => EFFECT_MAX,
+        }
+    }
+
     /// A range in parts of at most `longest`. Nothing is one empty part if it lies outside of the
     /// export, so that it is refused like something would be.
     fn parts(&self, range: &Range<u64>, longest: u64) -> impl Iterator<Item = Range<u64>> + use<> {
@@ -286,5 +314,5 @@ fn cost(command: &Command) -> u32 {
 /// What the extents of one reply take at most.
 const EXTENTS_MEMORY: u64 = (EXTENTS_ACCEPTED_MAX * size_of::<Extent>()) as u64;
 
-/// The longest range without data that a request of 32 bits can say, in blocks of any size.
+/// What 32 bits can say, in blocks of any size.
 const EFFECT_MAX: u64 = (1 << 32) - (64 << 10);

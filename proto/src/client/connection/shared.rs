@@ -8,15 +8,15 @@ use super::error::Error;
 use super::requests::{BYTES_MAX, REQUESTS_MAX};
 use crate::admission::Command;
 use crate::client::Outcome;
-use crate::client::ReplyForm;
 use crate::export::ExportInfo;
 use crate::extents::ContextId;
+use crate::headers::Headers;
 
 /// What both ends know.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) info: ExportInfo,
-    pub(super) form: ReplyForm,
+    pub(super) headers: Headers,
     pub(super) contexts: Vec<(ContextId, String)>,
     /// How many requests may still be sent before one is answered.
     pub(super) requests: Arc<Semaphore>,
@@ -46,12 +46,12 @@ pub(super) type Submissions = mpsc::UnboundedReceiver<Submission>;
 impl Shared {
     pub(super) fn new(
         info: ExportInfo,
-        form: ReplyForm,
+        headers: Headers,
         contexts: Vec<(ContextId, String)>,
     ) -> Self {
         Self {
             info,
-            form,
+            headers,
             contexts,
             requests: Arc::new(Semaphore::new(REQUESTS_MAX)),
             bytes: Arc::new(Semaphore::new(BYTES_MAX)),

@@ -43,6 +43,8 @@ mod incoming_reply;
 mod reply;
 mod request;
 
+pub mod client;
+
 pub mod command;
 mod errno;
 mod headers;

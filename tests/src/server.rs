@@ -489,6 +489,18 @@ pub fn binary_with_test_hooks() -> PathBuf {
     )
 }
 
+/// An example of `proto/`, built like these tests.
+#[track_caller]
+pub fn example(name: &str) -> PathBuf {
+    let path = build_directory().join("examples").join(name);
+    assert!(
+        path.exists(),
+        "{} is missing: run cargo build -p stillpoint-proto --features client --examples",
+        path.display()
+    );
+    path
+}
+
 #[track_caller]
 fn existing(variable: &str, otherwise: PathBuf, build: &str) -> PathBuf {
     let path = env::var_os(variable).map_or(otherwise, PathBuf::from);

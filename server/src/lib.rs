@@ -6,8 +6,10 @@ mod serve;
 mod address;
 mod control;
 mod listen;
+mod listeners;
 mod nbd;
 mod notify;
+mod tls;
 
 mod export;
 mod service;

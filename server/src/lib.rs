@@ -5,6 +5,7 @@ mod serve;
 
 mod address;
 mod control;
+mod handed_over;
 mod listen;
 mod listeners;
 mod nbd;

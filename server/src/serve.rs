@@ -17,6 +17,7 @@ use crate::control::{Control, converse, turn_away};
 use crate::disk::OnTrackingError;
 use crate::export::Role;
 use crate::failure::Failure;
+use crate::handed_over;
 use crate::hooks::wall_clock;
 use crate::listen;
 use crate::listeners::{self, Door, Listener, Listeners};
@@ -67,7 +68,8 @@ pub(crate) fn run(options: ServeOptions) -> Result<(), Failure> {
 
 async fn serve(options: ServeOptions) -> Result<(), Failure> {
     let tls = options.tls.as_ref().map(TlsOptions::read).transpose()?;
-    listeners::refuse_plaintext(&options, tls.as_ref())?;
+    let handed_over = handed_over::take()?;
+    listeners::refuse_plaintext(&options, &handed_over, tls.as_ref())?;
     // From here on a signal is a wish, also one that comes before the first client.
     let signals = Signals::watch().map_err(|error| cannot("wait for signals", &error))?;
     let scratch_dir = options.scratch_dir.as_deref();
@@ -90,15 +92,16 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     keepers.spawn_local(Arc::clone(&service).keep_to_expiry());
     let guarded = Arc::clone(&service);
     keepers.spawn_local(async move { guarded.guard_reserves().await });
-    let listeners = Listeners::bind(&options, tls.as_ref()).await?;
+    let listeners = Listeners::bind(&options, handed_over, tls.as_ref()).await?;
+    let made = listeners.made.clone();
     let (stop, stopping) = watch::channel(false);
     let workers = Workers::start(worker_count(), &service, &stopping)
         .map_err(|error| cannot("start worker threads", &error))?;
 
     let control = Rc::new(Control {
         service: Arc::clone(&service),
-        live_addresses: listeners.live.clone(),
-        backup_addresses: listeners.backup.clone(),
+        live_addresses: listeners.endpoints(Role::Live),
+        backup_addresses: listeners.endpoints(Role::Backup),
         run_dir: options.run_dir.clone(),
         stop,
     });
@@ -114,17 +117,10 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     .await;
 
     notify::stopping();
-    for endpoint in control
-        .live_addresses
-        .iter()
-        .chain(&control.backup_addresses)
-    {
-        if let Address::Unix(path) = &endpoint.address {
-            let _ = std::fs::remove_file(path);
-        }
-    }
     // Nobody finds the server any more from here on; a file that is gone already is as good.
-    let _ = std::fs::remove_file(options.run_dir.join("control.sock"));
+    for path in made {
+        let _ = std::fs::remove_file(path);
+    }
     // The workers have been told; joining them blocks nobody but this thread.
     workers.join();
     keepers.shutdown().await;
@@ -155,7 +151,8 @@ async fn accept(
         listener,
         role,
         tls,
-    } in listeners.data
+        ..
+    } in listeners.doors
     {
         let places = Arc::clone(match role {
             Role::Live => &live,

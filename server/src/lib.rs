@@ -5,9 +5,12 @@ mod serve;
 
 mod address;
 mod control;
+mod handed_over;
 mod listen;
+mod listeners;
 mod nbd;
 mod notify;
+mod tls;
 
 mod export;
 mod service;

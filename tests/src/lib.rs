@@ -19,6 +19,7 @@ pub mod seeds;
 pub mod shadow;
 pub mod state;
 pub mod syncs;
+pub mod tls;
 pub mod tools;
 
 pub mod simulation;

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -280,6 +280,34 @@ impl Server {
     /// What the server logged.
     pub fn stderr(&self) -> String {
         read(&self.path("stderr"))
+    }
+
+    /// Returns when this text is in the log so many times.
+    #[track_caller]
+    pub fn wait_for_log(&self, text: &str, times: usize) {
+        let begun = Instant::now();
+        while self.stderr().matches(text).count() < times {
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "{text:?} is not in the log {times} times\n{}",
+                self.stderr()
+            );
+            std::thread::yield_now();
+        }
+    }
+
+    /// The first TCP port among the URIs that the server printed for a role, `live` or `backups`.
+    #[track_caller]
+    pub fn port(&self, role: &str) -> u16 {
+        let told = self.stdout();
+        let uris = told
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix(role));
+        let mut ports = uris.filter_map(|uri| {
+            let place = uri.trim().split_once("://")?.1.split_once('/')?.0;
+            place.rsplit_once(':')?.1.parse().ok()
+        });
+        ports.next().unwrap_or_else(|| panic!("no port in {told}"))
     }
 
     /// A path in the directory of this server.

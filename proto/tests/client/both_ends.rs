@@ -135,6 +135,7 @@ impl Ends {
                 Ok(Step::Ready(session)) => served = Some(session),
                 Ok(Step::Hangup(_)) if served.is_some() => {}
                 Ok(Step::Abort | Step::Hangup(_)) => panic!("the server hangs up"),
+                Ok(Step::StartTls) => panic!("nobody asked for TLS"),
                 Err(violation) => panic!("{violation}"),
             }
             self.to_client.send(&output);

@@ -16,6 +16,7 @@ mod scratch_options;
 mod serve;
 mod show;
 mod table;
+mod tls_options;
 mod units;
 
 use std::io::{self, Write};

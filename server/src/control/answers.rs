@@ -12,8 +12,8 @@ use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 use uuid::Uuid;
 
-use crate::address::Address;
 use crate::failure::Failure;
+use crate::listeners::Endpoint;
 use crate::names::Name;
 use crate::service::{Event, Outcome, Resized};
 
@@ -492,10 +492,10 @@ pub(crate) fn path_text(path: &Path) -> String {
 }
 
 /// Where `export` can be opened.
-pub(crate) fn uris(addresses: &[Address], export: &str) -> Vec<String> {
-    addresses
+pub(crate) fn uris(endpoints: &[Endpoint], export: &str) -> Vec<String> {
+    endpoints
         .iter()
-        .map(|address| address.uri(export))
+        .map(|endpoint| endpoint.uri(export))
         .collect()
 }
 

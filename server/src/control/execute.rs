@@ -83,8 +83,11 @@ pub(crate) async fn execute(
 impl Control {
     async fn status(&self) -> Result<Status, Failure> {
         let backups = self.all_backups();
-        let texts = |addresses: &[crate::address::Address]| {
-            addresses.iter().map(ToString::to_string).collect()
+        let texts = |endpoints: &[crate::listeners::Endpoint]| {
+            let texts = endpoints
+                .iter()
+                .map(|endpoint| endpoint.address.to_string());
+            texts.collect()
         };
         Ok(Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),

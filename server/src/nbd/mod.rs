@@ -19,12 +19,13 @@ use proto::{GREETING, Negotiation, Step, Violation};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 pub(crate) use workers::{Client, Stream, Workers};
 
 use crate::export::Role;
 use crate::service::Service;
+use crate::tls::Tls;
 use catalog::Exports;
 
 /// Why a connection ended early.
@@ -36,6 +37,8 @@ enum Ended {
     Violation(#[from] Violation),
     #[error("{0}")]
     Declined(String),
+    #[error("the TLS handshake failed: {0}")]
+    Tls(io::Error),
     #[error("no export was chosen within {HANDSHAKE_MAX:?}")]
     TooSlow,
 }
@@ -44,50 +47,94 @@ enum Ended {
 async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
     service: Arc<Service>,
-    role: Role,
+    (role, tls): (Role, Tls),
+    peer: &str,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), Ended> {
+    let deadline = Instant::now() + HANDSHAKE_MAX;
     let mut input = BytesMut::with_capacity(INPUT_PIECE);
-    let exports = Exports::new(service, role);
-    let negotiated = tokio::select! {
-        biased;
-        _ = stop.wait_for(|stop| *stop) => return Ok(()),
-        negotiated = timeout(HANDSHAKE_MAX, negotiate(&mut stream, &mut input, exports)) => {
-            negotiated.map_err(|_| Ended::TooSlow)??
+    let mut negotiation = Negotiation::with_tls(Exports::new(service, role), tls.mode());
+    let greeting = BytesMut::from(&GREETING[..]);
+    let negotiated = negotiate(&mut stream, &mut negotiation, &mut input, greeting);
+    match in_time(deadline, &mut stop, negotiated).await? {
+        Some(Chosen::Export(session)) => transmission::run(stream, session, input, stop).await,
+        Some(Chosen::Tls) => {
+            let secured = async {
+                let mut stream = tls.accept(stream).await.map_err(Ended::Tls)?;
+                tell_who(peer, stream.subject());
+                let nothing = BytesMut::new();
+                let chosen = negotiate(&mut stream, &mut negotiation, &mut input, nothing).await;
+                Ok((stream, chosen?))
+            };
+            match in_time(deadline, &mut stop, secured).await? {
+                Some((stream, Chosen::Export(session))) => {
+                    transmission::run(stream, session, input, stop).await
+                }
+                _ => Ok(()),
+            }
         }
-    };
-    match negotiated {
-        Some(session) => transmission::run(stream, session, input, stop).await,
-        None => Ok(()),
+        Some(Chosen::Goodbye) | None => Ok(()),
     }
 }
 
-/// Lets the client choose an export; `None` if it says goodbye instead.
+/// What comes of a part of the handshake; `None` if the server stops meanwhile.
+async fn in_time<T>(
+    deadline: Instant,
+    stop: &mut watch::Receiver<bool>,
+    handshake: impl Future<Output = Result<T, Ended>>,
+) -> Result<Option<T>, Ended> {
+    tokio::select! {
+        biased;
+        _ = stop.wait_for(|stop| *stop) => Ok(None),
+        done = timeout_at(deadline, handshake) => done.map_err(|_| Ended::TooSlow)?.map(Some),
+    }
+}
+
+/// What a client wants once it has asked enough.
+enum Chosen {
+    Export(proto::Session<Exports>),
+    Tls,
+    Goodbye,
+}
+
+/// Answers a client's options, after what is to be said first.
 async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
+    negotiation: &mut Negotiation<Exports>,
     input: &mut BytesMut,
-    exports: Exports,
-) -> Result<Option<proto::Session<Exports>>, Ended> {
-    let mut negotiation = Negotiation::new(exports);
-    let mut output = BytesMut::from(&GREETING[..]);
+    mut output: BytesMut,
+) -> Result<Chosen, Ended> {
     loop {
         stream.write_all_buf(&mut output).await?;
         match negotiation.advance(input, &mut output)? {
             Step::WriteFirst => continue,
             Step::NeedMore => stream.write_all_buf(&mut output).await?,
+            Step::StartTls => {
+                stream.write_all_buf(&mut output).await?;
+                return Ok(Chosen::Tls);
+            }
             Step::Ready(session) => {
                 stream.write_all_buf(&mut output).await?;
-                return Ok(Some(session));
+                return Ok(Chosen::Export(session));
             }
             Step::Abort => {
                 stream.write_all_buf(&mut output).await?;
-                return Ok(None);
+                return Ok(Chosen::Goodbye);
             }
             Step::Hangup(reason) => return Err(Ended::Declined(reason.into_owned())),
         }
         if stream.read_buf(input).await? == 0 {
-            return Ok(None);
+            return Ok(Chosen::Goodbye);
         }
+    }
+}
+
+/// Logs whom a client's certificate names; its address or process was told before.
+fn tell_who(peer: &str, subject: Option<String>) {
+    if let Some(subject) = subject {
+        tracing::info!(peer, subject, "TLS with a client certificate");
+    } else {
+        tracing::debug!(peer, "TLS");
     }
 }
 

@@ -12,6 +12,7 @@ use tokio::task::LocalSet;
 use super::converse;
 use crate::export::Role;
 use crate::service::Service;
+use crate::tls::Tls;
 
 /// Threads that serve clients, each with a runtime of its own.
 pub(crate) struct Workers {
@@ -27,6 +28,8 @@ pub(crate) struct Client {
     pub(crate) stream: Stream,
     /// What the socket that it came to offers.
     pub(crate) role: Role,
+    /// Whether it may, or must, ask for TLS there.
+    pub(crate) tls: Tls,
     /// Who it is, for the log.
     pub(crate) peer: String,
     /// Its place among those that are served at once.
@@ -106,13 +109,14 @@ async fn serve(client: Client, service: Arc<Service>, stop: watch::Receiver<bool
     let Client {
         stream,
         role,
+        tls,
         peer,
         place: _place,
     } = client;
     tracing::debug!(peer, ?role, "connected");
     let ended = match tied(stream) {
-        Ok(Tied::Unix(stream)) => converse(stream, service, role, stop).await,
-        Ok(Tied::Tcp(stream)) => converse(stream, service, role, stop).await,
+        Ok(Tied::Unix(stream)) => converse(stream, service, (role, tls), &peer, stop).await,
+        Ok(Tied::Tcp(stream)) => converse(stream, service, (role, tls), &peer, stop).await,
         Err(error) => Err(error.into()),
     };
     match ended {

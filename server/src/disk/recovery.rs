@@ -165,9 +165,19 @@ impl<P: Durable> Recovery<P> {
     /// The same of a disk that was being enlarged to the size that it has, if it was: a start marks
     /// all that is new.
     #[must_use]
-    pub fn ending(self, growth: Option<Growth>) -> Self {
-        let grown_from = growth.map(|growth| growth.from);
-        Self { grown_from, ..self }
+    pub fn ending(mut self, growth: Option<Growth>) -> Self {
+        let Some(Growth { from, .. }) = growth else {
+            return self;
+        };
+        // Of what is new nothing need be there yet, also where its region was filled once: a power cut
+        // may have taken entries behind the end of the disk, which nobody has missed.
+        let new = from / self.map.granularity().bytes();
+        for (_, chunks) in &mut self.damage.chunks {
+            chunks.end = chunks.end.min(new);
+        }
+        self.damage.chunks.retain(|(_, chunks)| !chunks.is_empty());
+        self.grown_from = Some(from);
+        self
     }
 
     /// Starts after what was `before`, with a tracking that survives what `durability` says.
@@ -254,10 +264,6 @@ impl<P: Durable> Recovery<P> {
         let new =
             grown_from.map(|size| size / granularity.bytes() * granularity.bytes()..map.size());
         for page in &damage.pages {
-            // Behind the end of the disk nothing is marked, and a larger disk finds entries there.
-            let chunks = Eras::<P>::chunks_of_page(*page);
-            map.eras()
-                .fill(&(map.eras().count().clamp(chunks.start, chunks.end)..chunks.end))?;
             // Stored in any case, so that the sector is whole again.
             table.rewrite(*page, |record| {
                 record.active = u16::MAX;

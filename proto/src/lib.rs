@@ -4,7 +4,7 @@
 //! [`Session`], asking a [`Catalog`] for what exists. Then [`RequestDecoder`] finds the requests,
 //! [`Admission`] turns each into a [`Command`] that can only be legal, or into a [`Refusal`], and
 //! [`Replies`] writes the answers. The other direction is [`Request::encode`] and
-//! [`Reply::decode`].
+//! [`Reply::decode`]; [`client`] builds on them a client that believes no server.
 //!
 //! Spoken are the fixed newstyle handshake, the beginning of TLS (which the caller then speaks),
 //! structured replies and metadata contexts, as the protocol's reference, `proto.md`, has them; and

@@ -2,7 +2,8 @@
 //!
 //! Nothing here uses the server's own crates: what a test believes about the protocol it has from
 //! the protocol's documents, not from the code under test. The one exception is [`simulation`], which
-//! runs the server's own types on storage of its making.
+//! runs the server's own types on storage of its making. (`tests/client` is about a crate, not about the
+//! server.)
 
 pub mod server;
 

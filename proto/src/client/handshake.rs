@@ -1,17 +1,16 @@
 //! From a server's greeting to a session.
 
 use bytes::{Buf, BufMut, BytesMut};
-use thiserror::Error;
 
-use super::answer::{AnswerDecoder, Declined, RawAnswer, Reason, context, listed};
+use super::answer::{AnswerDecoder, Declined, RawAnswer, Reason};
 use super::description::{Description, undescribed};
-use super::question::{is_string, put_bare, put_contexts, put_export, put_export_name};
+use super::dialogue::{Answer, Question, Unaskable, check};
+use super::gathering::Gathering;
+use super::question::{put_bare, put_contexts, put_export, put_export_name};
 use super::session::Session;
 use super::violation::ServerViolation;
-use crate::export::{ExportInfo, Listed};
 use crate::extents::ContextId;
 use crate::headers::Headers;
-use crate::option::QUERIES_MAX;
 use crate::wire::{CLIENT_FIXED_NEWSTYLE, CLIENT_NO_ZEROES, OPTION_MAGIC, answer, option};
 
 /// A client that is looking for an export.
@@ -29,78 +28,6 @@ pub struct Handshake {
     fixed: bool,
     zeroes: bool,
     headers: Headers,
-}
-
-/// What a server can be asked before an export has been entered.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Question {
-    /// May we go on with TLS? If so, all that was agreed on before is forgotten.
-    StartTls,
-    /// Which form can requests and replies have, this one or an older one?
-    Agree(Headers),
-    /// Which exports are there?
-    List,
-    /// Which metadata contexts has an export?
-    ListContexts {
-        /// Its name.
-        export: String,
-        /// Full names, or the beginnings of some up to a colon; none asks for all.
-        queries: Vec<String>,
-    },
-    /// What is an export like?
-    Info {
-        /// Its name.
-        export: String,
-    },
-    /// Let us in.
-    Enter {
-        /// The export's name.
-        export: String,
-        /// The full names of the contexts to select. Without structured replies there are none.
-        contexts: Vec<String>,
-    },
-    /// Goodbye.
-    Abort,
-}
-
-/// What a server says.
-#[derive(Debug)]
-pub enum Answer {
-    /// It is an NBD server. The first answer, without a question.
-    Greeting {
-        /// Whether anything but [`Question::Enter`] makes sense.
-        knows_options: bool,
-    },
-    /// Now the TLS handshake. Everything from now on, in both directions, goes through it.
-    StartTls,
-    /// Requests and replies have this form.
-    Agreed(Headers),
-    /// These are its exports.
-    Exports(Vec<Listed>),
-    /// These are its contexts.
-    Contexts(Vec<String>),
-    /// This is the export.
-    Info(ExportInfo),
-    /// The export has been entered; what follows are replies.
-    Entered(Box<Session>),
-    /// It has let us go.
-    Aborted,
-    /// It does not do what was asked. Something else can be.
-    Declined(Declined),
-}
-
-/// A question that cannot be put.
-#[derive(Clone, Copy, Debug, Eq, Error, PartialEq)]
-pub enum Unaskable {
-    /// The one before has not been answered, or there is nobody left to answer.
-    #[error("this is not the time for questions")]
-    OutOfTurn,
-    /// The name of an export or of a context is too long, or has a NUL.
-    #[error("a name has a NUL or exceeds 4096 bytes")]
-    Name,
-    /// More contexts than any server answers about.
-    #[error("more than {QUERIES_MAX} contexts")]
-    TooManyContexts,
 }
 
 #[derive(Debug)]
@@ -124,28 +51,6 @@ struct Waiting {
     option: u32,
     decoder: AnswerDecoder,
     gathering: Gathering,
-}
-
-/// What answers are about, and what they have told so far.
-#[derive(Debug)]
-enum Gathering {
-    StartTls,
-    Extended,
-    Structured,
-    List(Vec<Listed>),
-    ListContexts(Vec<String>),
-    SelectContexts {
-        export: String,
-        queries: Vec<String>,
-        selected: Vec<(ContextId, String)>,
-    },
-    Info(String, Description),
-    Go {
-        export: String,
-        contexts: Vec<(ContextId, String)>,
-        description: Description,
-    },
-    Abort,
 }
 
 impl Default for Handshake {
@@ -453,53 +358,6 @@ impl Handshake {
     }
 }
 
-impl Gathering {
-    /// Takes in an answer that is not the last.
-    fn add(&mut self, option: u32, raw: &RawAnswer) -> Result<(), ServerViolation> {
-        match (self, raw.kind) {
-            (Self::List(exports), answer::SERVER) => exports.push(listed(raw)?),
-            (Self::ListContexts(names), answer::META_CONTEXT) => names.push(context(raw)?.1),
-            (
-                Self::SelectContexts {
-                    queries, selected, ..
-                },
-                answer::META_CONTEXT,
-            ) => select(queries, selected, context(raw)?)?,
-            (Self::Info(_, description) | Self::Go { description, .. }, answer::INFO) => {
-                description.add(raw)?;
-            }
-            (_, kind) => return Err(ServerViolation::AnswerKind { option, kind }),
-        }
-        Ok(())
-    }
-}
-
-/// Takes a context for selected, if it was asked for, and neither it nor its id has come before.
-fn select(
-    queries: &[String],
-    selected: &mut Vec<(ContextId, String)>,
-    (id, name): (ContextId, String),
-) -> Result<(), ServerViolation> {
-    // Some servers take the beginning of a name for all that begins like it.
-    let asked = queries
-        .iter()
-        .any(|query| *query == name || query.ends_with(':') && name.starts_with(query.as_str()));
-    if !asked {
-        return Err(ServerViolation::ContextNotAsked(name));
-    }
-    if selected.iter().any(|(other, _)| *other == id) {
-        return Err(ServerViolation::ContextIdTwice(id));
-    }
-    if selected.iter().any(|(_, other)| *other == name) {
-        return Err(ServerViolation::ContextTwice(name));
-    }
-    if selected.len() >= QUERIES_MAX as usize {
-        return Err(ServerViolation::TooManyAnswers(QUERIES_MAX));
-    }
-    selected.push((id, name));
-    Ok(())
-}
-
 fn go(export: String, contexts: Vec<(ContextId, String)>, output: &mut BytesMut) -> Stage {
     put_export(output, option::GO, &export);
     let gathering = Gathering::Go {
@@ -526,23 +384,6 @@ fn wait(option: u32, gathering: Gathering, put: impl FnOnce(u32)) -> Stage {
         decoder: AnswerDecoder::default(),
         gathering,
     }))
-}
-
-fn check(question: &Question) -> Result<(), Unaskable> {
-    let none = &Vec::new();
-    let (export, contexts) = match question {
-        Question::ListContexts { export, queries } => (export, queries),
-        Question::Enter { export, contexts } => (export, contexts),
-        Question::Info { export } => (export, none),
-        _ => return Ok(()),
-    };
-    if contexts.len() > QUERIES_MAX as usize {
-        return Err(Unaskable::TooManyContexts);
-    }
-    if !is_string(export) || !contexts.iter().all(|context| is_string(context)) {
-        return Err(Unaskable::Name);
-    }
-    Ok(())
 }
 
 fn no_options() -> Declined {

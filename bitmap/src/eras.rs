@@ -1,8 +1,9 @@
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::entry::{self, ENTRY_BYTES};
+use crate::growing::Growing;
 use crate::kept::{Both, Kept, Stores};
 use crate::{Chunks, Era, PageStore, Salt};
 
@@ -14,8 +15,8 @@ use crate::{Chunks, Era, PageStore, Salt};
 /// from what was stored, also while others are being written beside it.
 #[derive(Debug)]
 pub struct Eras<P> {
-    pages: Box<[OnceLock<Box<Page>>]>,
-    count: u64,
+    pages: Growing<OnceLock<Box<Page>>>,
+    count: AtomicU64,
     salt: Salt,
     stores: Stores<P>,
     torn: AtomicBool,
@@ -38,11 +39,28 @@ impl<P: PageStore> Eras<P> {
             .collect();
         Self {
             pages,
-            count,
+            count: AtomicU64::new(count),
             salt,
             stores: Stores::new(store),
             torn: AtomicBool::new(false),
         }
+    }
+
+    /// Makes room for `count` chunks, where there was less. One at a time may call this.
+    ///
+    /// On an error everything is as it was, except that the store may be longer.
+    pub fn make_room(&self, count: u64) -> io::Result<()> {
+        let pages = count.div_ceil(ERAS_PER_PAGE);
+        // Nobody stores meanwhile, in this store or in one that is to take its place.
+        self.stores.alone().make_room(pages * PAGE_BYTES)?;
+        self.pages.grow(pages as usize, OnceLock::new);
+        self.count.fetch_max(count, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// How many chunks there is room for.
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Acquire)
     }
 
     /// Brings every page into memory of which something may be in the store. What is damaged, or
@@ -67,11 +85,11 @@ impl<P: PageStore> Eras<P> {
     pub fn load_page(&self, page: u64) -> io::Result<Vec<Chunks>> {
         let mut bytes = [0; PAGE_BYTES as usize];
         self.stores.current().load(page * PAGE_BYTES, &mut bytes)?;
-        let eras = self.pages[page as usize].get_or_init(empty_page);
+        let eras = self.page(page);
         let mut lacking: Vec<Chunks> = Vec::new();
         let Chunks { start, end } = Self::chunks_of_page(page);
         let (entries, _) = bytes.as_chunks();
-        for ((chunk, era), stored) in (start..end.min(self.count)).zip(&eras[..]).zip(entries) {
+        for ((chunk, era), stored) in (start..end.min(self.count())).zip(&eras[..]).zip(entries) {
             let found = entry::decode(self.salt, chunk, *stored);
             era.store(found.unwrap_or(Era::NEVER).number(), Ordering::Release);
             match lacking.last_mut() {
@@ -90,7 +108,7 @@ impl<P: PageStore> Eras<P> {
             let stores = self.stores.shared();
             self.store_entries(&stores, &piece, Era::FIRST)?;
             // In memory too, or a copy of that would lack the entries.
-            self.pages[page_index(piece.start)].get_or_init(empty_page);
+            self.page(piece.start / ERAS_PER_PAGE);
         }
         Ok(())
     }
@@ -98,14 +116,14 @@ impl<P: PageStore> Eras<P> {
     /// Takes everything on page number `page` as never changed, in memory alone: what is there is
     /// damaged, and is about to be marked.
     pub fn disbelieve_page(&self, page: u64) {
-        let eras = self.pages[page as usize].get_or_init(empty_page);
-        eras.iter()
-            .for_each(|era| era.store(Era::NEVER.number(), Ordering::Release));
+        for era in self.page(page) {
+            era.store(Era::NEVER.number(), Ordering::Release);
+        }
     }
 
     /// The highest era on page number `page`.
     pub fn highest_on(&self, page: u64) -> Era {
-        let page = self.pages[page as usize].get();
+        let page = self.pages.at(page as usize).get();
         let eras = page.into_iter().flat_map(|page| page.iter());
         Era::from_number(
             eras.map(|era| era.load(Ordering::Acquire))
@@ -119,7 +137,7 @@ impl<P: PageStore> Eras<P> {
     pub fn checksum(&self, page: u64) -> u32 {
         let mut sum = crc32fast::Hasher::new();
         let mut add = |era: u32| sum.update(&era.max(Era::FIRST.number()).to_le_bytes());
-        match self.pages[page as usize].get() {
+        match self.pages.at(page as usize).get() {
             Some(eras) => eras.iter().for_each(|era| add(era.load(Ordering::Acquire))),
             None => (0..ERAS_PER_PAGE).for_each(|_| add(0)),
         }
@@ -163,7 +181,7 @@ impl<P: PageStore> Eras<P> {
                 self.torn.store(true, Ordering::Release);
                 return Err(error);
             }
-            let page = self.pages[page_index(piece.start)].get_or_init(empty_page);
+            let page = self.page(piece.start / ERAS_PER_PAGE);
             for chunk in piece {
                 page[place(chunk)].store(era.number(), Ordering::Release);
             }
@@ -192,10 +210,10 @@ impl<P: PageStore> Eras<P> {
     pub fn store_again(&self, chunks: &Chunks) -> io::Result<()> {
         for piece in pieces(chunks) {
             let stores = self.stores.alone();
-            let Some(page) = self.pages.get(page_index(piece.start)) else {
+            if page_index(piece.start) >= self.pages.len() {
                 return Ok(());
-            };
-            let page = page.get_or_init(empty_page);
+            }
+            let page = self.page(piece.start / ERAS_PER_PAGE);
             let offset = piece.start * ENTRY_BYTES as u64;
             stores.store(offset, &self.bytes_of(page, &piece))?;
         }
@@ -218,10 +236,11 @@ impl<P: PageStore> Eras<P> {
         if chunk >= end || self.page_of(chunk).is_some() {
             return chunk;
         }
-        let untouched = self.pages[page_index(chunk)..]
-            .iter()
-            .take_while(|page| page.get().is_none());
-        ((page_index(chunk) + untouched.count()) as u64 * ERAS_PER_PAGE).min(end)
+        let pages = page_index(chunk)..page_index(end - 1) + 1;
+        let touched = pages
+            .clone()
+            .find(|page| self.pages.at(*page).get().is_some());
+        (touched.unwrap_or(pages.end) as u64 * ERAS_PER_PAGE).min(end)
     }
 
     /// What its entries are summed up with.
@@ -235,7 +254,12 @@ impl<P: PageStore> Eras<P> {
     }
 
     fn page_of(&self, chunk: u64) -> Option<&Page> {
-        self.pages[page_index(chunk)].get().map(Box::as_ref)
+        self.pages.at(page_index(chunk)).get().map(Box::as_ref)
+    }
+
+    /// Page number `page`, which comes into being if need be.
+    fn page(&self, page: u64) -> &Page {
+        self.pages.at(page as usize).get_or_init(empty_page)
     }
 }
 
@@ -256,7 +280,7 @@ impl<P: PageStore> Kept for Eras<P> {
 
     fn copy_part(&self, page: u64) -> io::Result<()> {
         let stores = self.stores.alone();
-        match (&stores.next, self.pages[page as usize].get()) {
+        match (&stores.next, self.pages.at(page as usize).get()) {
             (Some(next), Some(eras)) => {
                 let entries = self.bytes_of(eras, &Self::chunks_of_page(page));
                 next.store(page * PAGE_BYTES, &entries)

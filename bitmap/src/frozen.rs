@@ -15,24 +15,28 @@ pub struct FrozenEras<P> {
     live: Arc<EraMap<P>>,
     aside: Eras<P>,
     frozen_in: Era,
+    /// Of the disk at this moment; it may be larger by now.
+    size: u64,
 }
 
 impl<P: PageStore> FrozenEras<P> {
-    /// The eras of `live` as they are when era `frozen_in` begins; `store` holds only zeroes.
-    pub fn new(live: Arc<EraMap<P>>, frozen_in: Era, store: P) -> Self {
-        let count = live.size().div_ceil(live.granularity().bytes());
+    /// The eras of `live` as they are when era `frozen_in` begins, at which the disk has `size`
+    /// bytes; `store` holds only zeroes.
+    pub fn new(live: Arc<EraMap<P>>, size: u64, frozen_in: Era, store: P) -> Self {
+        let count = size.div_ceil(live.granularity().bytes());
         let aside = Eras::new(count, live.eras().salt().aside(frozen_in), store);
         Self {
             live,
             aside,
             frozen_in,
+            size,
         }
     }
 
     /// The same after a restart: what was put aside is in `store`. What is damaged there counts as
     /// missing.
-    pub fn reopen(live: Arc<EraMap<P>>, frozen_in: Era, store: P) -> io::Result<Self> {
-        let frozen = Self::new(live, frozen_in, store);
+    pub fn reopen(live: Arc<EraMap<P>>, size: u64, frozen_in: Era, store: P) -> io::Result<Self> {
+        let frozen = Self::new(live, size, frozen_in, store);
         frozen.aside.load_stored()?;
         Ok(frozen)
     }
@@ -47,19 +51,21 @@ impl<P: PageStore> FrozenEras<P> {
         self.frozen_in
     }
 
-    /// The size of the disk in bytes.
+    /// The size of the disk at this moment, in bytes.
     pub fn size(&self) -> u64 {
-        self.live.size()
+        self.size
     }
 
-    /// Keeps what is about to be overwritten. Of no effect on what changed after the moment.
+    /// Keeps what is about to be overwritten. Of no effect on what changed after the moment, nor on
+    /// what was not there yet.
     pub fn put_aside(&self, run: &EraRun) -> io::Result<()> {
-        if run.era >= self.frozen_in {
+        let chunks = run.chunks.start..run.chunks.end.min(self.aside.count());
+        if run.era >= self.frozen_in || chunks.is_empty() {
             return Ok(());
         }
         // No checkpoint is as old as the first era, so it says the same as never; and stored as a
         // number other than zero it can be told from what is missing.
-        self.aside.set(&run.chunks, run.era.max(Era::FIRST))
+        self.aside.set(&chunks, run.era.max(Era::FIRST))
     }
 
     /// What of `range`, in bytes, had changed in `since` or later by then: adjacent runs, covering
@@ -77,12 +83,12 @@ impl<P: PageStore> FrozenEras<P> {
             }
             (stop, dirty)
         };
-        runs(self.live.granularity(), self.live.size(), range, next)
+        runs(self.live.granularity(), self.size, range, next)
     }
 
     /// How many bytes had changed in `since` or later by then.
     pub fn changed_bytes(&self, since: Era) -> u64 {
-        dirty_bytes(self.changes(0..self.live.size(), since))
+        dirty_bytes(self.changes(0..self.size, since))
     }
 
     /// How many of those bytes carried one of `presumed`: eras in which nothing was written, but
@@ -91,7 +97,7 @@ impl<P: PageStore> FrozenEras<P> {
         if presumed.is_empty() {
             return 0;
         }
-        let (granularity, size) = (self.live.granularity(), self.live.size());
+        let (granularity, size) = (self.live.granularity(), self.size);
         let bytes = |chunk: u64| {
             let range = granularity.range(&(chunk..chunk + 1), size);
             range.end - range.start
@@ -156,7 +162,12 @@ mod tests {
 
         fn freeze(&mut self) -> Era {
             self.era = self.era.next().unwrap();
-            let frozen = FrozenEras::new(Arc::clone(&self.map), self.era, MemoryPages::default());
+            let frozen = FrozenEras::new(
+                Arc::clone(&self.map),
+                self.map.size(),
+                self.era,
+                MemoryPages::default(),
+            );
             self.open.push(frozen);
             self.era
         }

@@ -47,6 +47,12 @@ impl<P: PageStore> Both<P> {
             .as_ref()
             .map_or(Ok(()), |next| next.store(offset, bytes))
     }
+
+    /// In both.
+    pub(crate) fn make_room(&self, length: u64) -> io::Result<()> {
+        let mut both = [Some(&self.current), self.next.as_ref()].into_iter();
+        both.try_for_each(|store| store.map_or(Ok(()), |store| store.make_room(length)))
+    }
 }
 
 impl<P> Stores<P> {

@@ -13,6 +13,7 @@ mod entry;
 mod era;
 mod eras;
 mod frozen;
+mod growing;
 mod kept;
 mod map;
 mod pages;

@@ -1,5 +1,6 @@
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::{Chunks, Era, EraRun, Eras, Granularity, PageStore, Run, Salt};
 
@@ -13,7 +14,7 @@ use crate::{Chunks, Era, EraRun, Eras, Granularity, PageStore, Run, Salt};
 pub struct EraMap<P> {
     eras: Eras<P>,
     granularity: Granularity,
-    size: u64,
+    size: AtomicU64,
 }
 
 impl<P: PageStore> EraMap<P> {
@@ -23,7 +24,7 @@ impl<P: PageStore> EraMap<P> {
         Self {
             eras,
             granularity,
-            size,
+            size: AtomicU64::new(size),
         }
     }
 
@@ -34,7 +35,18 @@ impl<P: PageStore> EraMap<P> {
 
     /// The size of the disk in bytes.
     pub fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Makes room for a disk of `size` bytes, of which nobody is told yet. One at a time may call
+    /// this.
+    pub fn make_room(&self, size: u64) -> io::Result<()> {
+        self.eras.make_room(size.div_ceil(self.granularity.bytes()))
+    }
+
+    /// From now on the disk has `size` bytes, for which there is room.
+    pub fn grow(&self, size: u64) {
+        self.size.fetch_max(size, Ordering::AcqRel);
     }
 
     /// The era in which `chunk` last changed.
@@ -79,12 +91,12 @@ impl<P: PageStore> EraMap<P> {
             }
             (stop, dirty)
         };
-        runs(self.granularity, self.size, range, next)
+        runs(self.granularity, self.size(), range, next)
     }
 
     /// How many bytes changed in `since` or later.
     pub fn changed_bytes(&self, since: Era) -> u64 {
-        dirty_bytes(self.changes(0..self.size, since))
+        dirty_bytes(self.changes(0..self.size(), since))
     }
 
     /// What is stored, page by page.
@@ -99,10 +111,10 @@ impl<P: PageStore> EraMap<P> {
             return 0;
         }
         let bytes = |chunk: u64| {
-            let range = self.granularity.range(&(chunk..chunk + 1), self.size);
+            let range = self.granularity.range(&(chunk..chunk + 1), self.size());
             range.end - range.start
         };
-        let dirty = self.changes(0..self.size, since).filter(|run| run.dirty);
+        let dirty = self.changes(0..self.size(), since).filter(|run| run.dirty);
         let chunks = dirty.flat_map(|run| self.granularity.chunks(&run.range));
         chunks
             .filter(|chunk| presumed.contains(&self.era(*chunk)))
@@ -112,7 +124,7 @@ impl<P: PageStore> EraMap<P> {
 
     /// Marks in `era` every chunk that `range`, in bytes, touches and that is older.
     pub fn presume(&self, range: &Range<u64>, era: Era) -> io::Result<()> {
-        let range = range.start.min(self.size)..range.end.min(self.size);
+        let range = range.start.min(self.size())..range.end.min(self.size());
         for run in self.older(&range, era) {
             self.mark(&run.chunks, era)?;
         }

@@ -2,6 +2,7 @@ use std::io;
 use std::sync::{Arc, PoisonError};
 
 use crate::PageStore;
+use crate::growing::Growing;
 use crate::kept::{Kept, Stores};
 use crate::sync::{Mutex, MutexGuard};
 
@@ -15,7 +16,7 @@ use crate::sync::{Mutex, MutexGuard};
 /// damage, and not an end.
 #[derive(Debug)]
 pub struct PageTable<P> {
-    sectors: Box<[Mutex<Sector>]>,
+    sectors: Growing<Mutex<Sector>>,
     stores: Stores<P>,
 }
 
@@ -71,11 +72,27 @@ impl<P: PageStore> PageTable<P> {
         }
         Ok((
             Self {
-                sectors: sectors.into(),
+                sectors: sectors.into_iter().collect(),
                 stores: Stores::new(store),
             },
             damaged,
         ))
+    }
+
+    /// Makes room for `pages` pages, of which the new ones begin as those of a new table, where there
+    /// was room for `before`. One at a time may call this.
+    pub fn make_room(&self, before: u64, pages: u64) -> io::Result<()> {
+        let count = pages.div_ceil(RECORDS as u64) as usize;
+        for number in self.sectors.len()..count {
+            self.store_sector(number, &[PageRecord::default(); RECORDS])?;
+        }
+        // What a sector has behind the last page may be left of a disk that was larger once.
+        for page in before..pages.min(self.sectors.len() as u64 * RECORDS as u64) {
+            self.update(page, |record| *record = PageRecord::default())?;
+        }
+        let empty = || Mutex::new([PageRecord::default(); RECORDS]);
+        self.sectors.grow(count, empty);
+        Ok(())
     }
 
     /// What is known about `page`.
@@ -117,7 +134,8 @@ impl<P: PageStore> PageTable<P> {
     }
 
     fn sector(&self, number: usize) -> MutexGuard<'_, Sector> {
-        self.sectors[number]
+        self.sectors
+            .at(number)
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }

@@ -3,6 +3,7 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use crate::eras::ERAS_PER_PAGE;
+use crate::growing::Growing;
 use crate::pages::{PageRecord, PageTable};
 use crate::sync::{AtomicU64, AtomicUsize, Ordering};
 use crate::{Chunks, Granularity, PageStore};
@@ -19,7 +20,7 @@ use crate::{Chunks, Granularity, PageStore};
 #[derive(Debug)]
 pub struct Regions<P> {
     table: PageTable<P>,
-    words: Box<[OnceLock<Box<PageWords>>]>,
+    words: Growing<OnceLock<Box<PageWords>>>,
     region_bytes: u64,
     active: AtomicUsize,
 }
@@ -46,6 +47,32 @@ impl<P: PageStore> Regions<P> {
             regions.active.fetch_add(1, Ordering::Relaxed);
         }
         regions
+    }
+
+    /// Makes room for the regions of `pages` pages, none of which is active or was ever written, where
+    /// there were fewer. One at a time may call this.
+    pub fn make_room(&self, pages: u64) -> io::Result<()> {
+        let before = self.words.len() as u64;
+        if pages > before {
+            self.table.make_room(before, pages)?;
+            self.words.grow(pages as usize, OnceLock::new);
+        }
+        Ok(())
+    }
+
+    /// Cuts `range`, in bytes, into pieces of at most `count` regions.
+    pub fn pieces(
+        &self,
+        range: Range<u64>,
+        count: u64,
+    ) -> impl Iterator<Item = Range<u64>> + use<P> {
+        let length = self.region_bytes * count;
+        let mut at = range.start;
+        std::iter::from_fn(move || {
+            let start = at;
+            at = (start / length + 1).saturating_mul(length).min(range.end);
+            (start < range.end).then_some(start..at)
+        })
     }
 
     /// The regions that `range`, in bytes, touches.
@@ -204,7 +231,9 @@ impl<P: PageStore> Regions<P> {
     }
 
     fn word(&self, region: Region) -> &AtomicU64 {
-        let page = self.words[region.page() as usize]
+        let page = self
+            .words
+            .at(region.page() as usize)
             .get_or_init(|| Box::new(std::array::from_fn(|_| AtomicU64::new(INACTIVE))));
         &page[(region.0 % REGIONS_PER_PAGE) as usize]
     }

@@ -14,6 +14,13 @@ pub trait PageStore: Send + Sync + 'static {
 
     /// The first stretch at or after `offset` in which something may have been stored, if any.
     fn stored(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
+
+    /// Makes room for `length` bytes in all, where that can be told from what is stored: later stores
+    /// there do not fail for want of it.
+    fn make_room(&self, length: u64) -> io::Result<()> {
+        let _ = length;
+        Ok(())
+    }
 }
 
 /// Pages in memory: for tests, and for what need not outlive the process.

@@ -88,6 +88,28 @@ impl Cells {
         Ok(())
     }
 
+    /// Cuts the file, if it is longer.
+    pub fn cut(&self, length: u64) -> io::Result<()> {
+        if self.length()? > length {
+            self.file.set_len(length)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the file this long, if it is shorter, and takes the space for what is new where that can
+    /// be taken in advance.
+    pub fn extend_reserved(&self, length: u64) -> io::Result<()> {
+        let begin = self.length()?;
+        if begin >= length {
+            return Ok(());
+        }
+        let none = rustix::fs::FallocateFlags::empty();
+        match rustix::fs::fallocate(&*self.file, none, begin, length - begin) {
+            Err(Errno::OPNOTSUPP) => self.extend(length),
+            other => Ok(other?),
+        }
+    }
+
     /// Makes durable what was stored before the call.
     pub async fn sync(&self) -> io::Result<()> {
         let file = Arc::clone(&self.file);

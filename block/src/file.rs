@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -21,7 +22,7 @@ use crate::storage::{Extent, Storage, Zeroing};
 #[derive(Debug)]
 pub struct FileStorage {
     file: Arc<File>,
-    size: u64,
+    size: AtomicU64,
     device: bool,
 }
 
@@ -29,11 +30,7 @@ impl FileStorage {
     /// Takes over `file`, at the size that it has now.
     pub fn new(file: File) -> io::Result<Self> {
         let device = file.metadata()?.file_type().is_block_device();
-        let size = if device {
-            seek(&file, SeekFrom::End(0))?
-        } else {
-            file.metadata()?.len()
-        };
+        let size = AtomicU64::new(length(&file, device)?);
         // Small writes cost several times less in a page cache that was not filled by read-ahead.
         // Advice that is not taken changes no result.
         let _ = fadvise(&file, 0, None, Advice::Random);
@@ -47,6 +44,16 @@ impl FileStorage {
     /// The descriptor that all access goes through.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// How long the file or the device is now, whoever made it so.
+    pub fn length(&self) -> io::Result<u64> {
+        length(&self.file, self.device)
+    }
+
+    /// Whether it is a block device.
+    pub fn is_device(&self) -> bool {
+        self.device
     }
 
     async fn write_zeroes(&self, range: Range<u64>) -> io::Result<()> {
@@ -80,7 +87,25 @@ impl FileStorage {
 
 impl Storage for FileStorage {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    async fn grow(&self, size: u64) -> io::Result<()> {
+        let (file, device) = (Arc::clone(&self.file), self.device);
+        blocking(move || {
+            let found = length(&file, device)?;
+            match found {
+                _ if found == size => Ok(()),
+                // What is longer has been enlarged by someone else, and is never cut.
+                _ if device || found > size => Err(io::Error::other(format!(
+                    "it has {found} bytes, and is to have {size}"
+                ))),
+                _ => file.set_len(size),
+            }
+        })
+        .await?;
+        self.size.fetch_max(size, Ordering::AcqRel);
+        Ok(())
     }
 
     async fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
@@ -158,6 +183,13 @@ impl Storage for FileStorage {
         })
         .await
     }
+}
+
+fn length(file: &File, device: bool) -> io::Result<u64> {
+    if device {
+        return Ok(seek(file, SeekFrom::End(0))?);
+    }
+    Ok(file.metadata()?.len())
 }
 
 /// Reads what the page cache has from the start of `buffer` on, and says how much that was.

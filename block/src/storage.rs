@@ -3,7 +3,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
-/// A fixed number of bytes that can be read and written by offset.
+/// A number of bytes that can be read and written by offset, and that can only grow.
 ///
 /// Ranges are in bytes and lie within [`size`](Self::size). Futures are not `Send`: each is driven
 /// to its end on the thread that began it. A call that was polled once takes effect even if its
@@ -11,6 +11,13 @@ use bytes::Bytes;
 pub trait Storage: 'static {
     /// The size in bytes.
     fn size(&self) -> u64;
+
+    /// Makes it `size` bytes long, if it was shorter; what is new may hold anything. Where the size is
+    /// not ours to choose, it must be that by now.
+    fn grow(&self, size: u64) -> impl Future<Output = io::Result<()>> {
+        let _ = size;
+        std::future::ready(Err(io::ErrorKind::Unsupported.into()))
+    }
 
     /// Fills `buffer` with what is at `offset`.
     fn read(&self, offset: u64, buffer: &mut [u8]) -> impl Future<Output = io::Result<()>>;

@@ -3,7 +3,10 @@
 
 use bytes::BytesMut;
 use libfuzzer_sys::fuzz_target;
-use proto::{BlockSize, Catalog, Denied, ExportInfo, Listed, Negotiation, Step, TransmissionFlags};
+use proto::{
+    BlockSize, Catalog, Denied, ExportInfo, Listed, Negotiation, Step, TlsMode, TransmissionFlags,
+    Violation,
+};
 
 struct Shelf;
 
@@ -51,14 +54,16 @@ impl Catalog for Shelf {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let at_once = talk(data.chunks(data.len().max(1)));
-    let bytewise = talk(data.chunks(1));
-    assert_eq!(at_once, bytewise);
+    for mode in [TlsMode::Off, TlsMode::On, TlsMode::Require] {
+        let at_once = talk(mode, data.chunks(data.len().max(1)));
+        let bytewise = talk(mode, data.chunks(1));
+        assert_eq!(at_once, bytewise);
+    }
 });
 
 /// All that is answered, how it ends, and how much is left for whoever comes after it.
-fn talk<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<u8>, String, usize) {
-    let mut negotiation = Negotiation::new(Shelf);
+fn talk<'a>(mode: TlsMode, pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<u8>, String, usize) {
+    let mut negotiation = Negotiation::with_tls(Shelf, mode);
     let (mut input, mut answers) = (BytesMut::new(), Vec::new());
     let mut end: Option<String> = None;
     for piece in pieces {
@@ -68,6 +73,10 @@ fn talk<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<u8>, String, usize) 
             let step = negotiation.advance(&mut input, &mut output);
             answers.extend_from_slice(&output);
             end = match step {
+                // Where there is more input it is a violation, and neither is anything after it read.
+                Ok(Step::StartTls) | Err(Violation::PlainText(_)) => {
+                    return (answers, "TLS".into(), 0);
+                }
                 Ok(Step::NeedMore) => break,
                 Ok(Step::WriteFirst) => None,
                 Ok(Step::Ready(session)) => Some(format!("ready, {:?}", session.headers)),

@@ -85,7 +85,7 @@ fn check(headers: Headers, data: &[u8]) {
 
 fn is_skipped(headers: Headers, request: &Request) -> bool {
     let has_payload = match headers {
-        Headers::Extended => request.flags & PAYLOAD_LENGTH != 0,
+        Headers::Extended => request.kind == WRITE || request.flags & PAYLOAD_LENGTH != 0,
         Headers::Simple | Headers::Structured => request.kind == WRITE,
     };
     has_payload && request.data.is_empty()

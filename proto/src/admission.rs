@@ -129,6 +129,7 @@ impl Admission {
                 })
             }
             WRITE => {
+                // It may be left out, as there is no write without a payload.
                 let payload_flag = match self.headers {
                     Headers::Extended => PAYLOAD_LENGTH,
                     Headers::Simple | Headers::Structured => 0,
@@ -137,8 +138,7 @@ impl Admission {
                 self.allow_changes("write to a read-only export")?;
                 self.limit_payload(&request, Errno::Inval)?;
                 let range = self.range(&request, Errno::NoSpc)?;
-                let flagged = request.flags & payload_flag == payload_flag;
-                if !flagged || request.data.len() as u64 != request.length {
+                if request.data.len() as u64 != request.length {
                     return Err(refuse(Errno::Inval, "write without its payload"));
                 }
                 Ok(Command::Write {

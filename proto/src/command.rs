@@ -27,6 +27,6 @@ pub const DO_NOT_FRAGMENT: u16 = 1 << 2;
 pub const REQUEST_ONE: u16 = 1 << 3;
 /// Zeroing fails rather than be as slow as writing.
 pub const FAST_ZERO: u16 = 1 << 4;
-/// With extended headers: the header's length is that of the payload that follows. Without this
-/// flag nothing follows.
+/// With extended headers: the header's length is that of the payload that follows. Without this flag
+/// nothing follows, except behind a write.
 pub const PAYLOAD_LENGTH: u16 = 1 << 5;

@@ -1,7 +1,9 @@
 //! The forms that messages take in transmission.
 
 /// What was negotiated about the heads of requests and of replies; it holds for both directions.
-#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+///
+/// From the oldest to the newest.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Headers {
     /// Compact requests, and replies that are one number and perhaps data.
     #[default]

@@ -4,12 +4,13 @@
 //! [`Session`], asking a [`Catalog`] for what exists. Then [`RequestDecoder`] finds the requests,
 //! [`Admission`] turns each into a [`Command`] that can only be legal, or into a [`Refusal`], and
 //! [`Replies`] writes the answers. The other direction is [`Request::encode`] and
-//! [`Reply::decode`].
+//! [`Reply::decode`]; [`client`] builds on them a client that believes no server.
 //!
-//! Spoken are the fixed newstyle handshake, structured replies and metadata contexts, as the
-//! protocol's reference, `proto.md`, has them; and extended headers, with block status of some
-//! contexts only, as its branch `extension-ext-header` has them. [`Headers`] says which form was
-//! negotiated. Every other option is declined as unsupported.
+//! Spoken are the fixed newstyle handshake, the beginning of TLS (which the caller then speaks),
+//! structured replies and metadata contexts, as the protocol's reference, `proto.md`, has them; and
+//! extended headers, with block status of some contexts only, as its branch `extension-ext-header`
+//! has them. [`Headers`] says which form was negotiated. Every other option is declined as
+//! unsupported.
 
 pub use admission::{Admission, Command, Refusal};
 pub use context_filter::ContextFilter;
@@ -28,6 +29,7 @@ pub use request::{
     RequestDecoder,
 };
 pub use string::STRING_MAX;
+pub use tls::TlsMode;
 pub use violation::Violation;
 
 mod answers;
@@ -35,6 +37,7 @@ mod export;
 mod negotiation;
 mod option;
 mod selection;
+mod tls;
 
 mod admission;
 mod context_filter;
@@ -42,6 +45,8 @@ mod extents;
 mod incoming_reply;
 mod reply;
 mod request;
+
+pub mod client;
 
 pub mod command;
 mod errno;

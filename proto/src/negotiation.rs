@@ -15,6 +15,7 @@ use crate::option::{
 use crate::reply::Replies;
 use crate::request::RequestDecoder;
 use crate::selection::{Selection, matching};
+use crate::tls::{Tls, TlsMode};
 use crate::violation::Violation;
 use crate::wire::{CLIENT_FIXED_NEWSTYLE, CLIENT_NO_ZEROES, answer, option};
 
@@ -40,6 +41,7 @@ pub struct Negotiation<C: Catalog> {
     options: OptionDecoder,
     options_seen: u32,
     headers: Headers,
+    tls: Tls,
     /// The last choice, for as long as no other is attempted.
     selection: Option<Selection>,
 }
@@ -57,6 +59,8 @@ pub enum Step<C: Catalog> {
     NeedMore,
     /// Write the output, then come back; more input may not be needed.
     WriteFirst,
+    /// Write the output, then carry on over TLS, or not at all. There is no input left.
+    StartTls,
     /// Write the output; the client has entered an export.
     Ready(Session<C>),
     /// Write the output and close; the client has said goodbye.
@@ -96,14 +100,20 @@ impl<C: Catalog> Session<C> {
 }
 
 impl<C: Catalog> Negotiation<C> {
-    /// Begins after the greeting.
+    /// Begins after the greeting, on a connection that has no TLS.
     pub fn new(catalog: C) -> Self {
+        Self::with_tls(catalog, TlsMode::Off)
+    }
+
+    /// Begins after the greeting, in plain text, on a connection that can be given TLS.
+    pub fn with_tls(catalog: C, mode: TlsMode) -> Self {
         Self {
             catalog,
             stage: Stage::Greeted,
             options: OptionDecoder::default(),
             options_seen: 0,
             headers: Headers::default(),
+            tls: Tls::Plain(mode),
             selection: None,
         }
     }
@@ -117,7 +127,7 @@ impl<C: Catalog> Negotiation<C> {
         output: &mut BytesMut,
     ) -> Result<Step<C>, Violation> {
         let step = self.step(input, output);
-        if !matches!(step, Ok(Step::NeedMore | Step::WriteFirst)) {
+        if !matches!(step, Ok(Step::NeedMore | Step::WriteFirst | Step::StartTls)) {
             self.stage = Stage::Over;
         }
         step
@@ -142,6 +152,9 @@ impl<C: Catalog> Negotiation<C> {
                     self.answer(raw, zeroes, output)?
                 }
             };
+            if matches!(end, Some(Step::StartTls)) && !input.is_empty() {
+                return Err(Violation::PlainText(input.len()));
+            }
             if let Some(end) = end {
                 return Ok(end);
             }
@@ -176,6 +189,13 @@ impl<C: Catalog> Negotiation<C> {
         }
 
         let mut answers = Answers::to(code, output);
+        if let Err(declined) = self.tls.admit(code) {
+            if code == option::EXPORT_NAME {
+                return Ok(Some(Step::Hangup(declined.text)));
+            }
+            answers.decline(&declined);
+            return Ok(None);
+        }
         let end = match parse(raw) {
             Ok(Question::ExportName(name)) => {
                 return Ok(Some(self.enter_without_errors(&name, zeroes, output)));
@@ -187,6 +207,7 @@ impl<C: Catalog> Negotiation<C> {
                 self.list(&mut answers);
                 Ok(None)
             }
+            Ok(Question::StartTls) => self.start_tls().map(|()| Some(Step::StartTls)),
             Ok(Question::Info(request)) => self.info(&request, &mut answers).map(|()| None),
             Ok(Question::Go(request)) => self
                 .go(&request, &mut answers)
@@ -214,6 +235,14 @@ impl<C: Catalog> Negotiation<C> {
                 Ok(None)
             }
         }
+    }
+
+    /// What was agreed in plain text may have been agreed with somebody else: it is forgotten.
+    fn start_tls(&mut self) -> Result<(), Declined> {
+        self.tls = self.tls.start()?;
+        self.headers = Headers::default();
+        self.selection = None;
+        Ok(())
     }
 
     fn list(&self, answers: &mut Answers<'_>) {

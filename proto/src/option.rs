@@ -137,6 +137,7 @@ pub(crate) enum Question {
     ExportName(String),
     Abort,
     List,
+    StartTls,
     Info(InfoRequest),
     Go(InfoRequest),
     StructuredReply,
@@ -199,6 +200,7 @@ pub(crate) fn parse(raw: RawOption) -> Result<Question, Declined> {
         // Data here is wrong, but `proto.md` lets a client go in peace.
         option::ABORT => Ok(Question::Abort),
         option::LIST => empty(&raw.data).map(|()| Question::List),
+        option::STARTTLS => empty(&raw.data).map(|()| Question::StartTls),
         option::INFO => info_request(whole(raw.data)?).map(Question::Info),
         option::GO => info_request(whole(raw.data)?).map(Question::Go),
         option::STRUCTURED_REPLY => empty(&raw.data).map(|()| Question::StructuredReply),

@@ -86,7 +86,8 @@ impl Request {
 
     fn has_payload(&self, headers: Headers) -> bool {
         match headers {
-            Headers::Extended => self.flags & PAYLOAD_LENGTH != 0,
+            // The flag must be set on a write, but QEMU 10 leaves it out and sends the data.
+            Headers::Extended => self.kind == WRITE || self.flags & PAYLOAD_LENGTH != 0,
             // Nothing else has one, unknown commands included.
             Headers::Simple | Headers::Structured => self.kind == WRITE,
         }

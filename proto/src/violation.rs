@@ -32,6 +32,9 @@ pub enum Violation {
     /// The name given with the one option that has no error reply cannot be a name.
     #[error("an export name that is no string")]
     ExportName,
+    /// The client went on in plain text behind its request for TLS, or somebody did in its name.
+    #[error("{0} bytes of plain text where TLS begins")]
+    PlainText(usize),
     /// A request did not start with the magic of the form that was negotiated.
     #[error("expected a request, found {0:#010x}")]
     RequestMagic(u32),

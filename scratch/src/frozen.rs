@@ -44,7 +44,7 @@ impl<W: World> Frozen<W> {
         }
     }
 
-    /// The size of the disk in bytes.
+    /// The size of the disk at that instant, in bytes.
     pub fn size(&self) -> u64 {
         self.snapshot.size()
     }

@@ -20,6 +20,8 @@ use crate::sync::{AtomicU64, Ordering};
 #[derive(Debug)]
 pub(crate) struct Preserved<P> {
     pages: Box<[OnceLock<Box<Page>>]>,
+    /// Of the disk as it was. What is behind it nobody lacks.
+    count: u64,
     store: P,
     second: P,
     code: Code,
@@ -54,6 +56,7 @@ impl<P: PageStore> Preserved<P> {
             .collect();
         Self {
             pages,
+            count,
             store,
             second,
             code,
@@ -139,28 +142,48 @@ impl<P: PageStore> Preserved<P> {
 
     /// Whether nothing of `granules` is lacking.
     pub(crate) fn covers(&self, granules: &Range<u64>) -> bool {
-        granules
-            .clone()
+        (granules.start..granules.end.min(self.count))
             .all(|granule| self.kept(granule) != Kept::Not)
     }
 
-    /// `granules` cut into runs that are kept alike.
+    /// `granules`, as far as the disk went, cut into runs that are kept alike.
     pub(crate) fn runs(&self, granules: Range<u64>) -> impl Iterator<Item = KeptRun> + '_ {
         let mut at = granules.start;
+        let granules = granules.start..granules.end.min(self.count);
         std::iter::from_fn(move || {
             let start = at;
             if start >= granules.end {
                 return None;
             }
             let kept = self.kept(start);
-            at = (start + 1..granules.end)
-                .find(|&g| self.kept(g) != kept)
-                .unwrap_or(granules.end);
+            at = self.end_of_run(start + 1..granules.end, kept);
             Some(KeptRun {
                 granules: start..at,
                 kept,
             })
         })
+    }
+
+    /// Where the first of `granules` is that is not `kept`, or their end: a page or a word at a time
+    /// where all of it is alike, as it mostly is on a large disk.
+    fn end_of_run(&self, granules: Range<u64>, kept: Kept) -> u64 {
+        let Range { start: mut at, end } = granules;
+        while at < end {
+            let alike = match &self.pages[(at / GRANULES_PER_PAGE) as usize].get() {
+                None if kept == Kept::Not => GRANULES_PER_PAGE - at % GRANULES_PER_PAGE,
+                Some(page) if at.is_multiple_of(GRANULES_PER_WORD) => {
+                    let word = page[place(at).0].load(Ordering::Acquire);
+                    let is_alike = word == kept as u64 * EVERY_GRANULE;
+                    if is_alike { GRANULES_PER_WORD } else { 0 }
+                }
+                _ => 0,
+            };
+            if alike == 0 && self.kept(at) != kept {
+                return at;
+            }
+            at += alike.max(1);
+        }
+        end
     }
 
     /// Records that `run`, of which nothing was kept before, is kept now: in the stores first.
@@ -219,6 +242,8 @@ pub(crate) const STATES_OFFSET: u64 = 4096;
 const PIECE: u64 = 4096;
 
 const GRANULES_PER_WORD: u64 = 32;
+/// The low bit of each granule of a word.
+const EVERY_GRANULE: u64 = u64::MAX / 0b11;
 /// A page of memory holds the bits of 64 MiB of disk.
 const WORDS_PER_PAGE: u64 = if cfg!(feature = "loom") { 1 } else { 512 };
 const GRANULES_PER_PAGE: u64 = GRANULES_PER_WORD * WORDS_PER_PAGE;
@@ -266,6 +291,32 @@ mod tests {
         let (again, in_scratch) = reopen(first, second).unwrap();
         expected(&again);
         assert_eq!(in_scratch, 3);
+    }
+
+    #[test]
+    fn runs_are_those_of_granules_looked_at_one_by_one() {
+        let pages = MemoryPages::default;
+        let preserved = Preserved::new(4 * GRANULES_PER_PAGE, pages(), pages(), CODE);
+        let mut at = 5;
+        for (length, kept) in [
+            (200, Kept::Data),
+            (32, Kept::Hole),
+            (64, Kept::Zero),
+            (1, Kept::Hole),
+            (GRANULES_PER_PAGE + 3, Kept::Data),
+        ] {
+            let granules = at..at + length;
+            at = granules.end + 7;
+            preserved.keep(&KeptRun { granules, kept }).unwrap();
+        }
+        let end = 4 * GRANULES_PER_PAGE;
+        for range in [0..end, 3..end - 5, 32..64, 64..100, 70..71] {
+            let found = preserved.runs(range.clone());
+            let found = found.flat_map(|run| run.granules.map(move |g| (g, run.kept)));
+            assert!(found.eq(range.clone().map(|g| (g, preserved.kept(g)))));
+            let runs: Vec<_> = preserved.runs(range).collect();
+            assert!(runs.windows(2).all(|two| two[0].kept != two[1].kept));
+        }
     }
 
     const COUNT: u64 = 3 * GRANULES_PER_PAGE;

@@ -43,7 +43,7 @@ pub struct Snapshot<W: World> {
 
 /// Where a snapshot keeps things. All of them hold only zeroes when it begins.
 pub struct SnapshotFiles<W: World> {
-    /// Old bytes, each at its own offset; as large as the disk.
+    /// Old bytes, each at its own offset; as large as the disk at this instant.
     pub scratch: W::Scratch,
     /// The snapshot's own record, and a byte for each granule.
     pub states: W::Pages,
@@ -74,15 +74,16 @@ impl<W: World> Snapshot<W> {
             broken: None,
         };
         head.store(&files.states)?;
-        let count = granules(&(0..live.size())).end;
         let SnapshotFiles {
             scratch,
             states,
             second,
             eras,
         } = files;
+        let size = scratch.size();
+        let count = granules(&(0..size)).end;
         let preserved = Preserved::new(count, states, second, Code::new(nonce));
-        let eras = FrozenEras::new(live, frozen_in, eras);
+        let eras = FrozenEras::new(live, size, frozen_in, eras);
         Ok(Self::of(scratch, preserved, eras, terms, nonce))
     }
 
@@ -102,9 +103,10 @@ impl<W: World> Snapshot<W> {
             eras,
         } = files;
         let Head { nonce, broken } = Head::load(&states)?;
-        let count = granules(&(0..live.size())).end;
+        let size = scratch.size();
+        let count = granules(&(0..size)).end;
         let (preserved, in_scratch) = Preserved::reopen(count, states, second, Code::new(nonce))?;
-        let eras = FrozenEras::reopen(live, frozen_in, eras)?;
+        let eras = FrozenEras::reopen(live, size, frozen_in, eras)?;
         let snapshot = Self::of(scratch, preserved, eras, terms, nonce);
         snapshot.terms.allowance.add(in_scratch * GRANULE);
         snapshot.count_scratch(in_scratch);
@@ -147,7 +149,7 @@ impl<W: World> Snapshot<W> {
     /// How much of the states file belongs to the snapshot's own record.
     pub const RECORD_BYTES: u64 = crate::preserved::STATES_OFFSET;
 
-    /// The size of the disk in bytes.
+    /// The size of the disk at this instant, in bytes.
     pub fn size(&self) -> u64 {
         self.scratch.size()
     }

@@ -72,6 +72,10 @@ pub enum Step {
     Write,
     /// It is recorded that a region is inactive.
     Retire,
+    /// A disk that grows enlarges its image.
+    Grow,
+    /// A disk that has grown tells of its new size.
+    Offer,
     /// A freeze gives the next disk its new tracking.
     Swap,
     /// A reader of the past, who has read the disk, looks at the preserved bits.

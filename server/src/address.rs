@@ -43,15 +43,16 @@ impl Address {
         }
     }
 
-    /// What an NBD client is told to connect to, for `export` here.
-    pub(crate) fn uri(&self, export: &str) -> String {
+    /// What an NBD client is told to connect to, for `export` here; with TLS if it is told so.
+    pub(crate) fn uri(&self, export: &str, with_tls: bool) -> String {
         let export = percent_encoded(export.as_bytes());
+        let nbd = if with_tls { "nbds" } else { "nbd" };
         match self {
             Self::Unix(path) => {
                 let path = percent_encoded(path.as_os_str().as_bytes());
-                format!("nbd+unix:///{export}?socket={path}")
+                format!("{nbd}+unix:///{export}?socket={path}")
             }
-            Self::Tcp { host, port } => format!("nbd://{}:{port}/{export}", Host(host)),
+            Self::Tcp { host, port } => format!("{nbd}://{}:{port}/{export}", Host(host)),
         }
     }
 }
@@ -223,10 +224,12 @@ mod tests {
     fn uris_stay_readable_and_survive_odd_paths() {
         let socket = Address::Unix("/run/still point/50%&#?+.sock".into());
         assert_eq!(
-            socket.uri("vda@cp1..b1"),
+            socket.uri("vda@cp1..b1", false),
             "nbd+unix:///vda@cp1..b1?socket=/run/still%20point/50%25%26%23%3F%2B.sock"
         );
-        assert_eq!(tcp("::1", 5).uri("vda"), "nbd://[::1]:5/vda");
-        assert_eq!(tcp("host", 10809).uri(""), "nbd://host:10809/");
+        assert_eq!(tcp("::1", 5).uri("vda", false), "nbd://[::1]:5/vda");
+        assert_eq!(tcp("host", 10809).uri("", true), "nbds://host:10809/");
+        let socket = Address::Unix("/s".into());
+        assert_eq!(socket.uri("a", true), "nbds+unix:///a?socket=/s");
     }
 }

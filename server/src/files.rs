@@ -50,6 +50,10 @@ impl PageStore for CellPages {
     fn stored(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
         self.cells.stored(offset)
     }
+
+    fn make_room(&self, length: u64) -> io::Result<()> {
+        self.cells.extend_reserved(length)
+    }
 }
 
 impl Durable for CellPages {

@@ -5,10 +5,13 @@ mod serve;
 
 mod address;
 mod control;
+mod handed_over;
 mod limits;
 mod listen;
+mod listeners;
 mod nbd;
 mod notify;
+mod tls;
 
 mod export;
 mod service;
@@ -22,6 +25,7 @@ mod files;
 mod hooks;
 mod lock_file;
 mod names;
+mod new_size;
 mod sync;
 
 /// The parsers that nobody outside needs but a fuzzer.

@@ -18,14 +18,17 @@ use crate::control::{Control, converse, turn_away};
 use crate::disk::OnTrackingError;
 use crate::export::Role;
 use crate::failure::Failure;
+use crate::handed_over;
 use crate::hooks::wall_clock;
 use crate::limits::Limits;
-use crate::listen::{self, Group};
+use crate::listen;
+use crate::listeners::{self, Door, Listener, Listeners};
 use crate::lock_file::LockFile;
 use crate::nbd::{Client, Entrance, Peer, Stream, Workers};
 use crate::notify;
 use crate::served::{DiskSpec, ServedDisk};
 use crate::service::{ScratchOptions, Service};
+use crate::tls::{Terms, Tls, TlsOptions};
 
 /// How to serve.
 #[derive(Clone, Debug)]
@@ -44,6 +47,8 @@ pub(crate) struct ServeOptions {
     pub(crate) socket_mode: u32,
     /// The group that the Unix sockets belong to.
     pub(crate) socket_group: Option<String>,
+    /// TLS, if there is any.
+    pub(crate) tls: Option<TlsOptions>,
     /// Data may go over networks unencrypted.
     pub(crate) allow_plaintext: bool,
     /// How long a freeze waits for writes in flight.
@@ -65,22 +70,10 @@ pub(crate) fn run(options: ServeOptions) -> Result<(), Failure> {
     LocalSet::new().block_on(&runtime, serve(options))
 }
 
-/// Everything that listens.
-struct Listeners {
-    data: Vec<(Listener, Role)>,
-    control: UnixListener,
-    control_path: PathBuf,
-    live: Vec<Address>,
-    backup: Vec<Address>,
-}
-
-enum Listener {
-    Unix(UnixListener),
-    Tcp(TcpListener),
-}
-
 async fn serve(options: ServeOptions) -> Result<(), Failure> {
-    refuse_plaintext(&options)?;
+    let tls = options.tls.as_ref().map(TlsOptions::read).transpose()?;
+    let handed_over = handed_over::take()?;
+    listeners::refuse_plaintext(&options, &handed_over, tls.as_ref())?;
     options.limits.check()?;
     allow_descriptors();
     // From here on a signal is a wish, also one that comes before the first client.
@@ -89,7 +82,7 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     let _run_dir = claim_run_dir(&options.run_dir)?;
     let mut disks = Vec::new();
     for spec in &options.disks {
-        disks.push(ServedDisk::open(spec, scratch_dir, options.on_tracking_error).await?);
+        disks.push(ServedDisk::open(spec, scratch_dir, options.on_tracking_error, None).await?);
     }
     let service = Service::new(disks, options.freeze_timeout, wall_clock, options.scratch)
         .map_err(|error| cannot("restore backups", &error))?;
@@ -105,38 +98,42 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     keepers.spawn_local(Arc::clone(&service).keep_to_expiry());
     let guarded = Arc::clone(&service);
     keepers.spawn_local(async move { guarded.guard_reserves().await });
-    let listeners = bind(&options).await?;
+    let listeners = Listeners::bind(&options, handed_over, tls.as_ref()).await?;
+    let made = listeners.made.clone();
     let (stop, stopping) = watch::channel(false);
     let workers = Workers::start(worker_count(), &service, &stopping)
         .map_err(|error| cannot("start worker threads", &error))?;
 
     let control = Rc::new(Control {
         service: Arc::clone(&service),
-        live_addresses: listeners.live.clone(),
-        backup_addresses: listeners.backup.clone(),
+        live_addresses: listeners.endpoints(Role::Live),
+        backup_addresses: listeners.endpoints(Role::Backup),
         run_dir: options.run_dir.clone(),
         stop,
     });
     print_table(&control, &listeners.control_path).map_err(|error| cannot("print", &error))?;
     notify::ready();
     let entrances = [Role::Live, Role::Backup].map(|role| Entrance::new(role, &options.limits));
-    let workers = accept(listeners, workers, entrances, &control, (stopping, signals)).await;
+    let workers = accept(
+        listeners,
+        workers,
+        entrances,
+        &control,
+        (stopping, signals),
+        tls.as_ref(),
+    )
+    .await;
 
     notify::stopping();
-    for address in control
-        .live_addresses
-        .iter()
-        .chain(&control.backup_addresses)
-    {
-        if let Address::Unix(path) = address {
-            let _ = std::fs::remove_file(path);
-        }
-    }
     // Nobody finds the server any more from here on; a file that is gone already is as good.
-    let _ = std::fs::remove_file(options.run_dir.join("control.sock"));
+    for path in made {
+        let _ = std::fs::remove_file(path);
+    }
     // The workers have been told; joining them blocks nobody but this thread.
     workers.join();
     keepers.shutdown().await;
+    // What a control client has begun may still go on, whether or not that client is there.
+    let _at_rest = service.rest().await;
     for disk in service.disks().values() {
         if let Err(error) = disk.close().await {
             let message = format!(
@@ -156,15 +153,22 @@ async fn accept(
     [live, backup]: [Arc<Entrance>; 2],
     control: &Rc<Control>,
     (mut stopping, mut signals): (watch::Receiver<bool>, Signals),
+    tls: Option<&Terms>,
 ) -> Workers {
     let (queue, mut clients) = mpsc::channel(CLIENTS_WAITING_MAX);
     let mut loops = tokio::task::JoinSet::new();
-    for (listener, role) in listeners.data {
-        let entrance = match role {
+    for Door {
+        listener,
+        role,
+        tls,
+        ..
+    } in listeners.doors
+    {
+        let entrance = Arc::clone(match role {
             Role::Live => &live,
             Role::Backup => &backup,
-        };
-        loops.spawn_local(accept_data(listener, Arc::clone(entrance), queue.clone()));
+        });
+        loops.spawn_local(accept_data(listener, tls, entrance, queue.clone()));
     }
     let mut conversations = tokio::task::JoinSet::new();
     loop {
@@ -180,7 +184,10 @@ async fn accept(
                 Err(error) => pause_after(&error).await,
             },
             Some(_) = conversations.join_next() => {}
-            () = signals.stop() => break,
+            wish = signals.next() => match wish {
+                Wish::ReadAgain => read_again(tls),
+                Wish::Stop => break,
+            },
             _ = stopping.wait_for(|stop| *stop) => break,
         }
     }
@@ -192,10 +199,32 @@ async fn accept(
     workers
 }
 
-/// The signals that ask a server to stop.
+/// For the connections to come; those that are there go on as they are.
+fn read_again(tls: Option<&Terms>) {
+    match tls.map(Terms::read_again) {
+        None => tracing::info!("SIGHUP: there is no TLS certificate to read again"),
+        Some(Ok(())) => {}
+        Some(Err(failure)) => {
+            let hint = failure.hint.as_deref().unwrap_or_default();
+            tracing::error!(
+                hint,
+                "SIGHUP: the TLS certificate stays as it was: {failure}"
+            );
+        }
+    }
+}
+
+/// What a signal asks for.
+enum Wish {
+    Stop,
+    ReadAgain,
+}
+
+/// The signals that a server heeds.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
@@ -204,18 +233,27 @@ impl Signals {
         Ok(Self {
             terminate,
             interrupt: signal(SignalKind::interrupt())?,
+            // Heeded without TLS too: a disk is not taken from its guest by a signal that is for
+            // certificates.
+            hangup: signal(SignalKind::hangup())?,
         })
     }
 
-    async fn stop(&mut self) {
+    async fn next(&mut self) -> Wish {
         tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => Wish::Stop,
+            _ = self.interrupt.recv() => Wish::Stop,
+            _ = self.hangup.recv() => Wish::ReadAgain,
         }
     }
 }
 
-async fn accept_data(listener: Listener, entrance: Arc<Entrance>, queue: mpsc::Sender<Client>) {
+async fn accept_data(
+    listener: Listener,
+    tls: Tls,
+    entrance: Arc<Entrance>,
+    queue: mpsc::Sender<Client>,
+) {
     loop {
         // The room before the client: who finds none waits outside, and takes no descriptor.
         entrance.handshakes.room().await;
@@ -225,8 +263,11 @@ async fn accept_data(listener: Listener, entrance: Arc<Entrance>, queue: mpsc::S
         };
         match accepted {
             Ok((stream, peer)) => {
-                let visitor = entrance.enter(peer);
-                let client = Client { stream, visitor };
+                let client = Client {
+                    stream,
+                    visitor: entrance.enter(peer),
+                    tls: tls.clone(),
+                };
                 if queue.send(client).await.is_err() {
                     return;
                 }
@@ -256,64 +297,6 @@ async fn accept_tcp(listener: &TcpListener) -> io::Result<(Stream, Peer)> {
 async fn pause_after(error: &io::Error) {
     tracing::warn!(%error, "cannot accept a client");
     tokio::time::sleep(ACCEPT_PAUSE).await;
-}
-
-async fn bind(options: &ServeOptions) -> Result<Listeners, Failure> {
-    let group = options
-        .socket_group
-        .as_deref()
-        .map(Group::find)
-        .transpose()?;
-    let unix = |path: &Path| listen::unix(path, options.socket_mode, group);
-    let control_path = options.run_dir.join("control.sock");
-    let control = unix(&control_path)?;
-    let mut data = Vec::new();
-    let mut bound = Vec::new();
-    for (role, file, more) in [
-        (Role::Live, "live.sock", &options.live_listen),
-        (Role::Backup, "backup.sock", &options.backup_listen),
-    ] {
-        let own = Address::Unix(options.run_dir.join(file));
-        let mut addresses = Vec::new();
-        for address in std::iter::once(&own).chain(more) {
-            let (listener, address) = match address {
-                Address::Unix(path) => (Listener::Unix(unix(path)?), address.clone()),
-                Address::Tcp { host, port } => {
-                    let (listener, port) = listen::tcp(host, *port).await?;
-                    (
-                        Listener::Tcp(listener),
-                        Address::Tcp {
-                            host: host.clone(),
-                            port,
-                        },
-                    )
-                }
-            };
-            data.push((listener, role));
-            addresses.push(address);
-        }
-        bound.push(addresses);
-    }
-    let backup = bound.pop().unwrap_or_default();
-    let live = bound.pop().unwrap_or_default();
-    Ok(Listeners {
-        data,
-        control,
-        control_path,
-        live,
-        backup,
-    })
-}
-
-fn refuse_plaintext(options: &ServeOptions) -> Result<(), Failure> {
-    let all = options.live_listen.iter().chain(&options.backup_listen);
-    let open = all.into_iter().find(|address| !address.is_loopback());
-    let Some(open) = open.filter(|_| !options.allow_plaintext) else {
-        return Ok(());
-    };
-    let message = format!("{open} would carry the disks' contents unencrypted");
-    let hint = "listen on a loopback address, or say --allow-plaintext if the network is yours";
-    Err(Failure::new("plaintext", message).hint(hint))
 }
 
 fn claim_run_dir(dir: &Path) -> Result<LockFile, Failure> {
@@ -362,14 +345,14 @@ fn print_table(control: &Control, control_path: &Path) -> io::Result<()> {
             disk.name,
             disk.path.display()
         )?;
-        for address in &control.live_addresses {
-            writeln!(out, "  live     {}", address.uri(disk.name.as_str()))?;
+        for endpoint in &control.live_addresses {
+            writeln!(out, "  live     {}", endpoint.uri(disk.name.as_str()))?;
         }
-        for address in &control.backup_addresses {
+        for endpoint in &control.backup_addresses {
             writeln!(
                 out,
                 "  backups  {}",
-                address.uri(&format!("{}@ID", disk.name))
+                endpoint.uri(&format!("{}@ID", disk.name))
             )?;
         }
     }

@@ -12,12 +12,13 @@ use block::{FileStorage, ImageLock, Storage};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
-use crate::disk::{Disk, Durability, Ending, LossRecord, OnTrackingError};
+use crate::disk::{Disk, Durability, Ending, Growth, GrowthRecord, LossRecord, OnTrackingError};
 use crate::failure::Failure;
 use crate::files::Files;
 use crate::hooks::Hooks;
 use crate::lock_file::LockFile;
 use crate::names::Name;
+use crate::new_size::NewSize;
 use crate::state::{BitsFolder, Ledger, Lost, Record, State};
 
 /// Which image to serve, and how.
@@ -74,20 +75,24 @@ pub(crate) struct Past {
     pub(crate) ledger: Ledger,
     /// Whether backups that were open can go on.
     pub(crate) ending: Ending,
+    /// How the disk has grown with this start.
+    pub(crate) growth: Option<Growth>,
 }
 
 impl ServedDisk {
-    /// Opens and locks the image, and begins to track it.
+    /// Opens and locks the image, and begins to track it. A block device may have the `enlarged` size.
     pub(crate) async fn open(
         spec: &DiskSpec,
         scratch_root: Option<&Path>,
         policy: OnTrackingError,
+        enlarged: Option<NewSize>,
     ) -> Result<(Self, Past), Failure> {
         let context = |failure: Failure| Failure {
             message: format!("disk '{}': {}", spec.name, failure.message),
             ..failure
         };
-        open_disk(spec, scratch_root, policy).await.map_err(context)
+        let opened = open_disk(spec, scratch_root, policy, enlarged).await;
+        opened.map_err(context)
     }
 
     /// Makes `record` durable in the journal.
@@ -185,6 +190,16 @@ impl ServedDisk {
         }
     }
 
+    /// How it is growing, if it is, or was to be and could not.
+    pub(crate) async fn growth(&self) -> Option<Growth> {
+        self.state.lock().await.growth()
+    }
+
+    /// Records that nothing is in doubt any more.
+    pub(crate) async fn settle(&self) -> io::Result<()> {
+        self.state.lock().await.settle().await
+    }
+
     /// Makes everything durable, and records that it is. Nobody writes any more.
     pub(crate) async fn close(&self) -> io::Result<()> {
         self.disk.flush().await?;
@@ -207,10 +222,28 @@ impl ServedDisk {
     }
 }
 
+/// In the header of the disk's state.
+impl GrowthRecord for &ServedDisk {
+    async fn begins(&mut self, growth: Growth) -> io::Result<()> {
+        self.state.lock().await.record_growth(Some(growth)).await
+    }
+
+    async fn ends(&mut self, _: Growth) -> io::Result<()> {
+        let era = self.disk.tracking().era;
+        let mut state = self.state.lock().await;
+        state.record_grown(era, self.disk.image()).await
+    }
+
+    async fn undone(&mut self) -> io::Result<()> {
+        self.state.lock().await.record_growth(None).await
+    }
+}
+
 async fn open_disk(
     spec: &DiskSpec,
     scratch_root: Option<&Path>,
     policy: OnTrackingError,
+    enlarged: Option<NewSize>,
 ) -> Result<(ServedDisk, Past), Failure> {
     let file = open_image(spec)?;
     ImageLock::take(&file).map_err(|error| {
@@ -236,7 +269,11 @@ async fn open_disk(
         None => state.join("backups"),
     };
     refuse_memory(spec, &state)?;
-    let opened = State::open(&state, spec.granularity, (spec.durability, policy), &image).await?;
+    let tracking = (spec.durability, policy);
+    let opened = State::open(&state, spec.granularity, tracking, &image, enlarged).await?;
+    if let Some(Growth { from, to }) = opened.growth {
+        tracing::info!(disk = %spec.name, from, to, "the disk has been enlarged: what is new is marked");
+    }
     let disk = Disk::new(image, opened.map, Some(opened.intents), opened.era, Hooks)
         .with_loss(opened.loss);
     let served = ServedDisk {
@@ -259,6 +296,7 @@ async fn open_disk(
         Past {
             ledger: opened.ledger,
             ending: opened.ending,
+            growth: opened.growth,
         },
     ))
 }
@@ -425,7 +463,7 @@ const FOLDER_LOCK: &str = "stillpoint.lock";
 const MEMORY_MAGICS: [i128; 2] = [0x0102_1994, 0x8584_58f6];
 
 /// What the sizes of disks are made of.
-const SECTOR: u64 = 512;
+pub(crate) const SECTOR: u64 = 512;
 
 /// Where in an image a format's magic stands, what it is, and the format.
 const OTHER_FORMATS: [(usize, &[u8], &str); 10] = [

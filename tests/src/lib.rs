@@ -2,7 +2,8 @@
 //!
 //! Nothing here uses the server's own crates: what a test believes about the protocol it has from
 //! the protocol's documents, not from the code under test. The one exception is [`simulation`], which
-//! runs the server's own types on storage of its making.
+//! runs the server's own types on storage of its making. (`tests/client` is about a crate, not about the
+//! server.)
 
 pub mod server;
 
@@ -10,6 +11,7 @@ pub mod attacks;
 pub mod bitmap;
 pub mod control;
 pub mod guest;
+pub mod killer;
 pub mod loop_device;
 pub mod mount;
 pub mod process;
@@ -20,6 +22,7 @@ pub mod seeds;
 pub mod shadow;
 pub mod state;
 pub mod syncs;
+pub mod tls;
 pub mod tools;
 
 pub mod simulation;

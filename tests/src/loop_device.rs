@@ -23,6 +23,12 @@ impl LoopDevice {
         }
     }
 
+    /// Takes over the size that the file has by now.
+    #[track_caller]
+    pub fn update_size(&self) {
+        as_root("losetup", &["--set-capacity", path(&self.device)]).ok();
+    }
+
     /// The device.
     pub fn path(&self) -> &Path {
         &self.device

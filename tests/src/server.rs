@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -186,6 +186,11 @@ impl Server {
         }
     }
 
+    /// The command that starts the server.
+    pub fn command(&self) -> Command {
+        self.builder.command()
+    }
+
     /// Starts a server that is expected to fail at it.
     pub fn start_and_fail(&self) -> Output {
         assert!(self.child.is_none(), "the server runs already");
@@ -275,6 +280,34 @@ impl Server {
     /// What the server logged.
     pub fn stderr(&self) -> String {
         read(&self.path("stderr"))
+    }
+
+    /// Returns when this text is in the log so many times.
+    #[track_caller]
+    pub fn wait_for_log(&self, text: &str, times: usize) {
+        let begun = Instant::now();
+        while self.stderr().matches(text).count() < times {
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "{text:?} is not in the log {times} times\n{}",
+                self.stderr()
+            );
+            std::thread::yield_now();
+        }
+    }
+
+    /// The first TCP port among the URIs that the server printed for a role, `live` or `backups`.
+    #[track_caller]
+    pub fn port(&self, role: &str) -> u16 {
+        let told = self.stdout();
+        let uris = told
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix(role));
+        let mut ports = uris.filter_map(|uri| {
+            let place = uri.trim().split_once("://")?.1.split_once('/')?.0;
+            place.rsplit_once(':')?.1.parse().ok()
+        });
+        ports.next().unwrap_or_else(|| panic!("no port in {told}"))
     }
 
     /// A path in the directory of this server.
@@ -482,6 +515,18 @@ pub fn binary_with_test_hooks() -> PathBuf {
         target.join("debug/stillpoint"),
         &build,
     )
+}
+
+/// An example of `proto/`, built like these tests.
+#[track_caller]
+pub fn example(name: &str) -> PathBuf {
+    let path = build_directory().join("examples").join(name);
+    assert!(
+        path.exists(),
+        "{} is missing: run cargo build -p stillpoint-proto --features client --examples",
+        path.display()
+    );
+    path
 }
 
 #[track_caller]

@@ -1,47 +1,12 @@
 //! A server that is killed at one system call after the other while a command changes bitmaps of two
 //! disks: both are as they were, or both as they were to be, and nothing is lost either way.
 
-use std::io::{BufRead as _, BufReader};
-use std::process::{ChildStderr, Command, Stdio};
-
 use serde_json::{Value, json};
 use stillpoint_tests::bitmap::{action, bitmaps, map_now};
-use stillpoint_tests::process::KilledOnDrop;
+use stillpoint_tests::killer::Killer;
 use stillpoint_tests::{CHUNK, Extent, MIB, Server};
 
 const SIZE: u64 = MIB;
-
-/// What `strace` does to a server for as long as this lives.
-struct Killer {
-    _strace: KilledOnDrop,
-    _told: BufReader<ChildStderr>,
-}
-
-impl Killer {
-    /// Kills the server when one of its threads makes one of these calls for the `n`th time.
-    #[track_caller]
-    fn of(server: &Server, calls: &str, n: usize) -> Self {
-        let mut command = Command::new("strace");
-        command
-            .args(["-f", "-o", "/dev/null", "-e", &format!("trace={calls}")])
-            .args(["-e", &format!("inject={calls}:signal=KILL:when={n}")])
-            .arg(format!("--attach={}", server.pid()))
-            .stderr(Stdio::piped());
-        let mut strace = KilledOnDrop::spawn(&mut command);
-        let told = strace.child.stderr.take().expect("it was asked for");
-        let mut told = BufReader::new(told);
-        let mut line = String::new();
-        while !line.contains("attached") {
-            line.clear();
-            let length = told.read_line(&mut line).expect("what strace says");
-            assert!(length > 0, "strace ended");
-        }
-        Self {
-            _strace: strace,
-            _told: told,
-        }
-    }
-}
 
 /// What can be seen of the bitmaps of both disks.
 #[derive(Clone, Debug, Eq, PartialEq)]

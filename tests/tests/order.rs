@@ -5,6 +5,7 @@ use std::io::{BufRead as _, BufReader};
 use std::process::{Command, Stdio};
 
 use rustix::process::Signal;
+use serde_json::json;
 use stillpoint_tests::process::{self, KilledOnDrop};
 use stillpoint_tests::tools::path;
 use stillpoint_tests::{Guest, MIB, Server};
@@ -51,6 +52,37 @@ fn a_new_region_is_recorded_durably_before_its_first_write_and_never_again_while
     assert_eq!(syncs.count(), 2, "one for each region");
 }
 
+#[test]
+fn the_bits_of_a_dirty_bitmap_are_durable_before_the_record_that_counts_on_them() {
+    let server = Server::with_disk(64 * MIB);
+    let mut qmp = server.qmp();
+    let bitmap = json!({"node": "vda", "name": "b"});
+    let persistent = json!({"node": "vda", "name": "b", "persistent": true});
+    qmp.execute("block-dirty-bitmap-add", &persistent);
+    Guest::new(&server, "vda").write(0, &[1; 4096]);
+    // What changed since an era is bits from now on.
+    let calls = traced(&server, || {
+        qmp.execute("block-dirty-bitmap-disable", &bitmap);
+    });
+
+    let first = |name: &str, file: &str, from: usize| {
+        let found = calls
+            .iter()
+            .find(|call| call.begun >= from && call.is(name, file));
+        found.unwrap_or_else(|| panic!("no {name} of {file} from {from} on: {calls:#?}"))
+    };
+    let written = first("write", "/bitmaps/", 0);
+    let synced = first("fsync", "/bitmaps/", written.ended + 1);
+    let named = first("fsync", "/bitmaps>", synced.ended + 1);
+    let record = calls.iter().find(|call| call.is("pwrite64", "/journal"));
+    let record = record.expect("it is recorded");
+    assert!(record.begun > named.ended, "{record:?} {named:?}");
+    let decided = first("fdatasync", "/journal", record.ended + 1);
+    for sync in [synced, named, decided] {
+        assert!(sync.text.ends_with("= 0"), "{sync:?}");
+    }
+}
+
 /// A system call, and between which lines of the trace it was.
 #[derive(Debug)]
 struct Call {
@@ -73,7 +105,7 @@ fn traced(server: &Server, then: impl FnOnce()) -> Vec<Call> {
         .args(["-f", "-y", "-s", "0", "-o", path(&trace)])
         .args([
             "-e",
-            "trace=pwrite64,pwritev,pwritev2,fdatasync,fsync,fallocate",
+            "trace=write,pwrite64,pwritev,pwritev2,fdatasync,fsync,fallocate",
         ])
         .args(["-p", &server.pid().to_string()])
         .stderr(Stdio::piped());

@@ -16,12 +16,12 @@ fn requests_survive_the_wire_however_it_cuts_them() {
 }
 
 #[test]
-fn extended_requests_have_a_payload_if_they_say_so() {
+fn extended_requests_have_a_payload_if_they_say_so_and_writes_always() {
     let requests = [
         request(READ, 1 << 40, b""),
         announced(WRITE, b"hello"),
         announced(WRITE, b""),
-        request(WRITE, 5, b""),
+        request(WRITE, 5, b"hello"),
         announced(BLOCK_STATUS, b"\0\0\0\0\0\0\x10\0\0\0\0\x01"),
         request(BLOCK_STATUS, u64::MAX, b""),
         request(77, 1 << 31, b""),

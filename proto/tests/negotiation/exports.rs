@@ -62,7 +62,6 @@ fn what_is_denied_gets_the_error_of_its_reason() {
 #[test]
 fn unknown_options_are_skipped_and_declined() {
     let mut talk = Talk::new(3);
-    assert_eq!(kinds(&talk.ask(STARTTLS, b"")), [ERR_UNSUP]);
     assert_eq!(kinds(&talk.ask(12, b"")), [ERR_UNSUP]);
     assert_eq!(
         kinds(&talk.ask(0xffff_ffff, &vec![7; 100_000])),

@@ -8,6 +8,7 @@ mod bytes_as_they_come;
 mod contexts;
 mod exports;
 mod extended_headers;
+mod tls;
 
 mod talk;
 mod wire;

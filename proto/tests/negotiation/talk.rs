@@ -6,8 +6,8 @@ use std::rc::Rc;
 use bytes::{Buf, BufMut, BytesMut};
 
 use crate::proto::{
-    BlockSize, Catalog, Denied, ExportInfo, Listed, Negotiation, Session, Step, TransmissionFlags,
-    Violation,
+    BlockSize, Catalog, Denied, ExportInfo, Listed, Negotiation, Session, Step, TlsMode,
+    TransmissionFlags, Violation,
 };
 use crate::wire::*;
 
@@ -72,10 +72,15 @@ pub(crate) struct Talk {
 
 impl Talk {
     pub(crate) fn empty() -> Self {
+        Self::with_tls(TlsMode::Off)
+    }
+
+    pub(crate) fn with_tls(mode: TlsMode) -> Self {
         let old_is_gone = Rc::new(Cell::new(false));
-        let negotiation = Negotiation::new(Shelf {
+        let shelf = Shelf {
             old_is_gone: Rc::clone(&old_is_gone),
-        });
+        };
+        let negotiation = Negotiation::with_tls(shelf, mode);
         Self {
             negotiation,
             old_is_gone,

@@ -1,13 +1,14 @@
 //! The command line.
 //!
 //! `serve` is the server. Every other command is a client of its control socket, and of nothing
-//! else.
+//! else; except that a disk can be resized that no server has.
 
 mod backup;
 mod bitmap;
 mod checkpoint;
 mod client;
 mod consumer;
+mod disk;
 mod disk_option;
 mod limit_options;
 mod problem;
@@ -16,6 +17,7 @@ mod scratch_options;
 mod serve;
 mod show;
 mod table;
+mod tls_options;
 mod units;
 
 use std::io::{self, Write};
@@ -33,6 +35,7 @@ use bitmap::BitmapCommand;
 use checkpoint::CheckpointCommand;
 use client::Client;
 use consumer::ConsumerCommand;
+use disk::DiskCommand;
 use problem::Problem;
 
 /// Runs the command that the process was started with.
@@ -85,6 +88,7 @@ impl Command {
             Self::Backup(command) => command.name(),
             Self::Bitmap(command) => command.name(),
             Self::Consumer(command) => command.name(),
+            Self::Disk(command) => command.name(),
             Self::Qmp { .. } => "qmp",
         }
     }
@@ -112,6 +116,9 @@ enum Command {
     /// Whoever pulls backups: each has its own last checkpoint.
     #[command(subcommand)]
     Consumer(ConsumerCommand),
+    /// Disks themselves.
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// Execute one control command and print what it returns.
     Qmp {
         /// The command, such as '{"execute":"query-status"}'.
@@ -155,6 +162,7 @@ impl Cli {
             Command::Backup(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
             Command::Bitmap(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
             Command::Consumer(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
+            Command::Disk(command) => command.run(&run_dir, &answers),
             Command::Qmp { command } => {
                 let command: Box<RawValue> = serde_json::from_str(&command)
                     .map_err(|error| Problem::usage(format!("the command is no JSON: {error}")))?;

@@ -14,6 +14,7 @@ use super::disk_option;
 use super::limit_options::LimitArgs;
 use super::problem::Problem;
 use super::scratch_options::ScratchArgs;
+use super::tls_options::TlsArgs;
 use super::units::parse_duration;
 use crate::address::Address;
 use crate::disk::OnTrackingError;
@@ -47,6 +48,8 @@ pub(super) struct ServeArgs {
     /// The group that the Unix sockets belong to.
     #[arg(long, value_name = "GROUP")]
     socket_group: Option<String>,
+    #[command(flatten)]
+    tls: TlsArgs,
     /// Let the disks' contents go over networks unencrypted.
     #[arg(long)]
     allow_plaintext: bool,
@@ -89,6 +92,7 @@ fn options(args: ServeArgs, run_dir: PathBuf) -> Result<ServeOptions, Problem> {
         backup_listen: args.backup_listen,
         socket_mode: args.socket_mode,
         socket_group: args.socket_group,
+        tls: args.tls.options()?,
         allow_plaintext: args.allow_plaintext,
         freeze_timeout: args.freeze_timeout,
         scratch: args.scratch.options(),
@@ -115,6 +119,7 @@ fn parse_mode(text: &str) -> Result<u32, String> {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use proto::TlsMode::{Off, On, Require};
 
     use super::*;
 
@@ -152,5 +157,25 @@ mod tests {
         assert!(parse("--socket-mode 600").is_err());
         assert!(parse("--disk vda=/a --socket-mode 1777").is_err());
         assert!(parse("--disk vda=/a --live-listen nowhere").is_err());
+    }
+
+    #[test]
+    fn tls_is_required_on_networks_once_there_is_a_certificate() {
+        let tls = |more: &str| {
+            let tls = parse(&format!("--disk vda=/a{more}"))?.tls;
+            Ok::<_, String>(tls.map(|tls| (tls.tcp, tls.unix, tls.verify_peer)))
+        };
+        assert_eq!(tls(""), Ok(None));
+        assert_eq!(tls(" --tls off"), Ok(None));
+        assert_eq!(tls(" --tls-creds /c"), Ok(Some((Require, Off, false))));
+        assert_eq!(
+            tls(" --tls-certificates /c --tls=on --tls-unix=require --tls-verify-peer"),
+            Ok(Some((On, Require, true)))
+        );
+        for without in ["--tls on", "--tls-unix require", "--tls-verify-peer"] {
+            let why = tls(&format!(" {without}")).unwrap_err();
+            assert!(why.contains("--tls-creds"), "{why}");
+        }
+        assert!(tls(" --tls-creds /c --tls maybe").is_err());
     }
 }

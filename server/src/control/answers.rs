@@ -12,10 +12,10 @@ use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 use uuid::Uuid;
 
-use crate::address::Address;
 use crate::failure::Failure;
+use crate::listeners::Endpoint;
 use crate::names::Name;
-use crate::service::{Event, Outcome};
+use crate::service::{Event, Outcome, Resized};
 
 /// What a client hears first.
 #[derive(Debug, Serialize)]
@@ -214,6 +214,28 @@ pub(crate) struct CheckpointDisk {
     pub(crate) dirty_bytes: u64,
     /// How much of that is only presumed to have changed.
     pub(crate) uncertain_bytes: u64,
+}
+
+/// What has become of a disk that was to be larger.
+#[derive(Debug, Deserialize, Serialize)]
+pub(crate) struct ResizeAnswer {
+    /// Its name.
+    pub(crate) disk: Name,
+    /// In bytes.
+    pub(crate) size_before: u64,
+    /// In bytes.
+    pub(crate) size: u64,
+}
+
+impl ResizeAnswer {
+    /// Of the disk `disk`.
+    pub(crate) fn new(disk: Name, resized: Resized) -> Self {
+        Self {
+            disk,
+            size_before: resized.before,
+            size: resized.now,
+        }
+    }
 }
 
 /// A consumer.
@@ -470,10 +492,10 @@ pub(crate) fn path_text(path: &Path) -> String {
 }
 
 /// Where `export` can be opened.
-pub(crate) fn uris(addresses: &[Address], export: &str) -> Vec<String> {
-    addresses
+pub(crate) fn uris(endpoints: &[Endpoint], export: &str) -> Vec<String> {
+    endpoints
         .iter()
-        .map(|address| address.uri(export))
+        .map(|endpoint| endpoint.uri(export))
         .collect()
 }
 

@@ -78,6 +78,10 @@ impl Arguments {
         Ok(Some(members.map(|(m, number)| (m, path(number))).collect()))
     }
 
+    pub(super) fn required_number(&mut self, key: &str, most: u64) -> Result<u64, Refusal> {
+        self.number(key, most)?.ok_or_else(|| self.missing(key))
+    }
+
     pub(super) fn required_array(&mut self, key: &str) -> Result<Vec<(Value, String)>, Refusal> {
         self.array(key)?.ok_or_else(|| self.missing(key))
     }

@@ -12,8 +12,8 @@ use serde_json::value::{RawValue, to_raw_value};
 use super::Control;
 use super::answers::{
     BackupAnswer, BackupDisk, BackupState, CheckpointAnswer, CheckpointDisk, CommandName,
-    ConsumerAnswer, ConsumerDisk, Difference, DiskAnswer, ExportUse, Mode, Sockets, Status,
-    Version, path_text, time_text, uris,
+    ConsumerAnswer, ConsumerDisk, Difference, DiskAnswer, ExportUse, Mode, ResizeAnswer, Sockets,
+    Status, Version, path_text, time_text, uris,
 };
 use super::bitmaps;
 use super::request::{COMMANDS, Command};
@@ -39,6 +39,10 @@ pub(crate) async fn execute(
         ),
         Command::Status => answer(&control.status().await?),
         Command::Disks => answer(&control.disks().await?),
+        Command::ResizeDisk { disk, size } => {
+            let resized = service.resize_disk(&disk, size).await?;
+            answer(&ResizeAnswer::new(disk, resized))
+        }
         Command::Checkpoints { disk } => answer(&checkpoints(service, disk).await?),
         Command::Backups { id } => answer(&control.backups(id.as_ref())?),
         Command::CreateCheckpoint { name, disks } => {
@@ -79,8 +83,11 @@ pub(crate) async fn execute(
 impl Control {
     async fn status(&self) -> Result<Status, Failure> {
         let backups = self.all_backups();
-        let texts = |addresses: &[crate::address::Address]| {
-            addresses.iter().map(ToString::to_string).collect()
+        let texts = |endpoints: &[crate::listeners::Endpoint]| {
+            let texts = endpoints
+                .iter()
+                .map(|endpoint| endpoint.address.to_string());
+            texts.collect()
         };
         Ok(Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -29,8 +29,8 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, broadcast, mpsc, watch};
 use tokio::task::{JoinHandle, spawn_local};
 
-use crate::address::Address;
 use crate::failure::Failure;
+use crate::listeners::Endpoint;
 use crate::service::{Event, Service};
 use answers::{Greeting, Notice, Reply};
 use decoder::{Decoder, Malformed};
@@ -42,9 +42,9 @@ pub(crate) struct Control {
     /// Disks, checkpoints and backups.
     pub(crate) service: Arc<Service>,
     /// Where frozen exports are offered.
-    pub(crate) backup_addresses: Vec<Address>,
+    pub(crate) backup_addresses: Vec<Endpoint>,
     /// Where live exports are offered.
-    pub(crate) live_addresses: Vec<Address>,
+    pub(crate) live_addresses: Vec<Endpoint>,
     /// Where the sockets are.
     pub(crate) run_dir: PathBuf,
     /// True as soon as the server is to stop.

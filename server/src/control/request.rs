@@ -22,6 +22,13 @@ pub(crate) enum Command {
     Status,
     /// `query-disks`.
     Disks,
+    /// `disk-resize`.
+    ResizeDisk {
+        /// Which.
+        disk: Name,
+        /// In bytes.
+        size: u64,
+    },
     /// `query-checkpoints`.
     Checkpoints {
         /// Only those of this disk.
@@ -129,6 +136,7 @@ pub(crate) const COMMANDS: &[&str] = &[
     "query-commands",
     "query-status",
     "query-disks",
+    "disk-resize",
     "query-checkpoints",
     "query-backups",
     "checkpoint-create",
@@ -186,6 +194,10 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
         "query-commands" => Command::Commands,
         "query-status" => Command::Status,
         "query-disks" => Command::Disks,
+        "disk-resize" => Command::ResizeDisk {
+            disk: arguments.required_name("disk")?,
+            size: arguments.required_number("size", u64::MAX)?,
+        },
         "query-checkpoints" => Command::Checkpoints {
             disk: arguments.name("disk")?,
         },

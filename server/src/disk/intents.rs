@@ -58,10 +58,7 @@ impl<W: World> Intents<W> {
         map: &EraMap<W::Pages>,
         pace: &W::Pace,
     ) -> io::Result<Inside<'_, W>> {
-        if self.durability == Durability::Power {
-            self.lease.cover(pace.now()).await?;
-        }
-        self.lease.note(pace.now())?;
+        self.may_issue(pace).await?;
         let inside = Inside {
             intents: self,
             range: range.clone(),
@@ -90,6 +87,14 @@ impl<W: World> Intents<W> {
             self.crowded.notify_one();
         }
         Ok(inside)
+    }
+
+    /// Returns when the image may be changed: who finds it changed then knows that it was us.
+    pub(super) async fn may_issue(&self, pace: &W::Pace) -> io::Result<()> {
+        if self.durability == Durability::Power {
+            self.lease.cover(pace.now()).await?;
+        }
+        self.lease.note(pace.now())
     }
 
     /// Waits until there are too many active regions.

@@ -6,6 +6,7 @@
 mod durability;
 mod freeze;
 mod gate;
+mod growth;
 mod intents;
 mod lease;
 mod loss;
@@ -30,6 +31,7 @@ use tokio::sync::Notify;
 pub use durability::Durability;
 pub use freeze::{Freeze, NotFrozen, freeze};
 pub use gate::{Closed, Gate, Pass};
+pub use growth::{Growth, GrowthRecord, NotGrown};
 pub use intents::{ACTIVE_MAX, Intents};
 pub use lease::{Lease, LeaseRecord};
 pub use loss::{Loss, LossRecord, OnTrackingError};
@@ -113,9 +115,9 @@ impl<W: World> Disk<W> {
         self.loss.as_ref().is_some_and(|loss| loss.is_lost_in(era))
     }
 
-    /// The size in bytes.
+    /// The size in bytes that clients are told. The image may be larger while the disk grows.
     pub fn size(&self) -> u64 {
-        self.image.size()
+        self.map.size()
     }
 
     /// The live map.

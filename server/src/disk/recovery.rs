@@ -7,6 +7,7 @@ use block::Storage;
 use scratch::Durable;
 
 use super::durability::Durability;
+use super::growth::Growth;
 
 /// How the last server of a disk ended, as far as what it left can be believed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -93,6 +94,8 @@ pub struct Recovery<P> {
     map: EraMap<P>,
     table: PageTable<P>,
     damage: Damage,
+    /// The disk was smaller, and not everything that is new need be marked.
+    grown_from: Option<u64>,
 }
 
 /// What of a map is not believed.
@@ -151,7 +154,30 @@ impl<P: Durable> Recovery<P> {
         for page in &damage.pages {
             map.eras().disbelieve_page(*page);
         }
-        Ok(Self { map, table, damage })
+        Ok(Self {
+            map,
+            table,
+            damage,
+            grown_from: None,
+        })
+    }
+
+    /// The same of a disk that was being enlarged to the size that it has, if it was: a start marks
+    /// all that is new.
+    #[must_use]
+    pub fn ending(mut self, growth: Option<Growth>) -> Self {
+        let Some(Growth { from, .. }) = growth else {
+            return self;
+        };
+        // Of what is new nothing need be there yet, also where its region was filled once: a power cut
+        // may have taken entries behind the end of the disk, which nobody has missed.
+        let new = from / self.map.granularity().bytes();
+        for (_, chunks) in &mut self.damage.chunks {
+            chunks.end = chunks.end.min(new);
+        }
+        self.damage.chunks.retain(|(_, chunks)| !chunks.is_empty());
+        self.grown_from = Some(from);
+        self
     }
 
     /// Starts after what was `before`, with a tracking that survives what `durability` says.
@@ -227,8 +253,16 @@ impl<P: Durable> Recovery<P> {
     ///
     /// Interrupted, all of this can be begun again: the regions stay active all the while.
     async fn finish(self, ending: Ending, eras: NewEras) -> io::Result<Recovered<P>> {
-        let Self { map, table, damage } = self;
+        let Self {
+            map,
+            table,
+            damage,
+            grown_from,
+        } = self;
         let granularity = map.granularity();
+        // With the chunk in which the disk ended.
+        let new =
+            grown_from.map(|size| size / granularity.bytes() * granularity.bytes()..map.size());
         for page in &damage.pages {
             // Stored in any case, so that the sector is whole again.
             table.rewrite(*page, |record| {
@@ -240,6 +274,8 @@ impl<P: Durable> Recovery<P> {
         for (region, _) in &damage.chunks {
             table.update(region.page(), |record| record.activate(*region))?;
         }
+        let new_chunks = new.clone().map(|new| granularity.chunks(&new));
+        let calm = new_chunks.map_or(Ok(BTreeSet::new()), |new| activate(&new, &map, &table))?;
         let regions = Regions::new(map.eras().page_count(), granularity, table);
         // A sync may have failed without anyone having lived to record it, and what the last server
         // stored be in memory only: stored again, it is durable after a sync that succeeds.
@@ -267,9 +303,14 @@ impl<P: Durable> Recovery<P> {
             damaged_bytes += range.end - range.start;
         }
         if ending == Ending::PowerCut {
-            for region in regions.all_active() {
+            // Where nobody had written, only what is new has changed.
+            for region in regions.all_active().filter(|r| !calm.contains(r)) {
                 map.presume(&regions.range(region), eras.presumed)?;
             }
+        }
+        if let Some(new) = new {
+            // That it is new is certain. No checkpoint has the guests' era yet.
+            map.presume(&new, eras.guests)?;
         }
         map.eras().store().sync().await?;
         Ok(Recovered {
@@ -279,6 +320,30 @@ impl<P: Durable> Recovery<P> {
             eras,
         })
     }
+}
+
+/// Makes every region active that has some of `new`, as whoever writes there first, and returns those
+/// that were not.
+fn activate<P: Durable>(
+    new: &Chunks,
+    map: &EraMap<P>,
+    table: &PageTable<P>,
+) -> io::Result<BTreeSet<Region>> {
+    let mut calm = BTreeSet::new();
+    for (region, _) in Region::cut(new) {
+        table.rewrite(region.page(), |record| {
+            // The one in which the disk ended may have been written before.
+            if !record.is_filled(region) {
+                map.eras().fill(&region.chunks())?;
+            }
+            if !record.is_active(region) {
+                calm.insert(region);
+            }
+            record.activate(region);
+            Ok(())
+        })?;
+    }
+    Ok(calm)
 }
 
 impl Damage {

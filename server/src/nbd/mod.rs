@@ -29,13 +29,14 @@ use proto::{GREETING, Negotiation, Step, Violation};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 pub(crate) use entrance::Entrance;
 pub(crate) use peer::Peer;
 pub(crate) use workers::{Client, Stream, Workers};
 
 use crate::service::Service;
+use crate::tls::Tls;
 use catalog::Exports;
 use entrance::Visitor;
 use progress::Lapse;
@@ -49,6 +50,8 @@ enum Ended {
     Violation(#[from] Violation),
     #[error("{0}")]
     Declined(String),
+    #[error("the TLS handshake failed: {0}")]
+    Tls(io::Error),
     #[error("no export was chosen within {0:?}")]
     TooSlow(Duration),
     #[error("no export was chosen, and others wait")]
@@ -61,38 +64,93 @@ enum Ended {
 async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
     service: Arc<Service>,
-    visitor: Visitor,
-    mut stop: watch::Receiver<bool>,
+    (visitor, tls): (Visitor, Tls),
+    stop: watch::Receiver<bool>,
 ) -> Result<(), Ended> {
-    let mut input = BytesMut::with_capacity(HANDSHAKE_PIECE);
     let visitor = Rc::new(visitor);
+    let mut handshake = Handshake {
+        deadline: Instant::now() + visitor.entrance.limits.handshake,
+        visitor: Rc::clone(&visitor),
+        stop: stop.clone(),
+    };
+    let mut input = BytesMut::with_capacity(HANDSHAKE_PIECE);
     let exports = Exports::new(service, Rc::clone(&visitor));
-    let patience = visitor.entrance.limits.handshake;
-    let negotiated = tokio::select! {
-        biased;
-        _ = stop.wait_for(|stop| *stop) => return Ok(()),
-        () = visitor.displaced() => return Err(Ended::Displaced),
-        negotiated = timeout(patience, negotiate(&mut stream, &mut input, exports)) => {
-            negotiated.map_err(|_| Ended::TooSlow(patience))??
+    let mut negotiation = Negotiation::with_tls(exports, tls.mode());
+    let greeting = BytesMut::from(&GREETING[..]);
+    let negotiated = negotiate(&mut stream, &mut negotiation, &mut input, greeting);
+    match handshake.in_time(negotiated).await? {
+        Some(Chosen::Export(session)) => serve(stream, session, input, (&visitor, stop)).await,
+        Some(Chosen::Tls) => {
+            let secured = async {
+                let mut stream = tls.accept(stream).await.map_err(Ended::Tls)?;
+                tell_who(visitor.peer, stream.subject());
+                let nothing = BytesMut::new();
+                let chosen = negotiate(&mut stream, &mut negotiation, &mut input, nothing).await;
+                Ok((stream, chosen?))
+            };
+            match handshake.in_time(secured).await? {
+                Some((stream, Chosen::Export(session))) => {
+                    serve(stream, session, input, (&visitor, stop)).await
+                }
+                _ => Ok(()),
+            }
         }
-    };
-    let Some(session) = negotiated else {
-        return Ok(());
-    };
+        Some(Chosen::Goodbye) | None => Ok(()),
+    }
+}
+
+/// Performs what a client asks of the export that it has chosen.
+async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+    session: proto::Session<Exports>,
+    input: BytesMut,
+    (visitor, stop): (&Visitor, watch::Receiver<bool>),
+) -> Result<(), Ended> {
     visitor.is_served();
     let (peer, role) = (visitor.peer, visitor.entrance.role);
     tracing::info!(%peer, ?role, export = session.info.name, "connected");
     transmission::run(stream, session, input, (&visitor.entrance, stop)).await
 }
 
-/// Lets the client choose an export; `None` if it says goodbye instead.
+/// How long a client may choose.
+struct Handshake {
+    deadline: Instant,
+    visitor: Rc<Visitor>,
+    stop: watch::Receiver<bool>,
+}
+
+impl Handshake {
+    /// What comes of a part of it; `None` if the server stops meanwhile.
+    async fn in_time<T>(
+        &mut self,
+        part: impl Future<Output = Result<T, Ended>>,
+    ) -> Result<Option<T>, Ended> {
+        let patience = self.visitor.entrance.limits.handshake;
+        tokio::select! {
+            biased;
+            _ = self.stop.wait_for(|stop| *stop) => Ok(None),
+            () = self.visitor.displaced() => Err(Ended::Displaced),
+            done = timeout_at(self.deadline, part) => {
+                done.map_err(|_| Ended::TooSlow(patience))?.map(Some)
+            }
+        }
+    }
+}
+
+/// What a client wants once it has asked enough.
+enum Chosen {
+    Export(proto::Session<Exports>),
+    Tls,
+    Goodbye,
+}
+
+/// Answers a client's options, after what is to be said first.
 async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
+    negotiation: &mut Negotiation<Exports>,
     input: &mut BytesMut,
-    exports: Exports,
-) -> Result<Option<proto::Session<Exports>>, Ended> {
-    let mut negotiation = Negotiation::new(exports);
-    let mut output = BytesMut::from(&GREETING[..]);
+    mut output: BytesMut,
+) -> Result<Chosen, Ended> {
     loop {
         stream.write_all_buf(&mut output).await?;
         let step = match negotiation.advance(input, &mut output) {
@@ -106,19 +164,32 @@ async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
         match step {
             Step::WriteFirst => continue,
             Step::NeedMore => stream.write_all_buf(&mut output).await?,
+            Step::StartTls => {
+                stream.write_all_buf(&mut output).await?;
+                return Ok(Chosen::Tls);
+            }
             Step::Ready(session) => {
                 stream.write_all_buf(&mut output).await?;
-                return Ok(Some(session));
+                return Ok(Chosen::Export(session));
             }
             Step::Abort => {
                 stream.write_all_buf(&mut output).await?;
-                return Ok(None);
+                return Ok(Chosen::Goodbye);
             }
             Step::Hangup(reason) => return Err(Ended::Declined(reason.into_owned())),
         }
         if stream.read_buf(input).await? == 0 {
-            return Ok(None);
+            return Ok(Chosen::Goodbye);
         }
+    }
+}
+
+/// Logs whom a client's certificate names; its address or process is told when it is served.
+fn tell_who(peer: Peer, subject: Option<String>) {
+    if let Some(subject) = subject {
+        tracing::info!(%peer, subject, "TLS with a client certificate");
+    } else {
+        tracing::debug!(%peer, "TLS");
     }
 }
 

@@ -13,6 +13,7 @@ use super::converse;
 use super::entrance::Visitor;
 use crate::export::Role;
 use crate::service::Service;
+use crate::tls::Tls;
 
 /// Threads that serve clients, each with a runtime of its own, and for one role: so a guest never
 /// waits for what a thread does for backups.
@@ -36,6 +37,8 @@ pub(crate) struct Client {
     pub(crate) stream: Stream,
     /// Who it is, and what it came for.
     pub(crate) visitor: Visitor,
+    /// Whether it may, or must, ask for TLS there.
+    pub(crate) tls: Tls,
 }
 
 /// A connection of either kind.
@@ -117,11 +120,15 @@ async fn work(
 }
 
 async fn serve(client: Client, service: Arc<Service>, stop: watch::Receiver<bool>) {
-    let Client { stream, visitor } = client;
+    let Client {
+        stream,
+        visitor,
+        tls,
+    } = client;
     let (peer, role) = (visitor.peer, visitor.entrance.role);
     let ended = match tied(stream) {
-        Ok(Tied::Unix(stream)) => converse(stream, service, visitor, stop).await,
-        Ok(Tied::Tcp(stream)) => converse(stream, service, visitor, stop).await,
+        Ok(Tied::Unix(stream)) => converse(stream, service, (visitor, tls), stop).await,
+        Ok(Tied::Tcp(stream)) => converse(stream, service, (visitor, tls), stop).await,
         Err(error) => Err(error.into()),
     };
     match ended {

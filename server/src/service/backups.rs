@@ -446,6 +446,7 @@ impl Backup {
             bitmaps: part.bitmaps.iter().map(FrozenBitmap::record).collect(),
             expires_at: self.expires_at.map(restore::nanoseconds_of),
             scratch_limit: self.budget.own().limit(),
+            size: Some(part.frozen.size()),
         }
     }
 }

@@ -12,6 +12,7 @@ mod checkpoints;
 mod consumers;
 mod expiry;
 mod reserve;
+mod resize;
 mod restore;
 mod space;
 
@@ -30,6 +31,7 @@ pub(crate) use bitmaps::{Action, Addition, Bitmap, Source};
 pub(crate) use book::{
     Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Last, Outcome, Usage,
 };
+pub(crate) use resize::{Resized, resize_alone};
 
 use crate::disk::{Freeze, NotFrozen, Tracking, freeze};
 use crate::failure::Failure;
@@ -189,6 +191,12 @@ impl Service {
 
     fn book_mut(&self) -> RwLockWriteGuard<'_, Book> {
         self.book.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until no instant is being taken and no disk resized; for as long as what is returned is
+    /// there, none is.
+    pub(crate) async fn rest(&self) -> impl Drop + '_ {
+        self.instants.lock().await
     }
 
     /// What happens from now on.

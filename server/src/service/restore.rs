@@ -165,7 +165,8 @@ fn reopen_disk(
 ) -> io::Result<FrozenDisk> {
     let era = Era::from_number(part.era);
     let path = disk.snapshot_dir(&part.id);
-    let size = disk.disk.size();
+    // The disk may have grown since.
+    let size = part.size.unwrap_or_else(|| disk.disk.size());
     let live = || Arc::clone(disk.disk.map());
     let gone = match (ending, disk.why_not_kept(era)) {
         // Whatever its scratch looks like by now, there were writes that it did not see.

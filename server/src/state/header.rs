@@ -12,7 +12,7 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use super::identity::ImageIdentity;
-use crate::disk::{Durability, Loss};
+use crate::disk::{Durability, Growth, Loss};
 use crate::files::CellPages;
 
 /// The file, whose room was taken when it was made.
@@ -52,6 +52,9 @@ pub(crate) struct Life {
     pub(crate) image: ImageIdentity,
     /// What its tracking survived.
     pub(crate) durability: Durability,
+    /// The disk was being enlarged. The image may have either size, and what is new need not be
+    /// marked.
+    pub(crate) growth: Option<Growth>,
 }
 
 /// Why a state directory cannot be used.
@@ -186,6 +189,12 @@ fn write_life(number: u64, life: &Life) -> [u8; SECTOR_BYTES] {
         Durability::Process => 1,
         Durability::None => 2,
     }]);
+    let growth = life
+        .growth
+        .map_or([0; 2], |growth| [growth.from, growth.to]);
+    for size in growth {
+        sector.put(&size.to_le_bytes());
+    }
     sector.seal()
 }
 
@@ -205,6 +214,7 @@ fn read_life(mut sector: Sector) -> Option<(u64, Life)> {
     let lost_reason = String::from_utf8_lossy(reason).into_owned();
     sector.at = AFTER_REASON;
     let [durability] = sector.take()?;
+    let [from, to] = [sector.number()?, sector.number()?];
     let life = Life {
         clean: clean != 0,
         in_doubt: in_doubt != 0,
@@ -220,6 +230,7 @@ fn read_life(mut sector: Sector) -> Option<(u64, Life)> {
             // Whatever it means, less is not promised.
             _ => Durability::None,
         },
+        growth: (to > 0).then_some(Growth { from, to }),
     };
     Some((number, life))
 }
@@ -290,6 +301,10 @@ mod tests {
         Life {
             era_high: number,
             lost_reason: "é".repeat(400),
+            growth: (number > 2).then_some(Growth {
+                from: 512,
+                to: 1024,
+            }),
             ..Life::default()
         }
     }
@@ -317,6 +332,7 @@ mod tests {
         assert_eq!(format.uuid, Uuid::from_u128(7));
         let found = found.unwrap();
         assert_eq!((found.era_high, found.lost_reason.len()), (3, 300));
+        assert_eq!(found.growth, life(3).growth);
 
         // The copy of the third is in sector 2, that of the second in sector 1.
         header.cells.store(2 * 512 + 40, &[0xff]).unwrap();

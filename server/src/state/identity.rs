@@ -84,6 +84,21 @@ impl ImageIdentity {
         (!untouched).then(|| "the image was changed while the server was down".to_owned())
     }
 
+    /// The same image with `size` bytes.
+    pub(crate) fn with_size(self, size: u64) -> Self {
+        Self { size, ..self }
+    }
+
+    /// In bytes.
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether it is a block device, whose size is not ours to choose.
+    pub(crate) fn is_device(&self) -> bool {
+        self.is_device
+    }
+
     /// When a file was changed last, in seconds since 1970.
     pub(crate) fn changed_seconds(&self) -> u64 {
         self.change[0]

@@ -195,6 +195,9 @@ pub(crate) struct BackupRecord {
     /// How much scratch it may take, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) scratch_limit: Option<u64>,
+    /// How large the disk was, in bytes; as large as it is, where this is missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) size: Option<u64>,
 }
 
 impl BackupRecord {

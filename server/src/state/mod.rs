@@ -8,6 +8,7 @@
 mod bits;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
+mod growth;
 mod header;
 mod identity;
 mod journal;
@@ -30,11 +31,13 @@ pub(crate) use journal::{
 pub(crate) use ledger::{ENDED_MAX, Ledger};
 
 use crate::disk::{
-    Before, Chronicle, Durability, Ending, Intents, Lease, LeaseRecord, Loss, OnTrackingError,
-    Recovery, Running,
+    Before, Chronicle, Durability, Ending, Growth, Intents, Lease, LeaseRecord, Loss,
+    OnTrackingError, Recovery, Running,
 };
 use crate::failure::Failure;
 use crate::files::{CellPages, Files};
+use crate::new_size::NewSize;
+use growth::admit_enlarged;
 use header::{Format, Header, HeaderError, Life};
 use identity::ImageIdentity;
 use journal::{Damage, JOURNAL, Journal};
@@ -68,6 +71,8 @@ pub(crate) struct Opened {
     pub(crate) loss: Loss<CellPages>,
     /// What happened before.
     pub(crate) ledger: Ledger,
+    /// How the disk has grown with this start.
+    pub(crate) growth: Option<Growth>,
 }
 
 /// What was known, and is of no use any more.
@@ -87,7 +92,8 @@ struct Found {
 }
 
 impl State {
-    /// Opens the state in `dir` of the disk on `image`, or begins one.
+    /// Opens the state in `dir` of the disk on `image`, or begins one. A block device that has been
+    /// enlarged while nobody had it may have the `enlarged` size, and no file may.
     ///
     /// What crash points leave behind: nothing here is believed before the header is there, and it
     /// is renamed into place last. Afterwards the first thing that is stored is that this server
@@ -97,9 +103,10 @@ impl State {
         granularity: Option<Granularity>,
         (durability, policy): (Durability, OnTrackingError),
         image: &FileStorage,
+        enlarged: Option<NewSize>,
     ) -> Result<Opened, Failure> {
         let mut lost = None;
-        let found = match find(dir)? {
+        let mut found = match find(dir)? {
             Ok(Some(found)) => found,
             Ok(None) => create(dir, granularity, image).await?,
             Err(reason) => {
@@ -109,6 +116,12 @@ impl State {
             }
         };
         refuse_other_granularity(dir, granularity, found.format.granularity)?;
+        let format = found.format;
+        if let Some(life) = &mut found.life {
+            admit_enlarged(dir, life, &format, image, enlarged)
+                .await
+                .map_err(|error| cannot_use(dir, &error))?;
+        }
         let opened = begin(dir, found, (durability, policy), image, lost).await;
         opened.map_err(|error| cannot_use(dir, &error))
     }
@@ -147,6 +160,10 @@ impl State {
             in_doubt,
             ..self.life.clone()
         };
+        self.replace(life).await
+    }
+
+    async fn replace(&mut self, life: Life) -> io::Result<()> {
         self.header.store(&life)?;
         self.header.sync().await?;
         self.life = life;
@@ -302,11 +319,14 @@ async fn begin(
         .max(untracked)
         .max(before.lost_era)
         .max(journal.ledger().highest_era);
-    let recovery = load_map(dir, eras, image.size(), &format, known)?;
+    // Of an image that was not enlarged yet there is nothing to be marked.
+    let growth = before.growth.filter(|growth| growth.to == image.size());
+    let recovery = load_map(dir, eras, image.size(), &format, known)?.ending(growth);
     let mut start = Start {
         life: Life {
             lost_era: before.lost_era,
             lost_reason: before.lost_reason,
+            growth,
             ..here
         },
         header,
@@ -319,12 +339,8 @@ async fn begin(
         known: Era::from_number(known),
     };
     let recovered = recovery.start(before, durability, &mut start).await?;
-    if !has_record {
-        start.header.forget_loss()?;
-        start.header.sync().await?;
-    }
-    // After it is recorded why, if it is short.
-    open_or_create(dir, ERAS)?.extend(whole)?;
+    start.recovered(has_record, image).await?;
+    fit_eras(dir, whole)?;
     if recovered.damaged_bytes > 0 {
         let bytes = recovered.damaged_bytes;
         tracing::warn!(dir = %dir.display(), bytes, "the map is damaged: these count as changed");
@@ -352,7 +368,15 @@ async fn begin(
             journal,
         },
         ledger,
+        growth,
     })
+}
+
+/// After it is recorded why, if the map is short. It may be long: of a disk that was to be larger.
+fn fit_eras(dir: &Path, whole: u64) -> io::Result<()> {
+    let eras = open_or_create(dir, ERAS)?;
+    eras.extend(whole)?;
+    eras.cut(whole)
 }
 
 async fn ending_of(life: Option<&Life>, here: &Life, image: &FileStorage) -> Ending {
@@ -402,6 +426,24 @@ struct Start {
     lost: Option<String>,
 }
 
+impl Start {
+    /// Everything that may have changed is marked, durably: what says so otherwise goes, and a
+    /// damaged record of loss, unless it is whole.
+    async fn recovered(&mut self, has_record: bool, image: &FileStorage) -> io::Result<()> {
+        if self.life.growth.take().is_some() {
+            // Whoever was killed may not have lived to make its size durable.
+            image.sync().await?;
+            self.header.store(&self.life)?;
+            self.header.sync().await?;
+        }
+        if !has_record {
+            self.header.forget_loss()?;
+            self.header.sync().await?;
+        }
+        Ok(())
+    }
+}
+
 impl Chronicle for Start {
     async fn runs(&mut self, running: Running) -> io::Result<()> {
         let eras = running.eras;
@@ -441,7 +483,16 @@ fn changed_image(before: &Life, here: &Life, ending: Ending, lease: LeaseRecord)
     // Before the first write there is no lease; then the time of change is the one that was left.
     let last_change = recorded.map(|last| last.unwrap_or(0).max(before.image.changed_seconds()));
     let same_boot = before.boot == here.boot || before.boot == [0; 16];
-    let differs = before.image.differs(&here.image, same_boot, last_change);
+    let size = here.image.size();
+    let ours = before
+        .growth
+        .is_some_and(|g| [g.from, g.to].contains(&size));
+    let left = if ours {
+        before.image.with_size(size)
+    } else {
+        before.image
+    };
+    let differs = left.differs(&here.image, same_boot, last_change);
     match recorded {
         Some(None) => differs
             .map(|why| format!("{why}, or else: when its last server wrote to it cannot be read")),

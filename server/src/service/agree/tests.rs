@@ -48,6 +48,7 @@ fn begun(number: u32) -> Record {
         checkpoint: Some((name(&format!("made{number}")), made(number))),
         expires_at: None,
         scratch_limit: None,
+        size: None,
         bitmaps: Vec::new(),
     }))
 }

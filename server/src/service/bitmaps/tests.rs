@@ -170,7 +170,7 @@ impl<'a> Life<'a> {
             read_only: false,
             durability: Durability::default(),
         };
-        let disk = ServedDisk::open(&spec, None, OnTrackingError::default())
+        let disk = ServedDisk::open(&spec, None, OnTrackingError::default(), None)
             .await
             .unwrap();
         let clock = OffsetDateTime::now_utc;

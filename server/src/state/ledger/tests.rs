@@ -40,6 +40,7 @@ fn begun(number: u32) -> Record {
         checkpoint: Some((name(&format!("cp{checkpoint}")), uuid(checkpoint.into()))),
         expires_at: None,
         scratch_limit: None,
+        size: None,
         bitmaps: Vec::new(),
     }))
 }

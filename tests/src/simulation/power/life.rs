@@ -4,17 +4,17 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use bitmap::{Era, Salt};
-use block::Zeroing;
+use block::{Storage as _, Zeroing};
 use bytes::Bytes;
 use scratch::Durable;
 use stillpoint::disk::{
-    Before, Chronicle, Disk, Durability, Ending, Freeze, Intents, Lease, Loss, OnTrackingError,
-    Recovery, Running, freeze,
+    Before, Chronicle, Disk, Durability, Ending, Freeze, Growth, GrowthRecord, Intents, Lease,
+    Loss, NotGrown, OnTrackingError, Recovery, Running, freeze,
 };
 
-use super::machine::{Image, Machine, MachinePace, PowerWorld};
+use super::machine::{Image, Machine, MachinePace, PowerWorld, disk_of};
 use super::oracle::{CHECKPOINT, Record, STARTED, records};
-use super::shape::granularity;
+use super::shape::{REGION, granularity};
 use crate::simulation::executor::pause;
 
 /// A server that has started.
@@ -39,11 +39,20 @@ pub(super) struct Header {
     /// Checkpoints of this era and before are of no use.
     lost_era: u32,
     durability: Durability,
+    /// Of the disk.
+    size: u64,
+    growth: Option<Growth>,
 }
 
 impl Header {
-    /// Of a state that was made just now.
-    pub(super) const NEW: Self = Self {
+    /// Of a state that was made just now, of a disk of `size` bytes.
+    pub(super) fn new(size: u64) -> Self {
+        Self { size, ..Self::NEW }
+    }
+
+    const NEW: Self = Self {
+        size: 0,
+        growth: None,
         clean: true,
         in_doubt: false,
         boot: 0,
@@ -58,10 +67,14 @@ impl Header {
     }
 
     pub(super) fn read(machine: &Machine) -> Self {
-        let mut bytes = [0; 32];
+        let mut bytes = [0; 64];
         machine.header.medium().load(0, &mut bytes);
         let number = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|n| bytes[at + n]));
+        let size = |at: usize| u64::from(number(at)) | u64::from(number(at + 4)) << 32;
+        let (from, to) = (size(40), size(48));
         Self {
+            size: size(32),
+            growth: (to > 0).then_some(Growth { from, to }),
             clean: bytes[16] != 0,
             in_doubt: bytes[17] != 0,
             boot: number(0).into(),
@@ -73,7 +86,7 @@ impl Header {
 
     /// Two copies take turns, so it is stored whole or not at all.
     pub(super) fn store(self, machine: &Machine) {
-        let mut bytes = Vec::with_capacity(32);
+        let mut bytes = Vec::with_capacity(64);
         bytes.extend(self.boot.to_le_bytes());
         bytes.extend(self.era_high.to_le_bytes());
         bytes.extend(self.lost_era.to_le_bytes());
@@ -81,6 +94,12 @@ impl Header {
         let durability = durability.expect("all are listed") as u8;
         bytes.extend([u8::from(self.clean), u8::from(self.in_doubt), durability]);
         bytes.resize(32, 0);
+        let growth = self
+            .growth
+            .map_or([0; 2], |growth| [growth.from, growth.to]);
+        for size in [self.size, growth[0], growth[1], 0] {
+            bytes.extend(size.to_le_bytes());
+        }
         machine.header.medium().store(0, &bytes);
     }
 }
@@ -93,6 +112,16 @@ struct Books<'a> {
     header: Header,
 }
 
+impl Books<'_> {
+    /// What is new is marked, durably.
+    async fn end_growth(&mut self, image: &Image) -> io::Result<()> {
+        image.sync().await?;
+        self.header.growth = None;
+        self.header.store(self.machine);
+        self.machine.header.sync().await
+    }
+}
+
 impl Chronicle for Books<'_> {
     async fn runs(&mut self, running: Running) -> io::Result<()> {
         self.header = Header {
@@ -102,6 +131,8 @@ impl Chronicle for Books<'_> {
             era_high: running.eras.guests.number(),
             lost_era: self.header.lost_era,
             durability: running.durability,
+            size: self.machine.length(),
+            growth: self.header.growth,
         };
         if std::mem::take(&mut self.lost) {
             self.header.lost_era = running.eras.presumed.number();
@@ -149,19 +180,20 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
     let known = known.max(untracked.number());
     let (lease, _) = Lease::open(machine.lease.clone()).expect("nothing fails here");
     let seed = machine.sim.seed;
+    let (size, growth) = found_size(&machine, header, ending);
     let recovery = Recovery::load(
-        machine.shape.size,
+        size,
         granularity(),
         Salt::from_number(seed as u32),
         (machine.eras.open(), machine.table.open()),
         Era::from_number(known + 1000),
     );
-    let recovery = recovery.expect("nothing fails here");
+    let recovery = recovery.expect("nothing fails here").ending(growth);
     let lost = header.durability.why_lost(ending).is_some();
     let mut books = Books {
         machine: &machine,
         lost,
-        header,
+        header: Header { growth, ..header },
     };
     let before = Before {
         ending,
@@ -176,6 +208,9 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
         .await
         .expect("nothing fails here");
     machine.weakest.set(durability);
+    if growth.is_some() {
+        books.end_growth(&image).await.expect("nothing fails here");
+    }
     if lost {
         // The map is another file, which never was as the old one.
         machine.old_eras.take();
@@ -228,6 +263,60 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
     }
 }
 
+/// How large the disk is, and from where it was growing to that.
+fn found_size(machine: &Machine, header: Header, ending: Ending) -> (u64, Option<Growth>) {
+    let (size, seed) = (machine.length(), machine.sim.seed);
+    let ours = header.growth.map_or([header.size; 2], |g| [g.from, g.to]);
+    assert!(
+        ours.contains(&size),
+        "seed {seed}: {size} bytes count as someone else's doing, not {ours:?}"
+    );
+    let growth = header.growth.filter(|growth| growth.to == size);
+    if let Some(Growth { from, to }) = growth {
+        let now = machine.sim.tick();
+        // A start that was interrupted may have made the region active in which the disk ended.
+        let start = match ending {
+            Ending::PowerCut => from / REGION * REGION,
+            Ending::Clean | Ending::Killed => from,
+        };
+        machine.oracle.borrow_mut().grows(&(start..to), now);
+    }
+    (size, growth)
+}
+
+/// As the server's state has it with a file.
+struct Sizes<'a>(&'a Machine);
+
+impl Sizes<'_> {
+    async fn store(&self, header: Header) -> io::Result<()> {
+        header.store(self.0);
+        self.0.header.sync().await
+    }
+}
+
+impl GrowthRecord for Sizes<'_> {
+    async fn begins(&mut self, growth: Growth) -> io::Result<()> {
+        let growth = Some(growth);
+        let header = Header::read(self.0);
+        self.store(Header { growth, ..header }).await
+    }
+
+    async fn ends(&mut self, growth: Growth) -> io::Result<()> {
+        let header = Header {
+            size: growth.to,
+            growth: None,
+            ..Header::read(self.0)
+        };
+        self.store(header).await
+    }
+
+    async fn undone(&mut self) -> io::Result<()> {
+        let growth = None;
+        let header = Header::read(self.0);
+        self.store(Header { growth, ..header }).await
+    }
+}
+
 impl Life {
     async fn pauses(&self, most: u64) {
         for _ in 0..self.machine.sim.below(most) {
@@ -257,7 +346,7 @@ impl Life {
     pub(super) fn check(&self) -> Option<u64> {
         let image = self.machine.image.medium();
         let oracle = self.machine.oracle.borrow();
-        oracle.check(self.disk.map(), image.now())
+        oracle.check(self.disk.map(), disk_of(image.now(), self.disk.size()))
     }
 }
 
@@ -276,7 +365,7 @@ pub(super) async fn guest(life: Rc<Life>) {
             life.disk.flush().await.expect("nothing fails here");
             continue;
         }
-        let range = machine.shape.stretch(sim);
+        let range = machine.shape.stretch(sim, life.disk.size());
         let number = sim.tick();
         machine.oracle.borrow_mut().begun(number, range.clone());
         let result = if sim.one_in(6) {
@@ -307,6 +396,10 @@ pub(super) async fn steward(life: Rc<Life>, count: u64) {
         if life.stopping.get() {
             return;
         }
+        if sim.one_in(4) {
+            grow(&life).await;
+            continue;
+        }
         let tracking = life.disk.tracking();
         let era = tracking.era.next().expect("there are enough eras");
         let id = sim.tick() as u32;
@@ -327,6 +420,37 @@ pub(super) async fn steward(life: Rc<Life>, count: u64) {
             .await
             .expect("nothing fails here");
         machine.oracle.borrow_mut().told(id);
+    }
+}
+
+/// Makes the disk larger, to the size that an attempt that failed had given the image if there was
+/// one.
+async fn grow(life: &Life) {
+    let machine = &*life.machine;
+    let (sim, now) = (&*machine.sim, life.disk.size());
+    let unfinished = Header::read(machine).growth.map(|growth| growth.to);
+    let Some(size) = unfinished.or_else(|| machine.shape.larger(sim, now)) else {
+        return;
+    };
+    let tracking = life.disk.tracking();
+    let era = tracking.era.next().expect("there are enough eras");
+    let next = Freeze {
+        disk: Arc::clone(&life.disk),
+        next: tracking.followed_by(era, None),
+    };
+    if freeze(vec![next], life.patience(Some(20))).await.is_err() {
+        return;
+    }
+    let tick = sim.tick();
+    machine.oracle.borrow_mut().grows(&(now..size), tick);
+    let grown = life.disk.grow(size, &mut Sizes(machine)).await;
+    let seed = sim.seed;
+    match grown {
+        Ok(()) => assert_eq!(life.disk.size(), size, "seed {seed}"),
+        Err(NotGrown::Refused(error) | NotGrown::Unfinished(error)) => {
+            assert!(machine.faults.any(), "seed {seed}: {error}");
+            assert_eq!(life.disk.size(), now, "seed {seed}");
+        }
     }
 }
 

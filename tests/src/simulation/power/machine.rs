@@ -25,6 +25,8 @@ pub(super) struct Machine {
     pub(super) shape: Shape,
     /// Four bytes for each sector of the disk: which write it is from.
     pub(super) image: File,
+    /// How long it is, in bytes.
+    length: File,
     pub(super) eras: File,
     pub(super) table: File,
     pub(super) lease: File,
@@ -73,6 +75,9 @@ impl Machine {
         let table = file(512, 0);
         PageTable::create(pages, table.clone()).expect("nothing fails here");
         table.medium().settle();
+        let length = sound(8, 8);
+        length.medium().store(0, &shape.size.to_le_bytes());
+        length.medium().settle();
         let loss = file(512, 2048);
         let at = Loss::<File>::OFFSET as usize;
         loss.medium().store(at, &Loss::<File>::empty());
@@ -80,10 +85,11 @@ impl Machine {
         Self {
             sim: Arc::clone(sim),
             image: sound(4, shape.sectors() as usize * 4),
+            length,
             eras: file(512, pages as usize * bitmap::PAGE_BYTES as usize),
             table,
             lease: file(512, 1024),
-            header: sound(32, 32),
+            header: sound(64, 64),
             journal: sound(16, 0),
             loss,
             boot: Cell::new(1),
@@ -141,6 +147,7 @@ impl Machine {
             self.boot.set(self.boot.get() + 1);
             for file in [
                 &self.image,
+                &self.length,
                 &self.eras,
                 &self.table,
                 &self.lease,
@@ -171,7 +178,7 @@ impl Machine {
     pub(super) fn rot(&self) {
         let sim = &*self.sim;
         let active = self.shape.active(self.table.open().medium().now());
-        let chunk = self.shape.stretch(sim).start / CHUNK;
+        let chunk = self.shape.stretch(sim, self.shape.size).start / CHUNK;
         let page = self.shape.page_of(chunk);
         let calm = !active[page.clone()].contains(&true);
         let file = self.eras.open();
@@ -237,18 +244,50 @@ impl Machine {
         self.image.medium().store(at, &value.to_le_bytes());
     }
 
-    /// What is kept when the gate is closed.
-    fn capture(&self) {
+    /// How large the image is.
+    pub(super) fn length(&self) -> u64 {
+        let mut bytes = [0; 8];
+        self.length.medium().load(0, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    /// Who is told of the size that the image has by now finds all of it marked that is new.
+    fn check_offer(&self) {
         let disk = self.disk.borrow();
         let disk = disk.as_ref().expect("a server runs");
-        let now = self.sim.tick();
+        let image = self.image.medium();
+        let now = disk_of(image.now(), self.length());
+        self.forget_lost(disk);
+        self.oracle.borrow().check_covered(disk.map(), now);
+    }
+
+    /// Of what went untracked nothing is promised.
+    fn forget_lost(&self, disk: &Disk<PowerWorld>) {
         let mut oracle = self.oracle.borrow_mut();
         if let Some(loss) = disk.loss() {
             let before = oracle.lost_era();
             oracle.lost(loss.era.max(before));
         }
-        oracle.captured(disk.map(), self.image.medium().now(), now);
     }
+
+    /// What is kept when the gate is closed.
+    fn capture(&self) {
+        let disk = self.disk.borrow();
+        let disk = disk.as_ref().expect("a server runs");
+        let now = self.sim.tick();
+        if !self.oracle.borrow().is_making() {
+            return;
+        }
+        self.forget_lost(disk);
+        let mut oracle = self.oracle.borrow_mut();
+        let image = self.image.medium();
+        oracle.captured(disk.map(), disk_of(image.now(), disk.size()), now);
+    }
+}
+
+/// What of an image is a disk of `size` bytes.
+pub(super) fn disk_of(image: &[u8], size: u64) -> &[u8] {
+    &image[..(size / SECTOR) as usize * 4]
 }
 
 /// How often the files of the state fail.
@@ -454,7 +493,14 @@ impl Image {
 
 impl Storage for Image {
     fn size(&self) -> u64 {
-        self.0.shape.size
+        self.0.length()
+    }
+
+    async fn grow(&self, size: u64) -> io::Result<()> {
+        pause(&self.0.sim).await;
+        self.0.length.medium().store(0, &size.to_le_bytes());
+        pause(&self.0.sim).await;
+        Ok(())
     }
 
     async fn read(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
@@ -474,7 +520,8 @@ impl Storage for Image {
         if self.0.image_failed.take() {
             return Err(io::Error::other("drawn"));
         }
-        self.0.image.sync().await
+        self.0.image.sync().await?;
+        self.0.length.sync().await
     }
 
     async fn extents(&self, range: Range<u64>) -> io::Result<Vec<Extent>> {
@@ -487,8 +534,10 @@ pub(super) struct MachinePace(pub(super) Rc<Machine>);
 impl Pace for MachinePace {
     async fn step(&self, before: Step) {
         pause(&self.0.sim).await;
-        if before == Step::Swap {
-            self.0.capture();
+        match before {
+            Step::Swap => self.0.capture(),
+            Step::Offer => self.0.check_offer(),
+            _ => {}
         }
     }
 

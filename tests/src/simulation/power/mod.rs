@@ -90,7 +90,7 @@ impl fmt::Display for PowerTally {
 pub fn play(seed: u64, tally: &mut PowerTally) {
     let sim = Arc::new(Sim::new(seed));
     let machine = Rc::new(Machine::new(&sim));
-    Header::NEW.store(&machine);
+    Header::new(machine.shape.size).store(&machine);
     machine.header.medium().settle();
 
     for _ in 0..2 + sim.below(9) {

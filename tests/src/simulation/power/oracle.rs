@@ -70,6 +70,15 @@ impl Oracle {
         }
     }
 
+    pub(super) fn is_making(&self) -> bool {
+        self.making.is_some()
+    }
+
+    /// The disk is to be larger, and what is new may be marked from now on.
+    pub(super) fn grows(&mut self, new: &Range<u64>, now: u64) {
+        self.touched[chunks(new)].fill(now);
+    }
+
     pub(super) fn begun(&mut self, number: u64, range: Range<u64>) {
         self.open.insert(number, range);
     }
@@ -187,7 +196,9 @@ impl Oracle {
         let base = self.client.of.and_then(|id| self.checkpoints.get(&id));
         if let Some(base) = base {
             let mut copy = self.client.copy.clone();
-            for chunk in (0..self.issued.len()).filter(|c| map.era(*c as u64) >= base.era) {
+            // What is new the client has from nowhere else.
+            copy.resize(disk.len(), 0xee);
+            for chunk in (0..count(disk)).filter(|c| map.era(*c as u64) >= base.era) {
                 let place = place(chunk, disk);
                 copy[place.clone()].copy_from_slice(&disk[place]);
             }
@@ -215,9 +226,11 @@ impl Oracle {
     /// dirty, and that were not written since the newest checkpoint, if there is one.
     pub(super) fn check(&self, map: &EraMap<File>, disk: &[u8]) -> Option<u64> {
         let mut surplus = 0;
-        for chunk in 0..self.issued.len() {
+        for chunk in 0..count(disk) {
             let era = map.era(chunk as u64);
-            if era == Era::NEVER && self.issued[chunk] == 0 {
+            let was_there = |c: &Checkpoint| (chunk + 1) * CHUNK_BYTES <= c.copy.len();
+            let is_old = self.checkpoints.values().all(was_there);
+            if era == Era::NEVER && self.issued[chunk] == 0 && is_old {
                 continue;
             }
             let presumed = self.presumed.contains(&era);
@@ -231,15 +244,8 @@ impl Oracle {
                 "seed {seed}: chunk {chunk} counts as presumed, when nothing was in doubt"
             );
             for (id, checkpoint) in &self.checkpoints {
-                let place = place(chunk, disk);
-                let same = disk[place.clone()] == checkpoint.copy[place];
                 let dirty = era >= checkpoint.era;
-                assert!(
-                    same || dirty,
-                    "seed {seed}: chunk {chunk} differs from checkpoint {id} (era {:?}) and is \
-                     clean ({era:?})",
-                    checkpoint.era
-                );
+                self.check_chunk(chunk, era, disk, *id, checkpoint);
                 if !dirty || self.touched[chunk] > checkpoint.at {
                     continue;
                 }
@@ -261,6 +267,27 @@ impl Oracle {
         (!self.checkpoints.is_empty()).then_some(surplus)
     }
 
+    /// The same, while guests write: of what differs that it is dirty.
+    pub(super) fn check_covered(&self, map: &EraMap<File>, disk: &[u8]) {
+        for chunk in 0..count(disk) {
+            let era = map.era(chunk as u64);
+            for (id, checkpoint) in &self.checkpoints {
+                self.check_chunk(chunk, era, disk, *id, checkpoint);
+            }
+        }
+    }
+
+    fn check_chunk(&self, chunk: usize, era: Era, disk: &[u8], id: u32, checkpoint: &Checkpoint) {
+        let then = &checkpoint.copy[place(chunk, &checkpoint.copy)];
+        let same = disk[place(chunk, disk)] == *then;
+        assert!(
+            same || era >= checkpoint.era,
+            "seed {}: chunk {chunk} differs from checkpoint {id} (era {:?}) and is clean ({era:?})",
+            self.seed,
+            checkpoint.era
+        );
+    }
+
     pub(super) fn checkpoint_count(&self) -> usize {
         self.checkpoints.len()
     }
@@ -270,11 +297,18 @@ fn chunks(range: &Range<u64>) -> Range<usize> {
     (range.start / CHUNK) as usize..range.end.div_ceil(CHUNK) as usize
 }
 
-/// Where the sectors of `chunk` are.
+/// Where the sectors of `chunk` are; nowhere on a disk that is too small.
 fn place(chunk: usize, disk: &[u8]) -> Range<usize> {
-    let sectors = (CHUNK / SECTOR) as usize * 4;
-    chunk * sectors..((chunk + 1) * sectors).min(disk.len())
+    (chunk * CHUNK_BYTES).min(disk.len())..((chunk + 1) * CHUNK_BYTES).min(disk.len())
 }
+
+/// How many chunks a disk has.
+fn count(disk: &[u8]) -> usize {
+    disk.len().div_ceil(CHUNK_BYTES)
+}
+
+/// As four bytes for each sector.
+const CHUNK_BYTES: usize = (CHUNK / SECTOR) as usize * 4;
 
 /// A record of the journal.
 #[derive(Clone, Copy)]

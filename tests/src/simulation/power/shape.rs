@@ -6,7 +6,10 @@ use crate::simulation::sim::Sim;
 
 /// How large the disk of one schedule is, and where its guests write.
 pub(super) struct Shape {
+    /// At first.
     pub(super) size: u64,
+    /// And at most.
+    pub(super) largest: u64,
     /// Around these places.
     spots: Vec<u64>,
 }
@@ -17,17 +20,24 @@ impl Shape {
             0 => PAGE + REGION + sim.below(REGION / SECTOR) * SECTOR,
             _ => REGION + SECTOR + sim.below(3 * REGION / SECTOR) * SECTOR,
         };
-        let spot = |_| match sim.below(4) {
-            0 => sim.below(size),
+        let largest = size + sim.below(PAGE / SECTOR) * SECTOR;
+        let spot = |_| match sim.below(5) {
+            0 => sim.below(largest),
+            4 => size,
             1 if size > PAGE => PAGE,
             _ => sim.below(size / REGION + 1) * REGION,
         };
         let spots = (0..=sim.below(4)).map(spot).collect();
-        Self { size, spots }
+        Self {
+            size,
+            largest,
+            spots,
+        }
     }
 
-    /// Where a guest writes next.
-    pub(super) fn stretch(&self, sim: &Sim) -> Range<u64> {
+    /// Where a guest of a disk of `size` bytes writes next.
+    pub(super) fn stretch(&self, sim: &Sim, size: u64) -> Range<u64> {
+        let sectors = size / SECTOR;
         let spot = sim.one_of(&self.spots) / SECTOR;
         let longest = if sim.one_in(24) {
             REGION / SECTOR + 40
@@ -35,17 +45,24 @@ impl Shape {
             12
         };
         let start = (spot + sim.below(24)).saturating_sub(12);
-        let start = start.min(self.sectors() - 1);
-        let end = (start + 1 + sim.below(longest)).min(self.sectors());
+        let start = start.min(sectors - 1);
+        let end = (start + 1 + sim.below(longest)).min(sectors);
         start * SECTOR..end * SECTOR
     }
 
-    pub(super) fn sectors(&self) -> u64 {
-        self.size / SECTOR
+    /// How large a disk of `size` bytes becomes next.
+    pub(super) fn larger(&self, sim: &Sim, size: u64) -> Option<u64> {
+        let sectors = (self.largest - size) / SECTOR;
+        (sectors > 0).then(|| size + (1 + sim.below(sectors)) * SECTOR)
     }
 
+    pub(super) fn sectors(&self) -> u64 {
+        self.largest / SECTOR
+    }
+
+    /// Of the disk at its largest.
     pub(super) fn chunks(&self) -> u64 {
-        self.size.div_ceil(CHUNK)
+        self.largest.div_ceil(CHUNK)
     }
 
     pub(super) fn pages(&self) -> u64 {
@@ -65,7 +82,9 @@ impl Shape {
             let region = chunk * CHUNK / REGION;
             let page = (region / 16) as usize;
             let at = page / 63 * 512 + 8 + page % 63 * 8 + 4;
-            let bits = u16::from_le_bytes([table[at], table[at + 1]]);
+            // There is room for what is new when the disk is about to grow.
+            let byte = |at: usize| table.get(at).copied().unwrap_or(0);
+            let bits = u16::from_le_bytes([byte(at), byte(at + 1)]);
             bits >> (region % 16) & 1 == 1
         };
         (0..self.chunks()).map(active).collect()

@@ -110,18 +110,19 @@ impl Storage for FileStorage {
 
     async fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         let cached = read_cached(&self.file, offset, buffer)?;
-        let rest = &mut buffer[cached..];
-        if rest.is_empty() {
-            return Ok(());
+        let mut at = offset + cached as u64;
+        // In pieces, as each takes its size in memory once more.
+        for piece in buffer[cached..].chunks_mut(READ_PIECE) {
+            let file = Arc::clone(&self.file);
+            let length = piece.len();
+            let read = blocking(move || {
+                let mut bytes = vec![0; length];
+                file.read_exact_at(&mut bytes, at)?;
+                Ok(bytes)
+            });
+            piece.copy_from_slice(&read.await?);
+            at += length as u64;
         }
-        let file = Arc::clone(&self.file);
-        let length = rest.len();
-        let read = blocking(move || {
-            let mut bytes = vec![0; length];
-            file.read_exact_at(&mut bytes, offset + cached as u64)?;
-            Ok(bytes)
-        });
-        rest.copy_from_slice(&read.await?);
         Ok(())
     }
 
@@ -287,6 +288,9 @@ const POOLED_AFTER_SLOW: u32 = 64;
 
 /// Larger writes take long enough, by copying alone, to keep other connections waiting.
 const INLINE_WRITE_MAX: usize = 256 << 10;
+
+/// What is read from a device at once. Larger requests gain nothing from it, and readers are many.
+const READ_PIECE: usize = 1 << 20;
 
 /// Zeroes are written from a buffer of this size.
 const ZEROES_PIECE: usize = 1 << 20;

@@ -149,7 +149,23 @@ impl RequestDecoder {
         }
     }
 
+    /// How long the payload is that the next request waits for; what of it has arrived is in the
+    /// input. Zero, if it waits for none, or for one that nobody keeps.
+    pub fn payload(&self) -> usize {
+        match &self.expecting {
+            Expecting::Payload(request) => request.length as usize,
+            Expecting::Header | Expecting::Skipping { .. } => 0,
+        }
+    }
+
+    /// Whether a part of a request has been taken.
+    pub fn is_within(&self) -> bool {
+        !matches!(self.expecting, Expecting::Header)
+    }
+
     /// Takes the next request off the front of `input`, or `None` until more has arrived.
+    ///
+    /// Whoever reads a [payload](Self::payload) should make room for it once and for all.
     pub fn decode(&mut self, input: &mut BytesMut) -> Result<Option<Incoming>, Violation> {
         if matches!(self.expecting, Expecting::Header) {
             let Some(request) = read_header(self.headers, input)? else {
@@ -179,8 +195,6 @@ impl RequestDecoder {
             Expecting::Payload(mut request) => {
                 let length = request.length as usize;
                 if input.len() < length {
-                    // Once and for all, instead of by doubling.
-                    input.reserve(length - input.len());
                     self.expecting = Expecting::Payload(request);
                     return Ok(None);
                 }

@@ -324,6 +324,18 @@ impl Export {
         Ok(found)
     }
 
+    /// Waits until nothing more can be read here, and says why; for ever, if that never happens.
+    pub(crate) async fn withdrawn(&self) -> ExportError {
+        match self {
+            Self::Live(_) => std::future::pending().await,
+            Self::Frozen(part) | Self::Difference(part, ..) => tokio::select! {
+                biased;
+                () = part.ends() => ExportError::Ended,
+                why = part.frozen.snapshot().breaks() => ExportError::Broken(why.to_owned()),
+            },
+        }
+    }
+
     /// What a backup keeps, it keeps until it ends; what is read later is worth nothing.
     fn still_open(&self) -> Result<(), ExportError> {
         match self {

@@ -6,6 +6,7 @@ mod serve;
 mod address;
 mod control;
 mod handed_over;
+mod limits;
 mod listen;
 mod listeners;
 mod nbd;

@@ -7,9 +7,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
 
 use crate::address::Address;
@@ -19,10 +20,11 @@ use crate::export::Role;
 use crate::failure::Failure;
 use crate::handed_over;
 use crate::hooks::wall_clock;
+use crate::limits::Limits;
 use crate::listen;
 use crate::listeners::{self, Door, Listener, Listeners};
 use crate::lock_file::LockFile;
-use crate::nbd::{Client, Stream, Workers};
+use crate::nbd::{Client, Entrance, Peer, Stream, Workers};
 use crate::notify;
 use crate::served::{DiskSpec, ServedDisk};
 use crate::service::{ScratchOptions, Service};
@@ -55,6 +57,8 @@ pub(crate) struct ServeOptions {
     pub(crate) scratch: ScratchOptions,
     /// What becomes of a write that cannot be tracked.
     pub(crate) on_tracking_error: OnTrackingError,
+    /// What clients may take.
+    pub(crate) limits: Limits,
 }
 
 /// Serves until told to stop, by a signal or over the control socket.
@@ -70,6 +74,8 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     let tls = options.tls.as_ref().map(TlsOptions::read).transpose()?;
     let handed_over = handed_over::take()?;
     listeners::refuse_plaintext(&options, &handed_over, tls.as_ref())?;
+    options.limits.check()?;
+    allow_descriptors();
     // From here on a signal is a wish, also one that comes before the first client.
     let signals = Signals::watch().map_err(|error| cannot("wait for signals", &error))?;
     let scratch_dir = options.scratch_dir.as_deref();
@@ -107,9 +113,11 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     });
     print_table(&control, &listeners.control_path).map_err(|error| cannot("print", &error))?;
     notify::ready();
+    let entrances = [Role::Live, Role::Backup].map(|role| Entrance::new(role, &options.limits));
     let workers = accept(
         listeners,
         workers,
+        entrances,
         &control,
         (stopping, signals),
         tls.as_ref(),
@@ -142,13 +150,13 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
 async fn accept(
     listeners: Listeners,
     mut workers: Workers,
+    [live, backup]: [Arc<Entrance>; 2],
     control: &Rc<Control>,
     (mut stopping, mut signals): (watch::Receiver<bool>, Signals),
     tls: Option<&Terms>,
 ) -> Workers {
     let (queue, mut clients) = mpsc::channel(CLIENTS_WAITING_MAX);
     let mut loops = tokio::task::JoinSet::new();
-    let [live, backup] = [(); 2].map(|()| Arc::new(Semaphore::new(CLIENTS_MAX)));
     for Door {
         listener,
         role,
@@ -156,11 +164,11 @@ async fn accept(
         ..
     } in listeners.doors
     {
-        let places = Arc::clone(match role {
+        let entrance = Arc::clone(match role {
             Role::Live => &live,
             Role::Backup => &backup,
         });
-        loops.spawn_local(accept_data(listener, (role, tls), places, queue.clone()));
+        loops.spawn_local(accept_data(listener, tls, entrance, queue.clone()));
     }
     let mut conversations = tokio::task::JoinSet::new();
     loop {
@@ -242,14 +250,13 @@ impl Signals {
 
 async fn accept_data(
     listener: Listener,
-    (role, tls): (Role, Tls),
-    places: Arc<Semaphore>,
+    tls: Tls,
+    entrance: Arc<Entrance>,
     queue: mpsc::Sender<Client>,
 ) {
     loop {
-        // The place before the client: who finds none waits outside, and takes no descriptor.
-        let place = Arc::clone(&places).acquire_owned().await;
-        let place = place.expect("it is never closed");
+        // The room before the client: who finds none waits outside, and takes no descriptor.
+        entrance.handshakes.room().await;
         let accepted = match &listener {
             Listener::Unix(listener) => accept_unix(listener).await,
             Listener::Tcp(listener) => accept_tcp(listener).await,
@@ -258,10 +265,8 @@ async fn accept_data(
             Ok((stream, peer)) => {
                 let client = Client {
                     stream,
-                    role,
+                    visitor: entrance.enter(peer),
                     tls: tls.clone(),
-                    peer,
-                    place,
                 };
                 if queue.send(client).await.is_err() {
                     return;
@@ -272,18 +277,20 @@ async fn accept_data(
     }
 }
 
-async fn accept_unix(listener: &UnixListener) -> io::Result<(Stream, String)> {
+async fn accept_unix(listener: &UnixListener) -> io::Result<(Stream, Peer)> {
     let (stream, _) = listener.accept().await?;
-    let peer = match stream.peer_cred() {
-        Ok(cred) => format!("uid {}, pid {}", cred.uid(), cred.pid().unwrap_or(0)),
-        Err(_) => "unknown".to_owned(),
-    };
+    let peer = stream
+        .peer_cred()
+        .map_or(Peer::Unknown, |cred| Peer::Process {
+            uid: cred.uid(),
+            pid: cred.pid(),
+        });
     Ok((Stream::Unix(stream.into_std()?), peer))
 }
 
-async fn accept_tcp(listener: &TcpListener) -> io::Result<(Stream, String)> {
-    let (stream, peer) = listener.accept().await?;
-    Ok((Stream::Tcp(stream.into_std()?), peer.to_string()))
+async fn accept_tcp(listener: &TcpListener) -> io::Result<(Stream, Peer)> {
+    let (stream, address) = listener.accept().await?;
+    Ok((Stream::Tcp(stream.into_std()?), Peer::Address(address)))
 }
 
 /// Without descriptors to accept with, trying again at once would only burn time.
@@ -354,6 +361,17 @@ fn print_table(control: &Control, control_path: &Path) -> io::Result<()> {
     out.flush()
 }
 
+/// Takes as many descriptors as the system allows. With fewer, accepting waits until some are free.
+fn allow_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        limit.current = limit.maximum;
+        if let Err(error) = setrlimit(Resource::Nofile, limit) {
+            tracing::warn!(%error, "cannot raise the number of open files");
+        }
+    }
+}
+
 fn worker_count() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
@@ -363,11 +381,6 @@ fn cannot(what: &str, error: &io::Error) -> Failure {
 }
 
 const RUN_DIR_MODE: u32 = 0o755;
-
-/// Clients of each role that are served at once: some times what any tool opens, and so few that with
-/// the usual 1,024 descriptors those of one role leave enough for the other, for control and for
-/// backups.
-const CLIENTS_MAX: usize = 256;
 
 /// Clients of the control socket: some times what watches a server and works with it. Whoever comes
 /// on top is told so at once, since a command that waits outside looks like a server that hangs.

@@ -7,6 +7,7 @@
 
 pub mod server;
 
+pub mod attacks;
 pub mod bitmap;
 pub mod control;
 pub mod guest;
@@ -16,6 +17,7 @@ pub mod mount;
 pub mod process;
 pub mod qemu;
 pub mod raw_nbd;
+pub mod rude;
 pub mod seeds;
 pub mod shadow;
 pub mod state;

@@ -253,7 +253,7 @@ fn clients_that_connect_and_stay_silent_keep_nobody_out() {
 }
 
 #[test]
-fn more_backup_clients_than_there_is_room_for_wait_and_nobody_else_does() {
+fn more_backup_clients_than_there_is_room_for_make_room_for_each_other_and_nobody_else_waits() {
     let mut scene = Scene::new();
     let silent: Vec<_> = (0..400)
         .map(|_| RawNbd::connect_silently(&scene.server.frozen()))

@@ -10,6 +10,7 @@ mod client;
 mod consumer;
 mod disk;
 mod disk_option;
+mod limit_options;
 mod problem;
 mod run_dir;
 mod scratch_options;

@@ -11,6 +11,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use tracing_subscriber::EnvFilter;
 
 use super::disk_option;
+use super::limit_options::LimitArgs;
 use super::problem::Problem;
 use super::scratch_options::ScratchArgs;
 use super::tls_options::TlsArgs;
@@ -57,6 +58,8 @@ pub(super) struct ServeArgs {
     freeze_timeout: Duration,
     #[command(flatten)]
     scratch: ScratchArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
     /// When it cannot be recorded that a block changes: let the guest's write fail, or let it go on and
     /// have full backups until the next checkpoint.
     #[arg(long, value_name = "POLICY", default_value = "fail-write", value_parser = parse_policy)]
@@ -94,6 +97,7 @@ fn options(args: ServeArgs, run_dir: PathBuf) -> Result<ServeOptions, Problem> {
         freeze_timeout: args.freeze_timeout,
         scratch: args.scratch.options(),
         on_tracking_error: args.on_tracking_error,
+        limits: args.limits.options(),
     })
 }
 

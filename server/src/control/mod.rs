@@ -26,7 +26,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::{Notify, broadcast, mpsc, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, broadcast, mpsc, watch};
 use tokio::task::{JoinHandle, spawn_local};
 
 use crate::failure::Failure;
@@ -69,6 +69,7 @@ pub(crate) async fn converse(stream: UnixStream, context: Rc<Control>) {
         unread: 0..0,
         decoder: Decoder::default(),
         queue: queue.clone(),
+        replies: Arc::new(Semaphore::new(REPLIES_MAX)),
         stopping: context.stop.subscribe(),
         overflow: Rc::clone(&overflow),
         events: None,
@@ -118,11 +119,20 @@ struct Conversation {
     /// What of the buffer has been read and not yet decoded.
     unread: std::ops::Range<usize>,
     decoder: Decoder,
-    queue: mpsc::Sender<Vec<u8>>,
+    queue: mpsc::Sender<Message>,
+    /// Room for replies that have not been taken.
+    replies: Arc<Semaphore>,
     stopping: watch::Receiver<bool>,
     overflow: Rc<Notify>,
     events: Option<Forwarding>,
     control: Rc<Control>,
+}
+
+/// Something that is said to a client.
+struct Message {
+    line: Vec<u8>,
+    /// Of a reply, for as long as it takes memory.
+    _room: Option<OwnedSemaphorePermit>,
 }
 
 impl Conversation {
@@ -145,6 +155,8 @@ impl Conversation {
                     continue;
                 }
             };
+            // A reply may be long, and a client that takes none makes us remember one.
+            drop(self.room().await?);
             let Request { id, command } = Request::parse(&text);
             let reply = match command {
                 Ok(Command::Capabilities) if self.events.is_none() => {
@@ -208,12 +220,26 @@ impl Conversation {
     }
 
     async fn send(&self, message: &impl Serialize) -> Result<(), HungUp> {
-        let line = line(message);
+        let room = Some(self.room().await?);
+        let message = Message {
+            line: line(message),
+            _room: room,
+        };
         let mut stopping = self.stopping.clone();
         // Waiting here holds up nobody but the client that does not read; nor is a stop held up.
         tokio::select! {
             biased;
-            sent = self.queue.send(line) => sent.map_err(|_| HungUp),
+            sent = self.queue.send(message) => sent.map_err(|_| HungUp),
+            _ = stopping.wait_for(|stop| *stop) => Err(HungUp),
+        }
+    }
+
+    /// Waits until there is room for a reply.
+    async fn room(&self) -> Result<OwnedSemaphorePermit, HungUp> {
+        let mut stopping = self.stopping.clone();
+        tokio::select! {
+            biased;
+            room = Arc::clone(&self.replies).acquire_owned() => room.map_err(|_| HungUp),
             _ = stopping.wait_for(|stop| *stop) => Err(HungUp),
         }
     }
@@ -240,7 +266,7 @@ impl Drop for Forwarding {
 
 async fn forward(
     mut events: broadcast::Receiver<Event>,
-    queue: mpsc::Sender<Vec<u8>>,
+    queue: mpsc::Sender<Message>,
     overflow: Rc<Notify>,
 ) {
     loop {
@@ -253,16 +279,20 @@ async fn forward(
             Err(RecvError::Closed) => return,
         };
         let notice = Notice::new(event, OffsetDateTime::now_utc());
-        if queue.try_send(line(&notice)).is_err() {
+        let message = Message {
+            line: line(&notice),
+            _room: None,
+        };
+        if queue.try_send(message).is_err() {
             overflow.notify_one();
             return;
         }
     }
 }
 
-async fn write_all(mut writer: OwnedWriteHalf, mut messages: mpsc::Receiver<Vec<u8>>) {
+async fn write_all(mut writer: OwnedWriteHalf, mut messages: mpsc::Receiver<Message>) {
     while let Some(message) = messages.recv().await {
-        match tokio::time::timeout(WRITE_MAX, writer.write_all(&message)).await {
+        match tokio::time::timeout(WRITE_MAX, writer.write_all(&message.line)).await {
             Ok(Ok(())) => {}
             // The client has gone, or might as well have.
             Ok(Err(_)) | Err(_) => return,
@@ -279,14 +309,17 @@ fn line(message: &impl Serialize) -> Vec<u8> {
 /// Replies and events that a client has not taken yet: more than anyone who reads ever has.
 const MESSAGES_MAX: usize = 64;
 
+/// Replies that a client has not taken yet. With thousands of checkpoints one has some MiB.
+const REPLIES_MAX: usize = 1;
+
 /// Commands are short; more is read when this much has been understood.
 const READ_MAX: usize = 4096;
 
 /// A client that takes nothing for this long is not there.
 const WRITE_MAX: Duration = Duration::from_secs(30);
 
-/// How long the last messages may take when a conversation is over.
-const FAREWELL_MAX: Duration = Duration::from_secs(5);
+/// How long the last messages may take when a conversation is over: no longer than a stop may.
+const FAREWELL_MAX: Duration = Duration::from_millis(700);
 
 #[cfg(test)]
 mod tests;

@@ -1,19 +1,28 @@
+use std::rc::Rc;
 use std::sync::Arc;
 
 use proto::{BlockSize, Catalog, Denied, ExportInfo, Listed, TransmissionFlags};
 
-use crate::export::{self, Context, Export, Role};
+use super::entrance::Visitor;
+use crate::export::{self, Context, Export};
 use crate::service::Service;
 
-/// The exports that one socket offers.
+/// The exports that one client is offered.
 pub(super) struct Exports {
     service: Arc<Service>,
-    role: Role,
+    visitor: Rc<Visitor>,
 }
 
 impl Exports {
-    pub(super) fn new(service: Arc<Service>, role: Role) -> Self {
-        Self { service, role }
+    pub(super) fn new(service: Arc<Service>, visitor: Rc<Visitor>) -> Self {
+        Self { service, visitor }
+    }
+
+    fn find(&self, name: &str) -> Result<Export, Denied> {
+        let role = self.visitor.entrance.role;
+        let found = export::find(&self.service, role, name).ok_or(Denied::Unknown)?;
+        self.visitor.take_place()?;
+        Ok(found)
     }
 }
 
@@ -22,7 +31,7 @@ impl Catalog for Exports {
     type Context = Context;
 
     fn list(&self) -> Vec<Listed> {
-        let all = export::list(&self.service, self.role);
+        let all = export::list(&self.service, self.visitor.entrance.role);
         all.into_iter()
             .map(|(name, description)| Listed {
                 name,
@@ -32,7 +41,8 @@ impl Catalog for Exports {
     }
 
     fn open(&self, name: &str) -> Result<(Export, ExportInfo), Denied> {
-        let found = export::find(&self.service, self.role, name).ok_or(Denied::Unknown)?;
+        let found = self.find(name);
+        let found = found.inspect_err(|denied| self.visitor.is_refused(denied))?;
         let info = ExportInfo {
             name: name.to_owned(),
             description: Some(found.description()),

@@ -4,13 +4,23 @@
 //! under way at once, and answers in the order in which they end. What was begun is ended, also
 //! when the client goes away meanwhile: a write that landed after the next instant would be a lie.
 
-mod block_status;
-mod catalog;
-mod perform;
-mod transmission;
 mod workers;
 
+mod entrance;
+mod handshakes;
+mod peer;
+mod places;
+
+mod catalog;
+mod transmission;
+
+mod block_status;
+mod budget;
+mod perform;
+mod progress;
+
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,12 +31,15 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
+pub(crate) use entrance::Entrance;
+pub(crate) use peer::Peer;
 pub(crate) use workers::{Client, Stream, Workers};
 
-use crate::export::Role;
 use crate::service::Service;
 use crate::tls::Tls;
 use catalog::Exports;
+use entrance::Visitor;
+use progress::Lapse;
 
 /// Why a connection ended early.
 #[derive(Debug, Error)]
@@ -39,36 +52,45 @@ enum Ended {
     Declined(String),
     #[error("the TLS handshake failed: {0}")]
     Tls(io::Error),
-    #[error("no export was chosen within {HANDSHAKE_MAX:?}")]
-    TooSlow,
+    #[error("no export was chosen within {0:?}")]
+    TooSlow(Duration),
+    #[error("no export was chosen, and others wait")]
+    Displaced,
+    #[error(transparent)]
+    Lapse(#[from] Lapse),
 }
 
 /// Speaks with one client until it leaves or the server stops.
 async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
     service: Arc<Service>,
-    (role, tls): (Role, Tls),
-    peer: &str,
-    mut stop: watch::Receiver<bool>,
+    (visitor, tls): (Visitor, Tls),
+    stop: watch::Receiver<bool>,
 ) -> Result<(), Ended> {
-    let deadline = Instant::now() + HANDSHAKE_MAX;
-    let mut input = BytesMut::with_capacity(INPUT_PIECE);
-    let mut negotiation = Negotiation::with_tls(Exports::new(service, role), tls.mode());
+    let visitor = Rc::new(visitor);
+    let mut handshake = Handshake {
+        deadline: Instant::now() + visitor.entrance.limits.handshake,
+        visitor: Rc::clone(&visitor),
+        stop: stop.clone(),
+    };
+    let mut input = BytesMut::with_capacity(HANDSHAKE_PIECE);
+    let exports = Exports::new(service, Rc::clone(&visitor));
+    let mut negotiation = Negotiation::with_tls(exports, tls.mode());
     let greeting = BytesMut::from(&GREETING[..]);
     let negotiated = negotiate(&mut stream, &mut negotiation, &mut input, greeting);
-    match in_time(deadline, &mut stop, negotiated).await? {
-        Some(Chosen::Export(session)) => transmission::run(stream, session, input, stop).await,
+    match handshake.in_time(negotiated).await? {
+        Some(Chosen::Export(session)) => serve(stream, session, input, (&visitor, stop)).await,
         Some(Chosen::Tls) => {
             let secured = async {
                 let mut stream = tls.accept(stream).await.map_err(Ended::Tls)?;
-                tell_who(peer, stream.subject());
+                tell_who(visitor.peer, stream.subject());
                 let nothing = BytesMut::new();
                 let chosen = negotiate(&mut stream, &mut negotiation, &mut input, nothing).await;
                 Ok((stream, chosen?))
             };
-            match in_time(deadline, &mut stop, secured).await? {
+            match handshake.in_time(secured).await? {
                 Some((stream, Chosen::Export(session))) => {
-                    transmission::run(stream, session, input, stop).await
+                    serve(stream, session, input, (&visitor, stop)).await
                 }
                 _ => Ok(()),
             }
@@ -77,16 +99,41 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// What comes of a part of the handshake; `None` if the server stops meanwhile.
-async fn in_time<T>(
+/// Performs what a client asks of the export that it has chosen.
+async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+    session: proto::Session<Exports>,
+    input: BytesMut,
+    (visitor, stop): (&Visitor, watch::Receiver<bool>),
+) -> Result<(), Ended> {
+    visitor.is_served();
+    let (peer, role) = (visitor.peer, visitor.entrance.role);
+    tracing::info!(%peer, ?role, export = session.info.name, "connected");
+    transmission::run(stream, session, input, (&visitor.entrance, stop)).await
+}
+
+/// How long a client may choose.
+struct Handshake {
     deadline: Instant,
-    stop: &mut watch::Receiver<bool>,
-    handshake: impl Future<Output = Result<T, Ended>>,
-) -> Result<Option<T>, Ended> {
-    tokio::select! {
-        biased;
-        _ = stop.wait_for(|stop| *stop) => Ok(None),
-        done = timeout_at(deadline, handshake) => done.map_err(|_| Ended::TooSlow)?.map(Some),
+    visitor: Rc<Visitor>,
+    stop: watch::Receiver<bool>,
+}
+
+impl Handshake {
+    /// What comes of a part of it; `None` if the server stops meanwhile.
+    async fn in_time<T>(
+        &mut self,
+        part: impl Future<Output = Result<T, Ended>>,
+    ) -> Result<Option<T>, Ended> {
+        let patience = self.visitor.entrance.limits.handshake;
+        tokio::select! {
+            biased;
+            _ = self.stop.wait_for(|stop| *stop) => Ok(None),
+            () = self.visitor.displaced() => Err(Ended::Displaced),
+            done = timeout_at(self.deadline, part) => {
+                done.map_err(|_| Ended::TooSlow(patience))?.map(Some)
+            }
+        }
     }
 }
 
@@ -106,7 +153,15 @@ async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
 ) -> Result<Chosen, Ended> {
     loop {
         stream.write_all_buf(&mut output).await?;
-        match negotiation.advance(input, &mut output)? {
+        let step = match negotiation.advance(input, &mut output) {
+            Ok(step) => step,
+            Err(violation) => {
+                // What was said before it still holds.
+                stream.write_all_buf(&mut output).await?;
+                return Err(violation.into());
+            }
+        };
+        match step {
             Step::WriteFirst => continue,
             Step::NeedMore => stream.write_all_buf(&mut output).await?,
             Step::StartTls => {
@@ -129,17 +184,17 @@ async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// Logs whom a client's certificate names; its address or process was told before.
-fn tell_who(peer: &str, subject: Option<String>) {
+/// Logs whom a client's certificate names; its address or process is told when it is served.
+fn tell_who(peer: Peer, subject: Option<String>) {
     if let Some(subject) = subject {
-        tracing::info!(peer, subject, "TLS with a client certificate");
+        tracing::info!(%peer, subject, "TLS with a client certificate");
     } else {
-        tracing::debug!(peer, "TLS");
+        tracing::debug!(%peer, "TLS");
     }
 }
 
-/// Long enough for a person who types the handshake, short enough that nobody holds a place.
-const HANDSHAKE_MAX: Duration = Duration::from_secs(30);
+/// What is read at once before an export is chosen: most of what tools ask.
+const HANDSHAKE_PIECE: usize = 4 << 10;
 
 /// What is read from a socket at once: some tens of requests, or a good part of a large one.
 const INPUT_PIECE: usize = 256 << 10;

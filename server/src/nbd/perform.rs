@@ -56,13 +56,28 @@ impl Target {
         if let Err(error) = outcome {
             // Whatever of the answer there was is worth nothing.
             reply.truncate(begun);
-            let errno = errno_of(&error);
-            // Here the cause is known for the last time.
-            tracing::warn!(%error, ?errno, "a request failed");
-            self.replies
-                .error(&mut reply, origin, errno, &error.to_string());
+            self.fail(origin, &error, &mut reply);
         }
         reply
+    }
+
+    /// The answer to a request that came to nothing.
+    pub(super) fn failed(&self, origin: Origin, error: &ExportError) -> BytesMut {
+        let mut reply = BytesMut::new();
+        self.fail(origin, error, &mut reply);
+        reply
+    }
+
+    fn fail(&self, origin: Origin, error: &ExportError, reply: &mut BytesMut) {
+        let errno = errno_of(error);
+        // Here the cause is known for the last time, unless it was told when it happened.
+        match error {
+            ExportError::Io(_) => tracing::warn!(%error, ?errno, "a request failed"),
+            ExportError::Ended | ExportError::Broken(_) | ExportError::GivenUp => {
+                tracing::debug!(%error, ?errno, "a request failed");
+            }
+        }
+        self.replies.error(reply, origin, errno, &error.to_string());
     }
 
     async fn read(

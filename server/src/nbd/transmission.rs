@@ -13,11 +13,16 @@ use proto::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep, timeout};
 
+use super::budget::Share;
 use super::catalog::Exports;
+use super::entrance::Entrance;
 use super::perform::Target;
+use super::progress::{Lapse, Owed, Progress};
 use super::{Ended, INPUT_PIECE};
+use crate::export::Role;
+use crate::limits::Limits;
 
 /// Serves requests until the client leaves or the server stops; returns when all that was begun has
 /// ended.
@@ -25,7 +30,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     session: proto::Session<Exports>,
     input: BytesMut,
-    stop: watch::Receiver<bool>,
+    (entrance, stop): (&Entrance, watch::Receiver<bool>),
 ) -> Result<(), Ended> {
     let (admission, decoder) = (session.admission(), session.requests());
     let target = Rc::new(Target {
@@ -43,6 +48,10 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         output: BytesMut::new(),
         under_way: Rc::default(),
         last_words: false,
+        postponed: None,
+        share: Share::new(&entrance.budget),
+        progress: Progress::new(&entrance.limits, entrance.role == Role::Live),
+        limits: entrance.limits.clone(),
     };
     connection.run(stream, stop).await
 }
@@ -65,6 +74,12 @@ struct Connection {
     under_way: Rc<UnderWay>,
     /// Nothing more is taken in; what is under way is answered.
     last_words: bool,
+    /// A request for which there is no memory yet. None is taken in after it.
+    postponed: Option<(Origin, Command)>,
+    /// What all of this may take.
+    share: Share,
+    progress: Progress,
+    limits: Limits,
 }
 
 /// The requests of a connection that have been begun and not been answered.
@@ -101,61 +116,146 @@ impl Connection {
     ) -> Result<(), Ended> {
         let (mut reader, mut writer) = tokio::io::split(stream);
         let under_way = Rc::clone(&self.under_way);
-        let mut give_up = None;
+        let target = Rc::clone(&self.target);
+        let mut withdrawn = std::pin::pin!(target.export.withdrawn());
+        let mut looking = std::pin::pin!(sleep(Duration::ZERO));
+        let (mut look, mut give_up) = (None, None);
+        let (mut stopping, mut is_withdrawn) = (false, false);
         loop {
-            self.take_requests()?;
+            let listens = self.take_requests()?;
             self.collect_replies();
             if self.last_words && self.output.is_empty() && under_way.count.get() == 0 {
                 // A client that sees the end has seen every answer.
-                let _ = writer.shutdown().await;
+                let _ = timeout(GOODBYE_MAX, writer.shutdown()).await;
                 return Ok(());
             }
-            let listens = !self.last_words && self.has_room();
-            if self.input.capacity() - self.input.len() < INPUT_PIECE / 4 {
-                self.input.reserve(INPUT_PIECE);
+            if listens {
+                self.make_room();
+            }
+            let owed = self.owed(listens);
+            if look.is_none() {
+                look = self.progress.next_look(owed, Instant::now);
+                if let Some(at) = look {
+                    looking.as_mut().reset(at);
+                }
             }
             tokio::select! {
                 sent = writer.write_buf(&mut self.output), if !self.output.is_empty() => {
-                    sent?;
+                    self.progress.took(sent?, self.output.is_empty());
                 }
                 received = reader.read_buf(&mut self.input), if listens => {
-                    if received? == 0 {
+                    let received = received?;
+                    if received == 0 {
                         self.last_words = true;
                         self.target.leaving.set(true);
                     }
+                    self.progress.sent(received);
                 }
                 () = under_way.news.notified(), if under_way.count.get() > 0 => {}
-                _ = stop.wait_for(|stop| *stop), if give_up.is_none() => {
-                    self.last_words = true;
+                () = self.share.granted() => {}
+                () = &mut looking, if look.is_some() => {
+                    look = None;
+                    self.progress.look(owed, Instant::now())?;
+                }
+                _ = stop.wait_for(|stop| *stop), if !stopping => {
+                    (stopping, self.last_words) = (true, true);
                     self.target.leaving.set(true);
+                    self.refuse_postponed();
                     give_up = Some(Instant::now() + GOODBYE_MAX);
                 }
-                () = until(give_up) => return Ok(()),
+                _ = &mut withdrawn, if !is_withdrawn => {
+                    is_withdrawn = true;
+                    give_up.get_or_insert_with(|| Instant::now() + GOODBYE_MAX);
+                }
+                () = until(give_up) => {
+                    if stopping {
+                        return Ok(());
+                    }
+                    if !self.output.is_empty() {
+                        return Err(Lapse::Deaf(GOODBYE_MAX).into());
+                    }
+                    give_up = None;
+                }
             }
         }
     }
 
-    /// Begins every request that has arrived whole, as far as there is room.
-    fn take_requests(&mut self) -> Result<(), Ended> {
-        while !self.last_words && self.has_room() {
+    /// Begins every request that has arrived whole, as far as there is room; says whether there is
+    /// room for what has not arrived.
+    fn take_requests(&mut self) -> Result<bool, Ended> {
+        while !self.last_words {
+            let (held, next) = (self.held(), self.next());
+            let has_room = self.under_way.count.get() < self.limits.requests
+                && held < self.limits.request_bytes
+                && self.share.covers(held, next);
+            if !has_room {
+                self.share.fit(held);
+                return Ok(false);
+            }
+            if let Some((origin, command)) = self.postponed.take() {
+                self.perform(origin, command);
+                continue;
+            }
             match self.decoder.decode(&mut self.input)? {
-                None => break,
+                // Its payload has just become known.
+                None if self.next() != next => {}
+                None => {
+                    self.share.fit(held + next);
+                    return Ok(true);
+                }
                 Some(Incoming::Disconnect) => self.last_words = true,
                 Some(Incoming::Request(request)) => self.begin(request),
             }
         }
-        Ok(())
+        self.share.fit(self.held());
+        Ok(false)
     }
 
-    fn has_room(&self) -> bool {
-        self.under_way.count.get() < REQUESTS_MAX
-            && self.under_way.bytes.get() + self.output.len() < BYTES_MAX
+    /// What requests and their replies take that have been taken in.
+    fn held(&self) -> usize {
+        self.under_way.bytes.get() + self.output.len()
+    }
+
+    /// What the next one takes, as far as that is known.
+    fn next(&self) -> usize {
+        let postponed = self.postponed.as_ref();
+        postponed.map_or_else(|| self.decoder.payload(), |(_, command)| weight(command))
+    }
+
+    fn owed(&self, listens: bool) -> Owed {
+        let takes = !self.output.is_empty();
+        let sends = listens && (self.decoder.is_within() || !self.input.is_empty());
+        Owed {
+            takes,
+            sends,
+            nothing: !takes && !sends && self.under_way.count.get() == 0,
+            in_the_way: self.share.is_in_the_way(),
+        }
+    }
+
+    /// Makes room for what is received next.
+    fn make_room(&mut self) {
+        let payload = self.decoder.payload().saturating_sub(self.input.len());
+        if payload > 0 {
+            // Once and for all, instead of by doubling.
+            self.input.reserve(payload);
+        } else if self.input.capacity() - self.input.len() < INPUT_PIECE / 4 {
+            self.input.reserve(INPUT_PIECE);
+        }
+    }
+
+    fn refuse_postponed(&mut self) {
+        if let Some((origin, _)) = self.postponed.take() {
+            let (replies, text) = (self.target.replies, "the server is shutting down");
+            replies.error(&mut self.output, origin, Errno::Shutdown, text);
+        }
     }
 
     fn begin(&mut self, request: Request) {
+        self.progress.completed();
         let origin = request.origin();
         match self.admission.admit(request) {
-            Ok(command) => self.perform(origin, command),
+            Ok(command) => self.postponed = Some((origin, command)),
             Err(refusal) => {
                 tracing::debug!(%refusal, "a request was refused");
                 let replies = self.target.replies;
@@ -178,7 +278,16 @@ impl Connection {
             Poll::Ready(reply) => self.output.unsplit(reply),
             Poll::Pending => {
                 let pending = Pending::new(&self.under_way, self.target.replies, origin, weight);
-                tokio::task::spawn_local(async move { pending.answer(work.await) });
+                let target = Rc::clone(&self.target);
+                tokio::task::spawn_local(async move {
+                    let reply = tokio::select! {
+                        biased;
+                        reply = work => reply,
+                        // What is withdrawn is never written, so that giving up loses nothing.
+                        error = target.export.withdrawn() => target.failed(origin, &error),
+                    };
+                    pending.answer(reply);
+                });
             }
         }
     }
@@ -288,14 +397,9 @@ fn weight(command: &Command) -> usize {
     }
 }
 
-/// How long a server that stops waits for clients to read what they asked for.
-const GOODBYE_MAX: Duration = Duration::from_secs(1);
-
-/// More than any client keeps in flight.
-const REQUESTS_MAX: usize = 256;
-
-/// Two of the largest requests; one is always taken.
-const BYTES_MAX: usize = 64 << 20;
+/// How long clients have to take what they were answered, when the server stops or the export is
+/// withdrawn: whoever wants it has it by then, and a second is what all of it may take.
+const GOODBYE_MAX: Duration = Duration::from_millis(700);
 
 /// What an extent takes: 16 bytes until it is in the reply, and there as many if it is extended.
 const EXTENT_BYTES: usize = 32;

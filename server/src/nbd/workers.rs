@@ -6,19 +6,28 @@ use std::thread::JoinHandle;
 
 use rustix::net::sockopt;
 use tokio::net::{TcpStream, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
 
 use super::converse;
+use super::entrance::Visitor;
 use crate::export::Role;
 use crate::service::Service;
 use crate::tls::Tls;
 
-/// Threads that serve clients, each with a runtime of its own.
+/// Threads that serve clients, each with a runtime of its own, and for one role: so a guest never
+/// waits for what a thread does for backups.
 pub(crate) struct Workers {
-    /// Never longer than there are places for clients.
-    queues: Vec<mpsc::UnboundedSender<Client>>,
+    live: Queues,
+    backup: Queues,
     threads: Vec<JoinHandle<()>>,
+}
+
+/// The ways to the threads of one role.
+#[derive(Default)]
+struct Queues {
+    /// Never longer than there are handshakes.
+    all: Vec<mpsc::UnboundedSender<Client>>,
     next: usize,
 }
 
@@ -26,14 +35,10 @@ pub(crate) struct Workers {
 pub(crate) struct Client {
     /// The connection, not yet tied to a runtime.
     pub(crate) stream: Stream,
-    /// What the socket that it came to offers.
-    pub(crate) role: Role,
+    /// Who it is, and what it came for.
+    pub(crate) visitor: Visitor,
     /// Whether it may, or must, ask for TLS there.
     pub(crate) tls: Tls,
-    /// Who it is, for the log.
-    pub(crate) peer: String,
-    /// Its place among those that are served at once.
-    pub(crate) place: OwnedSemaphorePermit,
 }
 
 /// A connection of either kind.
@@ -45,14 +50,19 @@ pub(crate) enum Stream {
 }
 
 impl Workers {
-    /// Starts `count` threads.
+    /// Starts `count` threads for each role.
     pub(crate) fn start(
         count: usize,
         service: &Arc<Service>,
         stop: &watch::Receiver<bool>,
     ) -> io::Result<Self> {
-        let (mut queues, mut threads) = (Vec::new(), Vec::new());
-        for number in 0..count {
+        let (mut live, mut backup) = (Queues::default(), Queues::default());
+        let mut threads = Vec::new();
+        for number in 0..2 * count {
+            let (queues, role) = match number % 2 {
+                0 => (&mut live, "live"),
+                _ => (&mut backup, "backup"),
+            };
             let (queue, clients) = mpsc::unbounded_channel();
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -60,29 +70,33 @@ impl Workers {
                 .build()?;
             let (service, stop) = (Arc::clone(service), stop.clone());
             let thread = std::thread::Builder::new()
-                .name(format!("worker-{number}"))
+                .name(format!("{role}-{}", number / 2))
                 .spawn(move || LocalSet::new().block_on(&runtime, work(clients, service, stop)))?;
-            queues.push(queue);
+            queues.all.push(queue);
             threads.push(thread);
         }
         Ok(Self {
-            queues,
+            live,
+            backup,
             threads,
-            next: 0,
         })
     }
 
     /// Gives a client to the next thread in turn.
     pub(crate) fn serve(&mut self, client: Client) {
-        self.next = (self.next + 1) % self.queues.len();
-        if self.queues[self.next].send(client).is_err() {
+        let queues = match client.visitor.entrance.role {
+            Role::Live => &mut self.live,
+            Role::Backup => &mut self.backup,
+        };
+        queues.next = (queues.next + 1) % queues.all.len();
+        if queues.all[queues.next].send(client).is_err() {
             tracing::error!("a worker is gone; the client is turned away");
         }
     }
 
     /// Waits until every client has been served to its end.
     pub(crate) fn join(self) {
-        drop(self.queues);
+        drop((self.live, self.backup));
         for thread in self.threads {
             if thread.join().is_err() {
                 tracing::error!("a worker panicked");
@@ -108,20 +122,18 @@ async fn work(
 async fn serve(client: Client, service: Arc<Service>, stop: watch::Receiver<bool>) {
     let Client {
         stream,
-        role,
+        visitor,
         tls,
-        peer,
-        place: _place,
     } = client;
-    tracing::debug!(peer, ?role, "connected");
+    let (peer, role) = (visitor.peer, visitor.entrance.role);
     let ended = match tied(stream) {
-        Ok(Tied::Unix(stream)) => converse(stream, service, (role, tls), &peer, stop).await,
-        Ok(Tied::Tcp(stream)) => converse(stream, service, (role, tls), &peer, stop).await,
+        Ok(Tied::Unix(stream)) => converse(stream, service, (visitor, tls), stop).await,
+        Ok(Tied::Tcp(stream)) => converse(stream, service, (visitor, tls), stop).await,
         Err(error) => Err(error.into()),
     };
     match ended {
-        Ok(()) => tracing::debug!(peer, "disconnected"),
-        Err(error) => tracing::info!(peer, %error, "connection ended"),
+        Ok(()) => tracing::info!(%peer, ?role, "disconnected"),
+        Err(error) => tracing::info!(%peer, ?role, %error, "connection ended"),
     }
 }
 

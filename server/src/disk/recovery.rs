@@ -371,3 +371,6 @@ impl Damage {
         pages.chain(self.chunks.into_iter().map(|(_, chunks)| chunks))
     }
 }
+
+#[cfg(test)]
+mod tests;

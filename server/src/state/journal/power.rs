@@ -72,7 +72,7 @@ impl Life {
             said: Vec::new(),
             next: 1,
         };
-        for _ in 0..life.machine.below(6) + 1 {
+        for _ in 0..=life.machine.below(6) {
             life.serve(tally);
             let power_cut = life.machine.one_in(2);
             life.machine.crash(power_cut);

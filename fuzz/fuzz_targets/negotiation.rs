@@ -73,10 +73,13 @@ fn talk<'a>(mode: TlsMode, pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<u8>, 
             let step = negotiation.advance(&mut input, &mut output);
             answers.extend_from_slice(&output);
             end = match step {
-                // Where there is more input it is a violation, and neither is anything after it read.
-                Ok(Step::StartTls) | Err(Violation::PlainText(_)) => {
-                    return (answers, "TLS".into(), 0);
+                // Where there is more input it is a violation: then TLS is not acknowledged, and nothing
+                // after it is read either.
+                Ok(Step::StartTls) => {
+                    answers.truncate(answers.len() - ACKNOWLEDGEMENT);
+                    return (answers, "TLS".to_owned(), 0);
                 }
+                Err(Violation::PlainText(_)) => return (answers, "TLS".to_owned(), 0),
                 Ok(Step::NeedMore) => break,
                 Ok(Step::WriteFirst) => None,
                 Ok(Step::Ready(session)) => Some(format!("ready, {:?}", session.headers)),
@@ -89,3 +92,6 @@ fn talk<'a>(mode: TlsMode, pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<u8>, 
     let left = if end.is_some() { input.len() } else { 0 };
     (answers, end.unwrap_or_default(), left)
 }
+
+/// An answer without data.
+const ACKNOWLEDGEMENT: usize = 20;

@@ -135,6 +135,7 @@ impl<C: Catalog> Negotiation<C> {
 
     fn step(&mut self, input: &mut BytesMut, output: &mut BytesMut) -> Result<Step<C>, Violation> {
         loop {
+            let said = output.len();
             let end = match self.stage {
                 Stage::Over => return Ok(Step::Hangup("the negotiation is over".into())),
                 Stage::Greeted => {
@@ -153,6 +154,8 @@ impl<C: Catalog> Negotiation<C> {
                 }
             };
             if matches!(end, Some(Step::StartTls)) && !input.is_empty() {
+                // No acknowledgement goes out: whoever sees one begins TLS.
+                output.truncate(said);
                 return Err(Violation::PlainText(input.len()));
             }
             if let Some(end) = end {

@@ -117,6 +117,7 @@ fn plain_text_behind_starttls_is_never_read() {
         talk.input.put_slice(&option_header(STARTTLS, 0));
         talk.input.put_slice(&option_header(STRUCTURED_REPLY, 0));
         assert!(matches!(talk.advance(), Err(Violation::PlainText(16))));
+        assert!(talk.output.is_empty(), "TLS is not acknowledged");
         assert!(matches!(talk.advance(), Ok(Step::Hangup(_))));
     }
 }

@@ -77,3 +77,66 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Drop for Secured<S> {
         let _ = Pin::new(&mut self.0).poll_shutdown(&mut now);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use rustls::pki_types::{PrivateKeyDer, ServerName};
+    use rustls::{ClientConfig, RootCertStore, ServerConfig};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+    use tokio_rustls::{TlsAcceptor, TlsConnector, client};
+
+    use super::*;
+
+    /// Both ends of a connection whose pipe holds so much.
+    async fn pair(room: usize) -> (Secured<DuplexStream>, client::TlsStream<DuplexStream>) {
+        let own = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let key = PrivateKeyDer::try_from(own.signing_key.serialize_der()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let server = ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![own.cert.der().clone()], key)
+            .unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(own.cert.der().clone()).unwrap();
+        let client = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let (here, there) = duplex(room);
+        let name = ServerName::try_from("localhost").unwrap();
+        let (server, client) = tokio::join!(
+            TlsAcceptor::from(Arc::new(server)).accept(here),
+            TlsConnector::from(Arc::new(client)).connect(name, there),
+        );
+        (Secured::new(server.unwrap()), client.unwrap())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_end_of_an_answer_goes_out_while_the_next_request_is_awaited() {
+        let (mut server, mut client) = pair(1024).await;
+        let answer = [7; 5000];
+        let taken = server.write(&answer).await.unwrap();
+        assert_eq!(taken, answer.len(), "more than the pipe holds");
+        let mut found = [0; 5000];
+        tokio::select! {
+            _ = server.read_u8() => panic!("nothing is asked"),
+            read = client.read_exact(&mut found) => assert_eq!(read.unwrap(), answer.len()),
+            () = tokio::time::sleep(Duration::from_secs(60)) => panic!("the end does not come"),
+        }
+        assert_eq!(found, answer);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_other_side_is_told_of_every_end() {
+        let (server, mut client) = pair(64 << 10).await;
+        drop(server);
+        // A cut would be an error.
+        assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0);
+    }
+}

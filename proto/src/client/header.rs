@@ -20,7 +20,7 @@ pub(crate) struct Announced {
 impl Announced {
     /// Of all of it.
     pub(crate) fn size(self) -> usize {
-        self.header_size + self.length as usize
+        self.header_size.saturating_add(self.length as usize)
     }
 }
 

@@ -223,8 +223,8 @@ impl Session {
         }
     }
 
-    /// How many bytes of `input` there have to be at least before [`receive`](Self::receive) can
-    /// get on.
+    /// How many bytes of `input` there have to be at least before [`receive`](Self::receive), which
+    /// has just returned `None`, can get on. It is no more than what was asked for can take.
     pub fn wanted(&self, input: &[u8]) -> usize {
         if let Some((_, length)) = self.data_of {
             return length;

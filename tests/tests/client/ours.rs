@@ -92,7 +92,7 @@ fn what_changed_is_enough_to_bring_a_copy_up_to_date() {
 }
 
 #[test]
-fn a_copy_fails_if_any_read_does() {
+fn cve_2022_0485_a_copy_fails_if_any_read_does() {
     let directory = temporary_directory();
     let copy = directory.path().join("copy.raw");
     // Of 64 reads some fail, unless chance is against it once in a thousand times a thousand.

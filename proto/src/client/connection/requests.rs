@@ -49,7 +49,7 @@ pub enum Durability {
     /// After the next [`flush`](Client::flush).
     #[default]
     Later,
-    /// When it is answered.
+    /// When it is answered. Refused where the server does not offer it.
     Now,
 }
 

@@ -163,6 +163,11 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
     let same_boot = header.boot == machine.boot.get();
     let image = Image(Rc::clone(&machine));
     let ending = Ending::of(header.clean, same_boot, header.in_doubt, &image).await;
+    if ending == Ending::PowerCut {
+        // At once, as the server does it: the next sync may well succeed, and would prove nothing.
+        let in_doubt = true;
+        Header { in_doubt, ..header }.store(&machine);
+    }
 
     let journal = machine.journal.medium().now().to_vec();
     let recorded = records(&journal).map(|record| match record.kind {

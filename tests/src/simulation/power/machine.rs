@@ -180,7 +180,7 @@ impl Machine {
         let active = self.shape.active(self.table.open().medium().now());
         let chunk = self.shape.stretch(sim, self.shape.size).start / CHUNK;
         let page = self.shape.page_of(chunk);
-        let calm = !active[page.clone()].contains(&true);
+        let calm = Shape::is_calm(self.table.open().medium().now(), chunk);
         let file = self.eras.open();
         let mut eras = file.medium();
         let old = self.old_eras.borrow();

@@ -75,20 +75,29 @@ impl Shape {
         first as usize..(first + bitmap::ERAS_PER_PAGE).min(self.chunks()) as usize
     }
 
-    /// Of each chunk, whether a region is active that it is in, as `table` has it: records of eight
-    /// bytes, 63 to a sector after a head of eight, with a bit for each region at four.
+    /// Of each chunk, whether a region is active that it is in, as `table` has it.
     pub(super) fn active(&self, table: &[u8]) -> Vec<bool> {
         let active = |chunk: u64| {
             let region = chunk * CHUNK / REGION;
-            let page = (region / 16) as usize;
-            let at = page / 63 * 512 + 8 + page % 63 * 8 + 4;
-            // There is room for what is new when the disk is about to grow.
-            let byte = |at: usize| table.get(at).copied().unwrap_or(0);
-            let bits = u16::from_le_bytes([byte(at), byte(at + 1)]);
-            bits >> (region % 16) & 1 == 1
+            active_regions(table, region / 16) >> (region % 16) & 1 == 1
         };
         (0..self.chunks()).map(active).collect()
     }
+
+    /// Whether no region is active on the page of the map that `chunk` is on, also behind the end of
+    /// the disk: then a sum tells whether the page is what was stored.
+    pub(super) fn is_calm(table: &[u8], chunk: u64) -> bool {
+        active_regions(table, chunk / bitmap::ERAS_PER_PAGE) == 0
+    }
+}
+
+/// A bit for each region of page number `page`, as `table` has it: records of eight bytes, 63 to a
+/// sector after a head of eight, with the bits at four.
+fn active_regions(table: &[u8], page: u64) -> u16 {
+    let at = (page / 63 * 512 + 8 + page % 63 * 8 + 4) as usize;
+    // There is room for what is new when the disk is about to grow.
+    let byte = |at: usize| table.get(at).copied().unwrap_or(0);
+    u16::from_le_bytes([byte(at), byte(at + 1)])
 }
 
 /// The smallest granularity there is.

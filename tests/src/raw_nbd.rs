@@ -824,7 +824,7 @@ fn u64_at(bytes: &[u8], start: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::peers::with_nbdkit;
+    use crate::tools::with_nbdkit;
 
     #[test]
     fn what_is_written_to_someone_elses_server_is_read_back() {

@@ -9,6 +9,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::Extent;
+pub use crate::peers::{with_nbdkit, with_qemu_nbd};
 use crate::process::{Output, run};
 
 /// Runs a tool with these arguments.
@@ -170,7 +171,6 @@ fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::peers::with_qemu_nbd;
 
     #[test]
     fn both_tools_agree_on_a_dirty_bitmap_of_qemu() {

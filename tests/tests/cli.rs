@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
-use stillpoint_tests::peers::with_qemu_nbd;
 use stillpoint_tests::process::{KilledOnDrop, Output, run};
 use stillpoint_tests::server::{self, Builder, named, names};
-use stillpoint_tests::tools::{nbdcopy_sha256, path, sha256_of_file, sparse_file, tool};
+use stillpoint_tests::tools::{
+    nbdcopy_sha256, path, sha256_of_file, sparse_file, tool, with_qemu_nbd,
+};
 use stillpoint_tests::{CHUNK, Guest, MIB, Server};
 
 const BAD_NAMES: [&str; 12] = [

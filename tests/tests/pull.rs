@@ -5,9 +5,10 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use rand::{Rng as _, RngCore as _};
-use stillpoint_tests::peers::with_nbdkit;
 use stillpoint_tests::seeds::{Rng, rng, seeds};
-use stillpoint_tests::tools::{nbdcopy, nbdcopy_sha256, path, sha256, sparse_file, tool};
+use stillpoint_tests::tools::{
+    nbdcopy, nbdcopy_sha256, path, sha256, sparse_file, tool, with_nbdkit,
+};
 use stillpoint_tests::{CHUNK, GIB, Guest, KIB, MIB, RawNbd, Server};
 
 #[test]

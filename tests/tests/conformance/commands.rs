@@ -129,13 +129,19 @@ fn requests_of_nothing_end_nothing(peer: Peer) {
     }
 }
 
+/// More than anything but a flush or a forced write would cause.
+const SYNCS: usize = 20;
+
 fn a_flush_reaches_the_device() {
     let server = Server::with_disk(SIZE);
     let trace = Syncs::of(&server);
     let (mut one, mut other) = (server.open_live("vda"), server.open_live("vda"));
-    one.write(0, &[1; 512]).unwrap();
-    other.flush().unwrap();
-    trace.shows(&server.image("vda"), 1, "a flush on the other connection");
+    for _ in 0..SYNCS {
+        one.write(0, &[1; 512]).unwrap();
+        other.flush().unwrap();
+    }
+    let why = "a flush on the other connection";
+    trace.reaches(&server.image("vda"), SYNCS, why);
 }
 
 fn a_forced_write_reaches_the_device() {
@@ -147,11 +153,13 @@ fn a_forced_write_reaches_the_device() {
         (command::WRITE_ZEROES, &[]),
         (command::TRIM, &[]),
     ];
-    for (done, (command, payload)) in forced.into_iter().enumerate() {
-        let answer = nbd.call((command, flag::FUA), 0, 4096, payload);
-        assert_eq!(answer.error, 0, "command {command}");
+    for (done, (command, payload)) in (1..).zip(forced) {
+        for _ in 0..SYNCS {
+            let answer = nbd.call((command, flag::FUA), 0, 4096, payload);
+            assert_eq!(answer.error, 0, "command {command}");
+        }
         let why = format!("command {command}");
-        trace.shows(&server.image("vda"), done + 1, &why);
+        trace.reaches(&server.image("vda"), done * SYNCS, &why);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Metadata contexts: their names, and how they are found.
 
 use stillpoint_tests::raw_nbd::{option, rep};
-use stillpoint_tests::{CHUNK, RawNbd};
+use stillpoint_tests::{CHUNK, RawNbd, Server};
 
 use crate::peer::{EXPORT, Peer, SIZE};
 use crate::rows::rows;
@@ -103,6 +103,12 @@ rows![
         "`qemu:allocation-depth` is 1 throughout, as of any raw image; \
          `qemu:dirty-bitmap:NAME` is 1 where it is dirty and else 0",
         Ours(the_contexts_of_qemu_mean_what_they_do_there)
+    ),
+    (
+        "contexts-16",
+        "Conventions; NBD_REP_META_CONTEXT",
+        "A name in any UTF-8 is listed, selected and echoed byte for byte",
+        Ours(any_utf8_comes_back_as_it_was)
     ),
 ];
 
@@ -282,4 +288,28 @@ fn the_contexts_of_qemu_mean_what_they_do_there() {
     let dirty = (3 * CHUNK, CHUNK, 1);
     let rest = (4 * CHUNK, SIZE - 4 * CHUNK, 0);
     assert_eq!(nbd.map(bitmap), [(0, 3 * CHUNK, 0), dirty, rest]);
+}
+
+fn any_utf8_comes_back_as_it_was() {
+    let server = Server::with_disk(SIZE);
+    // In the order in which they are listed.
+    let names = [" ", "e\u{301}", "t\u{e4}glich", "\u{2603} at night: 1/2"];
+    let mut begin = Vec::new();
+    for name in names {
+        server.cli(&["bitmap", "add", "vda", name]).ok();
+        begin.extend(["--bitmap", name]);
+    }
+    server.begin("b1", &begin);
+    let contexts = names.map(|name| format!("qemu:dirty-bitmap:{name}"));
+    let mut nbd = RawNbd::connect(&server.frozen());
+    nbd.structured_replies();
+    let listed = nbd.list_contexts("vda@b1", &["qemu:dirty-bitmap:"]);
+    assert_eq!(listed.unwrap(), contexts);
+    for context in &contexts {
+        let chosen = nbd.set_contexts("vda@b1", &[context]).unwrap();
+        assert_eq!(chosen, [context.clone()]);
+    }
+    // The same letters in other bytes are another name.
+    let other = "qemu:dirty-bitmap:\u{e9}";
+    assert_eq!(nbd.set_contexts("vda@b1", &[other]).unwrap(), [""; 0]);
 }

@@ -1,7 +1,9 @@
 //! What has broken other NBD servers, one by one, does nothing to this one.
 //!
 //! Each test says in a sentence what the flaw was, does what its finder did, and sees that the server
-//! goes on for a client that was there before.
+//! goes on for a client that was there before. CVE-2021-3716, in which nbdkit kept what had been agreed
+//! in plain text before STARTTLS, is with the other tests of TLS, in `tls/handshake.rs`; flaws of
+//! clients are with the client.
 
 use std::fs;
 use std::io::Write as _;

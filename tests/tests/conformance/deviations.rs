@@ -113,8 +113,8 @@ pub(crate) const DEVIATIONS: &[Deviation] = &[
         Nbdkit,
         "options-10",
         Always,
-        "LIST and SET of contexts take a name of bad UTF-8: they do not look for the export",
-        "option 9",
+        "a name of bad UTF-8 is taken by LIST and SET of contexts (1.32), or echoed (1.42)",
+        "",
     ),
     deviation(
         Nbdkit,

@@ -318,7 +318,6 @@ fn an_error_of_the_storage_is_eio(peer: Peer) {
         for offset in [0, 4096, SIZE - 512] {
             assert_eq!(nbd.read(offset, 512), Err(errno::EIO));
         }
-        nbd.disconnect();
     }
 }
 

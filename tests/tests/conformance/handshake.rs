@@ -215,7 +215,6 @@ fn the_baseline_is_there(peer: Peer) {
     nbd.go(EXPORT).expect("it is there");
     nbd.write(512, &[7; 1024]).unwrap();
     assert_eq!(nbd.read(0, 2048).unwrap()[512..1536], [7; 1024]);
-    nbd.disconnect();
     let mut nbd = server.connect();
     assert_eq!(verdict(&mut nbd, option::ABORT, &[]), rep::ACK);
 }
@@ -296,7 +295,6 @@ fn a_whole_session_may_come_in_one_packet_or_in_bytes(peer: Peer) {
         let mut expected = 0x6744_6698u32.to_be_bytes().to_vec();
         expected.extend([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, b'a', b'b', b'c', 0]);
         assert_eq!(nbd.receive_raw(20).unwrap(), expected, "{piece} at a time");
-        nbd.disconnect();
     }
 }
 

@@ -296,7 +296,6 @@ fn a_read_that_fails_is_an_error_in_its_reply(peer: Peer) {
         assert_eq!(answer.error, errno::EIO, "{length}");
     }
     in_step(&mut nbd);
-    nbd.disconnect();
 }
 
 fn a_simple_reply_with_an_error_has_no_payload(peer: Peer) {
@@ -307,7 +306,6 @@ fn a_simple_reply_with_an_error_has_no_payload(peer: Peer) {
         assert_eq!(answer.error, errno::EIO, "{length}");
     }
     in_step(&mut nbd);
-    nbd.disconnect();
 }
 
 fn the_past_comes_in_holes_and_data() {

@@ -184,6 +184,15 @@ impl Export {
         }
     }
 
+    /// The name that it is listed by, if it was found by `name`: the empty one is in no list.
+    pub(crate) fn name_for<'a>(&'a self, name: &'a str) -> &'a str {
+        match self {
+            _ if !name.is_empty() => name,
+            Self::Live(disk) => disk.name.as_str(),
+            Self::Frozen(part) | Self::Difference(part, ..) => part.disk.name.as_str(),
+        }
+    }
+
     /// Whether nobody may write it.
     pub(crate) fn read_only(&self) -> bool {
         match self {

@@ -14,6 +14,7 @@ pub mod guest;
 pub mod killer;
 pub mod loop_device;
 pub mod mount;
+pub mod peers;
 pub mod process;
 pub mod qemu;
 pub mod raw_nbd;

@@ -9,7 +9,8 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::Extent;
-use crate::process::{EndedOnDrop, KilledOnDrop, Output, run};
+pub use crate::peers::{with_nbdkit, with_qemu_nbd};
+use crate::process::{Output, run};
 
 /// Runs a tool with these arguments.
 pub fn tool(name: &str, args: &[&str]) -> Output {
@@ -96,59 +97,6 @@ pub fn sha256_of_file(path: &Path) -> String {
 /// The SHA-256 of bytes, in hexadecimal.
 pub fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
-}
-
-/// Runs something while `nbdkit` serves on a socket of its own.
-pub fn with_nbdkit<T>(args: &[&str], then: impl FnOnce(&Path) -> T) -> T {
-    let directory = crate::server::temporary_directory();
-    let (socket, ready) = (
-        directory.path().join("socket"),
-        directory.path().join("ready"),
-    );
-    // nbdkit writes its process id once it listens: to a pipe here, which is how we wait for it.
-    tool("mkfifo", &[path(&ready)]).ok();
-    let mut command = Command::new("nbdkit");
-    command
-        .args([
-            "--foreground",
-            "--unix",
-            path(&socket),
-            "--pidfile",
-            path(&ready),
-        ])
-        .args(args);
-    let mut nbdkit = KilledOnDrop::spawn(&mut command);
-    // Opened for both, it does not wait for the writer; the wait is the one below.
-    let pipe = File::options()
-        .read(true)
-        .write(true)
-        .open(&ready)
-        .expect("our own pipe");
-    nbdkit.wait_until_readable(&pipe);
-    then(&socket)
-}
-
-/// Runs something while `qemu-nbd` serves on a socket of its own.
-#[track_caller]
-pub fn with_qemu_nbd<T>(args: &[&str], then: impl FnOnce(&Path) -> T) -> T {
-    let directory = crate::server::temporary_directory();
-    let (socket, pid) = (
-        directory.path().join("socket"),
-        directory.path().join("pid"),
-    );
-    let options = [
-        "--fork",
-        "--persistent",
-        "--socket",
-        path(&socket),
-        "--pid-file",
-        path(&pid),
-    ];
-    // It forks once it listens.
-    tool("qemu-nbd", &[&options, args].concat()).ok();
-    let pid = fs::read_to_string(&pid).expect("a process id");
-    let _daemon = EndedOnDrop(pid.trim().parse().expect("a process id"));
-    then(&socket)
 }
 
 /// The repository.

@@ -44,7 +44,7 @@ impl Catalog for Exports {
         let found = self.find(name);
         let found = found.inspect_err(|denied| self.visitor.is_refused(denied))?;
         let info = ExportInfo {
-            name: name.to_owned(),
+            name: found.name_for(name).to_owned(),
             description: Some(found.description()),
             size: found.size(),
             flags: flags(&found),

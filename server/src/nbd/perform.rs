@@ -227,7 +227,9 @@ fn errno_of(error: &ExportError) -> Errno {
         ExportError::Ended | ExportError::GivenUp => Errno::Shutdown,
         ExportError::Broken(_) => Errno::Io,
         ExportError::Io(error) => match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Errno::NoSpc,
+            io::ErrorKind::StorageFull
+            | io::ErrorKind::QuotaExceeded
+            | io::ErrorKind::FileTooLarge => Errno::NoSpc,
             io::ErrorKind::Unsupported => Errno::NotSup,
             io::ErrorKind::PermissionDenied => Errno::Perm,
             io::ErrorKind::OutOfMemory => Errno::NoMem,
@@ -291,6 +293,18 @@ const ZERO_STEP: u64 = 64 << 20;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn quotas_and_limits_of_size_are_no_space() {
+        for number in [
+            rustix::io::Errno::NOSPC,
+            rustix::io::Errno::DQUOT,
+            rustix::io::Errno::FBIG,
+        ] {
+            let error = ExportError::Io(number.into());
+            assert_eq!(errno_of(&error), Errno::NoSpc, "{number}");
+        }
+    }
 
     #[test]
     fn zero_runs_begin_and_end_at_blocks_of_the_export() {

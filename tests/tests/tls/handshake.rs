@@ -67,6 +67,7 @@ fn where_tls_is_off_it_is_declined_and_where_it_is_on_both_are_served() {
     assert_eq!(wire.start_tls(&config).go("vda"), Ok(()));
 }
 
+/// CVE-2021-3716: nbdkit did not forget it, so that whoever stood in between could agree to something.
 #[test]
 fn what_was_agreed_before_tls_is_forgotten() {
     let realm = Realm::new();

@@ -157,6 +157,14 @@ async fn append(machine: &Machine, kind: u32, id: u32, era: Era) -> io::Result<(
     machine.journal.sync().await
 }
 
+fn highest_era(journal: &[u8]) -> u32 {
+    let eras = records(journal).map(|record| match record.kind {
+        STARTED => record.era + 1,
+        _ => record.era,
+    });
+    eras.max().unwrap_or(0)
+}
+
 /// Starts a server on `machine`.
 pub(super) async fn start(machine: Rc<Machine>) -> Life {
     let header = Header::read(&machine);
@@ -170,11 +178,7 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
     }
 
     let journal = machine.journal.medium().now().to_vec();
-    let recorded = records(&journal).map(|record| match record.kind {
-        STARTED => record.era + 1,
-        _ => record.era,
-    });
-    let known = recorded.max().unwrap_or(0);
+    let known = highest_era(&journal);
     let policies = [OnTrackingError::FailWrite, OnTrackingError::StopTracking];
     let policy = machine.sim.one_of(&policies);
     let (record_of_loss, untracked) = Loss::open(machine.loss.clone(), policy)

@@ -180,6 +180,9 @@ impl Machine {
         let active = self.shape.active(self.table.open().medium().now());
         let chunk = self.shape.stretch(sim, self.shape.size).start / CHUNK;
         let page = self.shape.page_of(chunk);
+        if !Shape::is_filled(self.table.open().medium().now(), chunk) {
+            return;
+        }
         let calm = Shape::is_calm(self.table.open().medium().now(), chunk);
         let file = self.eras.open();
         let mut eras = file.medium();

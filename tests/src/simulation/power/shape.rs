@@ -79,7 +79,7 @@ impl Shape {
     pub(super) fn active(&self, table: &[u8]) -> Vec<bool> {
         let active = |chunk: u64| {
             let region = chunk * CHUNK / REGION;
-            active_regions(table, region / 16) >> (region % 16) & 1 == 1
+            bits(table, region / 16, ACTIVE) >> (region % 16) & 1 == 1
         };
         (0..self.chunks()).map(active).collect()
     }
@@ -87,18 +87,32 @@ impl Shape {
     /// Whether no region is active on the page of the map that `chunk` is on, also behind the end of
     /// the disk: then a sum tells whether the page is what was stored.
     pub(super) fn is_calm(table: &[u8], chunk: u64) -> bool {
-        active_regions(table, chunk / bitmap::ERAS_PER_PAGE) == 0
+        bits(table, chunk / bitmap::ERAS_PER_PAGE, ACTIVE) == 0
+    }
+
+    /// Whether the whole sector of the map that `chunk` is in counts: of a region that was never
+    /// filled nobody reads what is there, before another of its page is used.
+    pub(super) fn is_filled(table: &[u8], chunk: u64) -> bool {
+        let entries = 512 / 8;
+        let first = chunk / entries * entries;
+        [first, first + entries - 1].into_iter().all(|chunk| {
+            let region = chunk * CHUNK / REGION;
+            bits(table, region / 16, FILLED) >> (region % 16) & 1 == 1
+        })
     }
 }
 
 /// A bit for each region of page number `page`, as `table` has it: records of eight bytes, 63 to a
-/// sector after a head of eight, with the bits at four.
-fn active_regions(table: &[u8], page: u64) -> u16 {
-    let at = (page / 63 * 512 + 8 + page % 63 * 8 + 4) as usize;
+/// sector after a head of eight, with the bits at `place`.
+fn bits(table: &[u8], page: u64, place: u64) -> u16 {
+    let at = (page / 63 * 512 + 8 + page % 63 * 8 + place) as usize;
     // There is room for what is new when the disk is about to grow.
     let byte = |at: usize| table.get(at).copied().unwrap_or(0);
     u16::from_le_bytes([byte(at), byte(at + 1)])
 }
+
+const ACTIVE: u64 = 4;
+const FILLED: u64 = 6;
 
 /// The smallest granularity there is.
 pub(super) fn granularity() -> Granularity {

@@ -205,7 +205,7 @@ impl Machine {
             _ if !old.is_empty() => {
                 eras.damage(sector, &old[sector..sector + 512]);
                 // It stays calm: with what it was before, a power cut would give it active regions.
-                self.table.medium().settle();
+                self.table.settle();
             }
             _ => {}
         }
@@ -376,6 +376,13 @@ impl File {
             medium,
             ..self.clone()
         }
+    }
+
+    /// What is found under the name is durable, and the name too.
+    fn settle(&self) {
+        let durable = self.found().len() - 1;
+        self.found().drain(..durable);
+        self.open().medium().settle();
     }
 
     fn lose_power(&self) {

@@ -13,6 +13,7 @@ mod places;
 
 mod catalog;
 mod transmission;
+mod under_way;
 
 mod block_status;
 mod budget;

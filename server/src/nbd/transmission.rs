@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use proto::{Admission, Command, Errno, Incoming, Origin, Request, RequestDecoder};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::budget::Share;
@@ -37,6 +37,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         contexts: session.contexts,
         export: session.export,
         leaving: Cell::new(false),
+        asking: Semaphore::new(1),
     });
     let _connected = Connected::to(Rc::clone(&target));
     let connection = Connection {
@@ -90,6 +91,7 @@ impl Connection {
         let under_way = Rc::clone(&self.under_way);
         let result = self.exchange(stream, stop).await;
         self.target.leaving.set(true);
+        self.target.asking.close();
         // Nobody hears the answers any more, but what was begun is ended.
         while under_way.count.get() > 0 {
             under_way.news.notified().await;

@@ -144,8 +144,9 @@ fn however_much_block_status_is_asked_for_the_threads_for_waiting_are_there_for_
     let threads = threads(&server);
     let is_worker = |name: &str| name.starts_with("live-") || name.starts_with("backup-");
     let waiting = threads.iter().filter(|thread| !is_worker(&thread.name));
-    // Two of each role, and what the guest, the server and its freeze needed.
-    assert!(waiting.count() <= 16, "{threads:?}");
+    // A pool that is asked for all that it has makes 32, and there are two at least of each role. What
+    // is at work is two of each; now and then another is made before one of them is idle.
+    assert!(waiting.count() < 64, "{threads:?}");
 }
 
 #[test]

@@ -10,6 +10,7 @@ use block::Extent;
 use proto::{DIRTY, STATE_HOLE, STATE_ZERO};
 use scratch::FrozenError;
 use thiserror::Error;
+use tokio::sync::Semaphore;
 
 use crate::served::ServedDisk;
 use crate::service::{Base, Book, FrozenDisk, Service, Usage};
@@ -352,6 +353,14 @@ impl Export {
                 Err(ExportError::Ended)
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Whoever has one of its permits asks contexts of this disk.
+    pub(crate) fn lookups(&self) -> &Semaphore {
+        match self {
+            Self::Live(disk) => &disk.lookups.live,
+            Self::Frozen(part) | Self::Difference(part, ..) => &part.disk.lookups.backup,
         }
     }
 

@@ -24,6 +24,7 @@ mod failure;
 mod files;
 mod hooks;
 mod lock_file;
+mod lookups;
 mod names;
 mod new_size;
 mod sync;

@@ -17,6 +17,7 @@ use crate::failure::Failure;
 use crate::files::Files;
 use crate::hooks::Hooks;
 use crate::lock_file::LockFile;
+use crate::lookups::Lookups;
 use crate::names::Name;
 use crate::new_size::NewSize;
 use crate::state::{BitsFolder, Ledger, Lost, Record, State};
@@ -65,6 +66,8 @@ pub(crate) struct ServedDisk {
     pub(crate) state: Mutex<State>,
     /// The bits of its dirty bitmaps.
     pub(crate) bits: BitsFolder,
+    /// How many ask at once what of it is where.
+    pub(crate) lookups: Lookups,
     scratch_dir: PathBuf,
     _locks: Vec<LockFile>,
 }
@@ -288,6 +291,7 @@ async fn open_disk(
         forgotten: opened.ledger.loss.clone(),
         state: Mutex::new(opened.state),
         bits: BitsFolder::of(&state),
+        lookups: Lookups::default(),
         scratch_dir,
         _locks: locks,
     };

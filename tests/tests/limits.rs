@@ -1,8 +1,9 @@
 //! What happens at each limit of docs/limits.md: a refusal that says why, and others are served.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Resource, getrlimit, setrlimit};
+use rustix::process::{Resource, getpriority_process, getrlimit, setrlimit};
 use serde_json::json;
 use stillpoint_tests::process::PATIENCE;
 use stillpoint_tests::raw_nbd::{command, option, rep};
@@ -119,6 +120,78 @@ fn who_takes_nothing_does_not_keep_what_others_need() {
     assert!(took < Duration::from_secs(60), "{took:?}");
     says(&server, "the client takes no replies, for 5");
     drop(hogs);
+}
+
+#[test]
+fn however_much_block_status_is_asked_for_the_threads_for_waiting_are_there_for_others() {
+    let server = server(&[]);
+    let mut guest = server.open_live("vda");
+    for chunk in 0..SIZE / MIB {
+        guest.write(chunk * MIB, &[1; 4096]).unwrap();
+    }
+    for (path, name) in [(server.live(), "vda"), (server.frozen(), "vda@b1")] {
+        let mut clients: Vec<_> = (0..8)
+            .map(|_| Rude::open(&Address::unix(&path), name, &["base:allocation"]))
+            .collect();
+        for client in &mut clients {
+            client.say(&request(command::BLOCK_STATUS, 1, 0, SIZE as u32).repeat(100));
+        }
+        // A thread that has nothing to do any more waits some seconds for something.
+        for client in &mut clients {
+            assert!(matches!(client.hear(100 * 32, PATIENCE), Heard::Bytes(_)));
+        }
+    }
+    let threads = threads(&server);
+    let is_worker = |name: &str| name.starts_with("live-") || name.starts_with("backup-");
+    let waiting = threads.iter().filter(|thread| !is_worker(&thread.name));
+    // A pool that is asked for all that it has makes 32, and there are two at least of each role. What
+    // is at work is two of each; now and then another is made before one of them is idle.
+    assert!(waiting.count() < 64, "{threads:?}");
+}
+
+#[test]
+fn backups_leave_the_processor_to_guests() {
+    let server = server(&[]);
+    let threads = threads(&server);
+    let nice = |role: &str| -> Vec<_> {
+        let of_role = threads
+            .iter()
+            .filter(|thread| thread.name.starts_with(role));
+        of_role.map(|thread| thread.nice).collect()
+    };
+    let (live, backup) = (nice("live-"), nice("backup-"));
+    assert!(
+        !live.is_empty() && live.len() == backup.len(),
+        "{threads:?}"
+    );
+    let own = getpriority_process(None).unwrap();
+    assert!(live.iter().all(|nice| *nice == own), "{threads:?}");
+    let less = (own + 5).min(19);
+    assert!(backup.iter().all(|nice| *nice == less), "{threads:?}");
+}
+
+/// A thread of a server.
+#[derive(Debug)]
+struct Thread {
+    name: String,
+    nice: i32,
+}
+
+fn threads(server: &Server) -> Vec<Thread> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap();
+    let stats = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("stat")).ok());
+    stats
+        .map(|stat| {
+            let (head, rest) = stat.rsplit_once(") ").expect("a name");
+            let (_, name) = head.split_once('(').expect("a name");
+            // Of proc_pid_stat(5) the 19th; the name was the second.
+            let nice = rest.split(' ').nth(16).expect("a nice value");
+            Thread {
+                name: name.to_owned(),
+                nice: nice.parse().expect("a number"),
+            }
+        })
+        .collect()
 }
 
 #[test]

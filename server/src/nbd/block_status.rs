@@ -21,13 +21,17 @@ impl Target {
     /// Appends the answer to `reply`.
     ///
     /// All contexts are asked about one step of the range, then about the next: none is looked up
-    /// beyond the step in which another's answer ends.
+    /// beyond the step in which another's answer ends. A connection's questions are answered one
+    /// after the other, and those about a disk some at a time, step by step in turn: however many
+    /// there are, the threads of the pool are there for others.
     pub(super) async fn block_status(
         &self,
         origin: Origin,
         question: &Question,
         reply: &mut BytesMut,
     ) -> Result<(), ExportError> {
+        let asking = self.asking.acquire().await;
+        let _asking = asking.map_err(|_| ExportError::GivenUp)?;
         let Range { start, end } = question.range;
         let asked = self.contexts.iter();
         let asked = asked.filter(|(id, _)| question.contexts.contains(id));
@@ -37,9 +41,12 @@ impl Target {
 
         let (mut at, mut lookups) = (start, 0);
         while at < end && lookups < LOOKUPS_MAX && !answers.iter().any(|(_, it)| it.is_full()) {
-            if at > start {
-                tokio::task::yield_now().await;
+            if at > start && self.leaving.get() {
+                break;
             }
+            tokio::task::yield_now().await;
+            let lookup = self.export.lookups().acquire().await;
+            let _lookup = lookup.expect("it is never closed");
             at = end.min(at + STEP);
             for ((_, answer), context) in answers.iter_mut().zip(&contexts) {
                 lookups += self.look_up(context, start..at, answer).await?;

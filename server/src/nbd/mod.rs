@@ -13,6 +13,7 @@ mod places;
 
 mod catalog;
 mod transmission;
+mod under_way;
 
 mod block_status;
 mod budget;
@@ -144,7 +145,7 @@ enum Chosen {
     Goodbye,
 }
 
-/// Answers a client's options, after what is to be said first.
+/// Answers a client's options, after what is to be said first; others have their turn in between.
 async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     negotiation: &mut Negotiation<Exports>,
@@ -162,7 +163,10 @@ async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
             }
         };
         match step {
-            Step::WriteFirst => continue,
+            Step::WriteFirst => {
+                tokio::task::yield_now().await;
+                continue;
+            }
             Step::NeedMore => stream.write_all_buf(&mut output).await?,
             Step::StartTls => {
                 stream.write_all_buf(&mut output).await?;
@@ -178,6 +182,7 @@ async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
             }
             Step::Hangup(reason) => return Err(Ended::Declined(reason.into_owned())),
         }
+        tokio::task::yield_now().await;
         if stream.read_buf(input).await? == 0 {
             return Ok(Chosen::Goodbye);
         }
@@ -193,8 +198,9 @@ fn tell_who(peer: Peer, subject: Option<String>) {
     }
 }
 
-/// What is read at once before an export is chosen: most of what tools ask.
-const HANDSHAKE_PIECE: usize = 4 << 10;
+/// What is read at once before an export is chosen: most of what tools ask, and as many options as
+/// are answered in some hundred microseconds.
+const HANDSHAKE_PIECE: usize = 1 << 10;
 
 /// What is read from a socket at once: some tens of requests, or a good part of a large one.
 const INPUT_PIECE: usize = 256 << 10;

@@ -7,6 +7,7 @@ use std::ops::Range;
 use block::{Zeroing, is_zero};
 use bytes::BytesMut;
 use proto::{Command, ContextId, Errno, Origin, Replies};
+use tokio::sync::Semaphore;
 
 use super::block_status::Question;
 use crate::disk::Disk;
@@ -20,6 +21,8 @@ pub(super) struct Target {
     pub(super) replies: Replies,
     /// The client has gone or the server stops: what is long enough to have steps ends after one.
     pub(super) leaving: Cell<bool>,
+    /// Whoever has its permit asks contexts. Closed when nobody hears the answers any more.
+    pub(super) asking: Semaphore,
 }
 
 impl Target {

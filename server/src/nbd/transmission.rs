@@ -1,6 +1,6 @@
 //! Requests and replies, once an export has been chosen.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
@@ -8,11 +8,9 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::BytesMut;
-use proto::{
-    Admission, Command, EXTENTS_MAX, Errno, Incoming, Origin, Replies, Request, RequestDecoder,
-};
+use proto::{Admission, Command, Errno, Incoming, Origin, Request, RequestDecoder};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::budget::Share;
@@ -20,6 +18,7 @@ use super::catalog::Exports;
 use super::entrance::Entrance;
 use super::perform::Target;
 use super::progress::{Lapse, Owed, Progress};
+use super::under_way::{Pending, UnderWay, weight};
 use super::{Ended, INPUT_PIECE};
 use crate::export::Role;
 use crate::limits::Limits;
@@ -38,6 +37,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         contexts: session.contexts,
         export: session.export,
         leaving: Cell::new(false),
+        asking: Semaphore::new(1),
     });
     let _connected = Connected::to(Rc::clone(&target));
     let connection = Connection {
@@ -82,17 +82,6 @@ struct Connection {
     limits: Limits,
 }
 
-/// The requests of a connection that have been begun and not been answered.
-#[derive(Default)]
-struct UnderWay {
-    count: Cell<usize>,
-    /// Bytes that they hold, or will hold when they end.
-    bytes: Cell<usize>,
-    /// The replies of those that have ended.
-    ended: RefCell<Vec<BytesMut>>,
-    news: Notify,
-}
-
 impl Connection {
     async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         mut self,
@@ -102,6 +91,7 @@ impl Connection {
         let under_way = Rc::clone(&self.under_way);
         let result = self.exchange(stream, stop).await;
         self.target.leaving.set(true);
+        self.target.asking.close();
         // Nobody hears the answers any more, but what was begun is ended.
         while under_way.count.get() > 0 {
             under_way.news.notified().await;
@@ -303,58 +293,6 @@ impl Connection {
     }
 }
 
-/// A request begun and not yet answered.
-///
-/// It is answered exactly once: by [`answer`](Self::answer), or with an I/O error if whoever held
-/// it gave up. No client waits for ever.
-#[must_use = "dropping a request answers it with an error"]
-struct Pending {
-    under_way: Rc<UnderWay>,
-    replies: Replies,
-    origin: Origin,
-    weight: usize,
-    reply: Option<BytesMut>,
-}
-
-impl Pending {
-    fn new(under_way: &Rc<UnderWay>, replies: Replies, origin: Origin, weight: usize) -> Self {
-        under_way.count.set(under_way.count.get() + 1);
-        under_way.bytes.set(under_way.bytes.get() + weight);
-        Self {
-            under_way: Rc::clone(under_way),
-            replies,
-            origin,
-            weight,
-            reply: None,
-        }
-    }
-
-    fn answer(mut self, reply: BytesMut) {
-        self.reply = Some(reply);
-    }
-}
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        let reply = self.reply.take().unwrap_or_else(|| {
-            let mut reply = BytesMut::new();
-            self.replies.error(
-                &mut reply,
-                self.origin,
-                Errno::Io,
-                "the request was given up",
-            );
-            reply
-        });
-        self.under_way.count.set(self.under_way.count.get() - 1);
-        self.under_way
-            .bytes
-            .set(self.under_way.bytes.get() - self.weight);
-        self.under_way.ended.borrow_mut().push(reply);
-        self.under_way.news.notify_one();
-    }
-}
-
 /// A client that is counted for as long as this lives.
 struct Connected(Rc<Target>);
 
@@ -375,61 +313,9 @@ impl Drop for Connected {
     }
 }
 
-/// How many bytes a request holds, or its reply may.
-fn weight(command: &Command) -> usize {
-    match command {
-        Command::Read { range, .. } => (range.end - range.start) as usize,
-        Command::Write { data, .. } => data.len(),
-        Command::BlockStatus {
-            range,
-            contexts,
-            one,
-        } => {
-            let extents = if *one {
-                1
-            } else {
-                (range.end - range.start) / EXTENT_MIN + 2
-            };
-            let all = extents.saturating_mul(contexts.len() as u64);
-            all.min(EXTENTS_MAX as u64) as usize * EXTENT_BYTES
-        }
-        _ => 0,
-    }
-}
-
 /// How long clients have to take what they were answered, when the server stops or the export is
 /// withdrawn: whoever wants it has it by then, and a second is what all of it may take.
 const GOODBYE_MAX: Duration = Duration::from_millis(700);
 
-/// What an extent takes: 16 bytes until it is in the reply, and there as many if it is extended.
-const EXTENT_BYTES: usize = 32;
-
-/// No file system tells smaller holes, and no map has smaller chunks.
-const EXTENT_MIN: u64 = 512;
-
 /// Room for a reply without data, so that most find their place behind the others.
 const REPLY_HEAD_MAX: usize = 8 << 10;
-
-#[cfg(test)]
-mod tests {
-    use proto::ContextId;
-
-    use super::*;
-
-    #[test]
-    fn a_block_status_weighs_what_its_reply_may_take() {
-        let weigh = |length: u64, one, contexts| {
-            let range = 4096..4096 + length;
-            let contexts = (0..contexts).map(ContextId).collect();
-            weight(&Command::BlockStatus {
-                range,
-                contexts,
-                one,
-            })
-        };
-        assert_eq!(weigh(1 << 32, false, 3), EXTENTS_MAX * EXTENT_BYTES);
-        assert_eq!(weigh(1 << 60, false, 1), EXTENTS_MAX * EXTENT_BYTES);
-        assert!(weigh(64 << 10, false, 1) < 8 << 10);
-        assert_eq!(weigh(1 << 32, true, 3), 3 * EXTENT_BYTES);
-    }
-}

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use rustix::net::sockopt;
+use rustix::process::{getpriority_process, setpriority_process};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
@@ -16,7 +17,7 @@ use crate::service::Service;
 use crate::tls::Tls;
 
 /// Threads that serve clients, each with a runtime of its own, and for one role: so a guest never
-/// waits for what a thread does for backups.
+/// waits for what a thread does for backups, and those for backups leave the processor to it.
 pub(crate) struct Workers {
     live: Queues,
     backup: Queues,
@@ -59,9 +60,9 @@ impl Workers {
         let (mut live, mut backup) = (Queues::default(), Queues::default());
         let mut threads = Vec::new();
         for number in 0..2 * count {
-            let (queues, role) = match number % 2 {
-                0 => (&mut live, "live"),
-                _ => (&mut backup, "backup"),
+            let (queues, role, nice) = match number % 2 {
+                0 => (&mut live, "live", 0),
+                _ => (&mut backup, "backup", BACKUP_NICE),
             };
             let (queue, clients) = mpsc::unbounded_channel();
             let runtime = tokio::runtime::Builder::new_current_thread()
@@ -71,7 +72,10 @@ impl Workers {
             let (service, stop) = (Arc::clone(service), stop.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("{role}-{}", number / 2))
-                .spawn(move || LocalSet::new().block_on(&runtime, work(clients, service, stop)))?;
+                .spawn(move || {
+                    step_back(nice);
+                    LocalSet::new().block_on(&runtime, work(clients, service, stop));
+                })?;
             queues.all.push(queue);
             threads.push(thread);
         }
@@ -102,6 +106,17 @@ impl Workers {
                 tracing::error!("a worker panicked");
             }
         }
+    }
+}
+
+/// Lets others have the processor first: this thread, and those that it will start for what may
+/// block.
+fn step_back(nice: i32) {
+    // Without a process it is this thread whose value is asked for and changed.
+    let changed = getpriority_process(None)
+        .and_then(|now| setpriority_process(None, (now + nice).min(NICE_MAX)));
+    if let Err(error) = changed {
+        tracing::warn!(%error, "backups get as much of the processor as the guest");
     }
 }
 
@@ -160,6 +175,13 @@ fn tied(stream: Stream) -> io::Result<Tied> {
 
 /// A batch of replies should fit: with the default of 208 KiB batching can lose.
 const SEND_BUFFER: usize = 1 << 20;
+
+/// By how much backups are nicer than guests: a third of the processor where both want all of it. A
+/// guest that waits for a lock that a backup holds still has it soon.
+const BACKUP_NICE: i32 = 5;
+
+/// The nicest there is.
+const NICE_MAX: i32 = 19;
 
 /// Each may wait for a device at the same time; more than a device takes at once gain nothing.
 const BLOCKING_THREADS_MAX: usize = 32;

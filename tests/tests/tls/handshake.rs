@@ -1,8 +1,10 @@
 //! Byte by byte: what is answered before TLS, what is left of it after, and how it ends.
 
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
+use std::time::{Duration, Instant};
 
+use stillpoint_tests::process::PATIENCE;
 use stillpoint_tests::raw_nbd::{command, option, rep};
 use stillpoint_tests::tls::{
     Holder, Tapped, VERSIONS, Wire, client_config, export_named, option_bytes, records,
@@ -227,4 +229,39 @@ fn a_stop_does_not_wait_for_a_client_that_stalls_in_the_tls_handshake() {
     let (rest, end) = wire.rest();
     let is_end = end.is_ok() || end.is_err_and(|e| e.kind() == ErrorKind::ConnectionReset);
     assert!(rest.is_empty() && is_end, "{rest:?}");
+}
+
+#[test]
+fn the_time_for_choosing_an_export_goes_on_in_the_tls_handshake() {
+    let realm = Realm::new();
+    let server = realm.serve(&["--handshake-timeout=500ms"]);
+    let mut guest = Guest::new(&server, "vda");
+    let [mut silent, mut dribbles] = [(); 2].map(|()| {
+        let mut wire = Wire::connect(server.port("live"));
+        assert_eq!(wire.option(option::STARTTLS, &[]), Ok(vec![]));
+        wire
+    });
+    // The head of a record, whose 16 KiB then come byte by byte.
+    dribbles.0.write_all(&[22, 3, 1, 0x40, 0]).unwrap();
+    let pause = Some(Duration::from_millis(20));
+    dribbles.0.set_read_timeout(pause).unwrap();
+    let begun = Instant::now();
+    let end = loop {
+        assert!(begun.elapsed() < PATIENCE, "it may dribble for ever");
+        match dribbles
+            .0
+            .write_all(&[1])
+            .and_then(|()| dribbles.0.read(&mut [0]))
+        {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            end => break end,
+        }
+    };
+    // The end, or that there is nobody any more to write to.
+    assert!(!matches!(end, Ok(1..)), "{end:?}");
+    silent.0.set_read_timeout(Some(PATIENCE)).unwrap();
+    let (rest, end) = silent.rest();
+    assert!(rest.is_empty() && end.is_ok(), "{rest:?}, {end:?}");
+    server.wait_for_log("no export was chosen within 500ms", 2);
+    guest.write(0, &[1; 512]);
 }

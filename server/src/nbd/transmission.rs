@@ -399,7 +399,7 @@ fn weight(command: &Command) -> usize {
 
 /// How long clients have to take what they were answered, when the server stops or the export is
 /// withdrawn: whoever wants it has it by then, and a second is what all of it may take.
-const GOODBYE_MAX: Duration = Duration::from_millis(700);
+pub(super) const GOODBYE_MAX: Duration = Duration::from_millis(700);
 
 /// What an extent takes: 16 bytes until it is in the reply, and there as many if it is extended.
 const EXTENT_BYTES: usize = 32;

@@ -6,11 +6,12 @@ use bytes::{Buf, BufMut, BytesMut};
 
 use crate::admission::Admission;
 use crate::answers::Answers;
-use crate::export::{Catalog, ExportInfo};
+use crate::export::{Catalog, Denied, ExportInfo};
 use crate::extents::ContextId;
 use crate::headers::Headers;
 use crate::option::{
-    ContextRequest, Declined, InfoRequest, OptionDecoder, Question, RawOption, invalid, parse,
+    ContextRequest, Declined, InfoRequest, OPTION_SKIPPED_MAX, OptionDecoder, Question, RawOption,
+    invalid, parse, too_much_data,
 };
 use crate::reply::Replies;
 use crate::request::RequestDecoder;
@@ -42,6 +43,7 @@ pub struct Negotiation<C: Catalog> {
     options_seen: u32,
     headers: Headers,
     tls: Tls,
+    shutting_down: bool,
     /// The last choice, for as long as no other is attempted.
     selection: Option<Selection>,
 }
@@ -65,7 +67,8 @@ pub enum Step<C: Catalog> {
     Ready(Session<C>),
     /// Write the output and close; the client has said goodbye.
     Abort,
-    /// Close, for the reason given: the client used the one option that has no error reply.
+    /// Write the output and close, for the reason given: the client used the one option that has no
+    /// error reply.
     Hangup(Cow<'static, str>),
 }
 
@@ -114,13 +117,22 @@ impl<C: Catalog> Negotiation<C> {
             options_seen: 0,
             headers: Headers::default(),
             tls: Tls::Plain(mode),
+            shutting_down: false,
             selection: None,
         }
     }
 
+    /// The server is to end: from here on no option gets what it asks for, and is told why.
+    ///
+    /// One that has arrived in part is declined too. Only a client's goodbye is still acknowledged.
+    pub fn shut_down(&mut self) {
+        self.shutting_down = true;
+    }
+
     /// Takes what it understands off the front of `input` and appends the answers to `output`.
     ///
-    /// After a violation or one of the steps that end it there is only [`Step::Hangup`].
+    /// After a violation or one of the steps that end it there is only [`Step::Hangup`]. What is in
+    /// the output by then is to be written all the same.
     pub fn advance(
         &mut self,
         input: &mut BytesMut,
@@ -146,7 +158,13 @@ impl<C: Catalog> Negotiation<C> {
                     None
                 }
                 Stage::Haggling { fixed, zeroes } => {
-                    let Some(raw) = self.options.decode(input)? else {
+                    let decoded = self.options.decode(input);
+                    let decoded = decoded.inspect_err(|&violation| {
+                        if fixed {
+                            self.answer_the_last(violation, output);
+                        }
+                    });
+                    let Some(raw) = decoded? else {
                         return Ok(Step::NeedMore);
                     };
                     self.count(&raw, fixed)?;
@@ -192,7 +210,7 @@ impl<C: Catalog> Negotiation<C> {
         }
 
         let mut answers = Answers::to(code, output);
-        if let Err(declined) = self.tls.admit(code) {
+        if let Err(declined) = self.admit(code) {
             if code == option::EXPORT_NAME {
                 return Ok(Some(Step::Hangup(declined.text)));
             }
@@ -238,6 +256,30 @@ impl<C: Catalog> Negotiation<C> {
                 Ok(None)
             }
         }
+    }
+
+    /// Answers an option that ends the connection, as nobody will read past its data. The client has
+    /// hardly begun to send them.
+    fn answer_the_last(&self, violation: Violation, output: &mut BytesMut) {
+        if let Violation::OptionLength {
+            option: code,
+            length,
+        } = violation
+            && code != option::EXPORT_NAME
+        {
+            let declined = self.admit(code).err();
+            let declined = declined.unwrap_or_else(|| too_much_data(length, OPTION_SKIPPED_MAX));
+            Answers::to(code, output).decline(&declined);
+        }
+    }
+
+    /// Declines what may not be asked now, whether or not it makes sense.
+    fn admit(&self, code: u32) -> Result<(), Declined> {
+        self.tls.admit(code)?;
+        if self.shutting_down && code != option::ABORT {
+            return Err(Denied::Shutdown.into());
+        }
+        Ok(())
     }
 
     /// What was agreed in plain text may have been agreed with somebody else: it is forgotten.

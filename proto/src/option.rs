@@ -189,6 +189,11 @@ pub(crate) fn invalid(text: impl Into<Cow<'static, str>>) -> Declined {
     }
 }
 
+/// Declines an option for what it announced.
+pub(crate) fn too_much_data(length: u32, most: u32) -> Declined {
+    too_big(format!("{length} bytes of option data, more than {most}"))
+}
+
 /// Makes sense of an option, or says why there is none in it.
 pub(crate) fn parse(raw: RawOption) -> Result<Question, Declined> {
     match raw.code {
@@ -217,9 +222,7 @@ pub(crate) fn parse(raw: RawOption) -> Result<Question, Declined> {
 fn whole(data: Data) -> Result<Bytes, Declined> {
     match data {
         Data::Whole(data) => Ok(data),
-        Data::Skipped(length) => Err(too_big(format!(
-            "{length} bytes of option data, more than {OPTION_DATA_MAX}"
-        ))),
+        Data::Skipped(length) => Err(too_much_data(length, OPTION_DATA_MAX)),
     }
 }
 

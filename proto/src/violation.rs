@@ -18,7 +18,8 @@ pub enum Violation {
     /// A client that did not agree to fixed newstyle used an option that needs it.
     #[error("option {0} without fixed newstyle")]
     NotFixedNewstyle(u32),
-    /// An option announced more data than we ever agree to read.
+    /// An option announced more data than we ever agree to read. That much can be told, as the data
+    /// have yet to come.
     #[error("option {option} with {length} bytes of data")]
     OptionLength {
         /// The option's number.

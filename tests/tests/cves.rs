@@ -112,6 +112,8 @@ fn cve_2017_15119_large_options() {
         header.extend(option.to_be_bytes());
         header.extend((4 * GIB - 1).to_be_bytes()[4..].iter());
         nbd.send_raw(&header).unwrap();
+        let reply = nbd.option_reply().expect("an answer");
+        assert_eq!(reply.kind, rep::ERR_TOO_BIG, "option {option}");
         assert!(nbd.is_closed(), "option {option}");
     }
     // What is still read past is not kept.

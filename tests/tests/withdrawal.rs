@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::json;
-use stillpoint_tests::raw_nbd::{chunk, command, errno, rep};
-use stillpoint_tests::rude::{Address, Heard, Rude, go, request};
+use stillpoint_tests::raw_nbd::{chunk, command, errno, option, rep};
+use stillpoint_tests::rude::{Address, Heard, Rude, go, option_message, request};
 use stillpoint_tests::{Guest, MIB, Qmp, Server};
 
 /// How an export is taken away.
@@ -126,6 +126,10 @@ fn all_hear_of(event: Event) {
 fn hears_of(event: Event, state: State, client: &mut Rude, begun: Instant, what: &str) {
     let left = (begun + A_SECOND).saturating_duration_since(Instant::now());
     match (event, state) {
+        (Event::Stop, State::Handshake) => {
+            hears_why(client, what);
+            hears_the_end(client, left, what);
+        }
         (Event::Stop, _) => hears_the_end(client, left, what),
         (_, State::Reading) => hears_answers(client, READS, left, what),
         (Event::Commit | Event::Abort, State::Handshake) => {
@@ -184,8 +188,28 @@ fn happen(event: Event, server: &Server, guest: &mut Guest, qmp: &mut Qmp) {
             guest.write(0, &vec![2; MIB as usize]);
             qmp.event("BACKUP_BROKEN");
         }
-        Event::Stop => server.signal(Signal::TERM),
+        Event::Stop => {
+            server.signal(Signal::TERM);
+            server.wait_for_log("stopping", 1);
+        }
     }
+}
+
+/// It is told why it gets no export any more, and its goodbye is acknowledged.
+fn hears_why(client: &mut Rude, what: &str) {
+    // The log says it before the workers know.
+    let reply = loop {
+        client.say(&option_message(option::STRUCTURED_REPLY, &[]));
+        match option_reply(client) {
+            rep::ACK => {}
+            reply => break reply,
+        }
+    };
+    assert_eq!(reply, rep::ERR_SHUTDOWN, "{what}");
+    client.say(&go("vda@b1"));
+    assert_eq!(option_reply(client), rep::ERR_SHUTDOWN, "{what}");
+    client.say(&option_message(option::ABORT, &[]));
+    assert_eq!(option_reply(client), rep::ACK, "{what}");
 }
 
 /// It hears the end, whatever it was told before.

@@ -4,7 +4,7 @@ use bytes::BufMut;
 
 use crate::proto::{
     ANSWERS_MAX, Headers, OPTION_DATA_MAX, OPTION_SKIPPED_MAX, OPTIONS_MAX, STRING_MAX, Step,
-    Violation,
+    TlsMode, Violation,
 };
 use crate::talk::{Talk, info, kinds, option_header};
 use crate::wire::*;
@@ -106,6 +106,63 @@ fn an_absurd_length_a_wrong_magic_and_unknown_flags_end_the_connection() {
 
     let mut talk = Talk::new(3 | 1 << 9);
     assert_eq!(talk.advance().err(), Some(Violation::ClientFlags(1 << 9)));
+}
+
+#[test]
+fn an_absurd_length_is_told_before_the_end_unless_there_is_no_telling() {
+    let absurd = |talk: &mut Talk, option| {
+        talk.input
+            .put_slice(&option_header(option, OPTION_SKIPPED_MAX + 1));
+        let end = talk.advance();
+        assert!(matches!(end, Err(Violation::OptionLength { .. })));
+        kinds(&talk.answers())
+    };
+    for option in [LIST, GO, ABORT, 99] {
+        assert_eq!(absurd(&mut Talk::new(3), option), [ERR_TOO_BIG]);
+        assert_eq!(absurd(&mut Talk::new(2), option), [], "not fixed newstyle");
+    }
+    assert_eq!(absurd(&mut Talk::new(3), EXPORT_NAME), []);
+    let mut talk = Talk::with_tls(TlsMode::Require);
+    talk.input.put_u32(3);
+    assert_eq!(absurd(&mut talk, GO), [ERR_TLS_REQD]);
+}
+
+#[test]
+fn while_the_server_ends_everything_but_a_goodbye_is_told_so() {
+    let data = info("vda", &[]);
+    for mode in [TlsMode::Off, TlsMode::On] {
+        let mut talk = Talk::with_tls(mode);
+        talk.input.put_u32(3);
+        assert_eq!(kinds(&talk.ask(LIST, b"")), [SERVER, ACK]);
+        // Of this option one half comes before the end, and one after it.
+        talk.input.put_slice(&option_header(GO, data.len() as u32));
+        talk.input.put_slice(&data[..5]);
+        assert!(matches!(talk.advance(), Ok(Step::NeedMore)));
+        talk.shut_down();
+        talk.input.put_slice(&data[5..]);
+        assert!(matches!(talk.advance(), Ok(Step::NeedMore)));
+        assert_eq!(kinds(&talk.answers()), [ERR_SHUTDOWN]);
+        for option in [LIST, STARTTLS, INFO, GO, STRUCTURED_REPLY, 99] {
+            assert_eq!(kinds(&talk.ask(option, &data)), [ERR_SHUTDOWN], "{option}");
+        }
+        talk.input.put_slice(&option_header(ABORT, 0));
+        assert!(matches!(talk.advance(), Ok(Step::Abort)));
+        assert_eq!(kinds(&talk.answers()), [ACK]);
+    }
+
+    let mut talk = Talk::new(3);
+    talk.shut_down();
+    talk.input.put_slice(&option_header(LIST, 0));
+    talk.input.put_slice(&option_header(EXPORT_NAME, 3));
+    talk.input.put_slice(b"vda");
+    assert!(matches!(talk.advance(), Ok(Step::Hangup(_))));
+    assert_eq!(kinds(&talk.answers()), [ERR_SHUTDOWN]);
+
+    let mut talk = Talk::with_tls(TlsMode::Require);
+    talk.input.put_u32(3);
+    talk.shut_down();
+    assert_eq!(kinds(&talk.ask(LIST, b"")), [ERR_TLS_REQD]);
+    assert_eq!(kinds(&talk.ask(STARTTLS, b"")), [ERR_SHUTDOWN]);
 }
 
 #[test]

@@ -111,6 +111,10 @@ impl Talk {
         self.negotiation.advance(&mut self.input, &mut self.output)
     }
 
+    pub(crate) fn shut_down(&mut self) {
+        self.negotiation.shut_down();
+    }
+
     pub(crate) fn ask(&mut self, option: u32, data: &[u8]) -> Vec<(u32, Vec<u8>)> {
         self.input
             .put_slice(&option_header(option, data.len() as u32));

@@ -30,7 +30,7 @@ use proto::{GREETING, Negotiation, Step, Violation};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 pub(crate) use entrance::Entrance;
 pub(crate) use peer::Peer;
@@ -41,6 +41,7 @@ use crate::tls::Tls;
 use catalog::Exports;
 use entrance::Visitor;
 use progress::Lapse;
+use transmission::GOODBYE_MAX;
 
 /// Why a connection ended early.
 #[derive(Debug, Error)]
@@ -78,15 +79,16 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     let exports = Exports::new(service, Rc::clone(&visitor));
     let mut negotiation = Negotiation::with_tls(exports, tls.mode());
     let greeting = BytesMut::from(&GREETING[..]);
-    let negotiated = negotiate(&mut stream, &mut negotiation, &mut input, greeting);
+    let telling = (greeting, stop.clone());
+    let negotiated = negotiate(&mut stream, &mut negotiation, &mut input, telling);
     match handshake.in_time(negotiated).await? {
         Some(Chosen::Export(session)) => serve(stream, session, input, (&visitor, stop)).await,
         Some(Chosen::Tls) => {
             let secured = async {
                 let mut stream = tls.accept(stream).await.map_err(Ended::Tls)?;
                 tell_who(visitor.peer, stream.subject());
-                let nothing = BytesMut::new();
-                let chosen = negotiate(&mut stream, &mut negotiation, &mut input, nothing).await;
+                let telling = (BytesMut::new(), stop.clone());
+                let chosen = negotiate(&mut stream, &mut negotiation, &mut input, telling).await;
                 Ok((stream, chosen?))
             };
             match handshake.in_time(secured).await? {
@@ -121,7 +123,8 @@ struct Handshake {
 }
 
 impl Handshake {
-    /// What comes of a part of it; `None` if the server stops meanwhile.
+    /// What comes of a part of it; `None` if the server stops meanwhile, and the client has had its
+    /// time to hear of it.
     async fn in_time<T>(
         &mut self,
         part: impl Future<Output = Result<T, Ended>>,
@@ -129,13 +132,19 @@ impl Handshake {
         let patience = self.visitor.entrance.limits.handshake;
         tokio::select! {
             biased;
-            _ = self.stop.wait_for(|stop| *stop) => Ok(None),
+            () = goodbye(&mut self.stop) => Ok(None),
             () = self.visitor.displaced() => Err(Ended::Displaced),
             done = timeout_at(self.deadline, part) => {
                 done.map_err(|_| Ended::TooSlow(patience))?.map(Some)
             }
         }
     }
+}
+
+/// Waits until the server has been about to stop for as long as it waits for anybody.
+async fn goodbye(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+    sleep(GOODBYE_MAX).await;
 }
 
 /// What a client wants once it has asked enough.
@@ -146,12 +155,14 @@ enum Chosen {
 }
 
 /// Answers a client's options, after what is to be said first; others have their turn in between.
+/// When the server stops the answer to each is that it does, until the client leaves.
 async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     negotiation: &mut Negotiation<Exports>,
     input: &mut BytesMut,
-    mut output: BytesMut,
+    (mut output, mut shutdown): (BytesMut, watch::Receiver<bool>),
 ) -> Result<Chosen, Ended> {
+    let mut stopping = false;
     loop {
         stream.write_all_buf(&mut output).await?;
         let step = match negotiation.advance(input, &mut output) {
@@ -180,11 +191,23 @@ async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
                 stream.write_all_buf(&mut output).await?;
                 return Ok(Chosen::Goodbye);
             }
-            Step::Hangup(reason) => return Err(Ended::Declined(reason.into_owned())),
+            Step::Hangup(reason) => {
+                stream.write_all_buf(&mut output).await?;
+                return Err(Ended::Declined(reason.into_owned()));
+            }
         }
         tokio::task::yield_now().await;
-        if stream.read_buf(input).await? == 0 {
-            return Ok(Chosen::Goodbye);
+        tokio::select! {
+            biased;
+            _ = shutdown.wait_for(|stop| *stop), if !stopping => {
+                stopping = true;
+                negotiation.shut_down();
+            }
+            read = stream.read_buf(input) => {
+                if read? == 0 {
+                    return Ok(Chosen::Goodbye);
+                }
+            }
         }
     }
 }

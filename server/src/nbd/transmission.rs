@@ -315,7 +315,7 @@ impl Drop for Connected {
 
 /// How long clients have to take what they were answered, when the server stops or the export is
 /// withdrawn: whoever wants it has it by then, and a second is what all of it may take.
-const GOODBYE_MAX: Duration = Duration::from_millis(700);
+pub(super) const GOODBYE_MAX: Duration = Duration::from_millis(700);
 
 /// Room for a reply without data, so that most find their place behind the others.
 const REPLY_HEAD_MAX: usize = 8 << 10;

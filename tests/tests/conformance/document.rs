@@ -8,12 +8,14 @@ use stillpoint_tests::tools::repository;
 
 use crate::SECTIONS;
 use crate::deviations::{DEVIATIONS, When};
+use crate::elsewhere::ELSEWHERE;
 
 #[test]
 fn the_tables_in_the_docs_are_the_rows_that_run() {
     let path = repository().join("docs/protocol.md");
     let text = fs::read_to_string(&path).expect("docs/protocol.md");
     let expected = with_table(&text, "rows", &rows());
+    let expected = with_table(&expected, "elsewhere", &elsewhere());
     let expected = with_table(&expected, "differences", &differences());
     if env::var_os("STILLPOINT_WRITE_DOCS").is_some() {
         fs::write(&path, expected).expect("docs/protocol.md can be written");
@@ -58,6 +60,23 @@ fn rows() -> String {
                 table,
                 "| {id} | {} | {} | `{test}` |",
                 row.section, row.rule
+            );
+        }
+    }
+    table
+}
+
+fn elsewhere() -> String {
+    let mut table = String::new();
+    for (section, pointers) in ELSEWHERE {
+        let _ = write!(table, "\n### {section}\n\n");
+        table.push_str("| row | section | rule | test |\n| --- | --- | --- | --- |\n");
+        for (index, pointer) in pointers.iter().enumerate() {
+            let (number, test) = (index + 1, pointer.test);
+            let _ = writeln!(
+                table,
+                "| {section}-{number} | {} | {} | `{test}` |",
+                pointer.section, pointer.rule
             );
         }
     }

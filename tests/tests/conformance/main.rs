@@ -27,6 +27,8 @@ mod errors;
 
 mod withdrawal;
 
+mod elsewhere;
+
 mod deviations;
 mod document;
 

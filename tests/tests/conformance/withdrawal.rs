@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use stillpoint_tests::raw_nbd::{command, errno, rep};
+use stillpoint_tests::raw_nbd::{command, errno, option, rep};
 use stillpoint_tests::{MIB, RawNbd, Server};
 
 use crate::peer::SIZE;
@@ -39,6 +39,13 @@ rows![
         "NBD_REP_ERR_UNKNOWN",
         "An export that went away during the haggling is ERR_UNKNOWN",
         Ours(an_export_that_went_away_is_unknown)
+    ),
+    (
+        "withdrawal-6",
+        "Termination of the session during option haggling; NBD_REP_ERR_SHUTDOWN",
+        "At a stop, further options are ERR_SHUTDOWN, the rest of one that is under way too, and \
+         an ABORT is acknowledged",
+        Ours(what_is_asked_at_a_stop_is_told_so)
     ),
 ];
 
@@ -90,6 +97,31 @@ fn nobody_waits_for_a_server_that_stops() {
     }
     let took = begun.elapsed();
     assert!(took < Duration::from_secs(5), "{took:?}");
+    assert!(server.wait().success());
+}
+
+fn what_is_asked_at_a_stop_is_told_so() {
+    let mut server = server_with_backup();
+    let mut nbd = RawNbd::connect(&server.frozen());
+    let mut other = RawNbd::connect(&server.live());
+    let half_said = [&b"IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0"[..], &[0; 4]].concat();
+    other.send_raw(&half_said[..17]).unwrap();
+    server.signal(Signal::TERM);
+    server.wait_for_log("stopping", 1);
+    // The log says it before the workers know.
+    while let Ok(none) = nbd.option(option::STRUCTURED_REPLY, &[]) {
+        assert!(none.is_empty());
+    }
+    for option in [option::LIST, option::GO, option::STARTTLS, 99] {
+        let refused = nbd.option(option, &half_said);
+        assert_eq!(refused, Err(rep::ERR_SHUTDOWN), "option {option}");
+    }
+    assert_eq!(nbd.option(option::ABORT, &[]), Ok(vec![]));
+    assert!(nbd.is_closed());
+    other.send_raw(&half_said[17..]).unwrap();
+    let reply = other.option_reply().expect("a reply");
+    assert_eq!((reply.option, reply.kind), (option::GO, rep::ERR_SHUTDOWN));
+    assert!(other.is_closed(), "who does not leave is left");
     assert!(server.wait().success());
 }
 

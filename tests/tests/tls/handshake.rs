@@ -1,7 +1,7 @@
 //! Byte by byte: what is answered before TLS, what is left of it after, and how it ends.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
 use stillpoint_tests::process::PATIENCE;
@@ -83,16 +83,63 @@ fn what_was_agreed_before_tls_is_forgotten() {
     assert_eq!(wire.option(option::STRUCTURED_REPLY, &[]), Ok(vec![]));
     let chosen = wire.option(option::SET_META_CONTEXT, &query);
     assert_eq!(chosen.map(|all| all.len()), Ok(1));
-    let mut wire = wire.start_tls(&config);
-    let refused = wire.option(option::LIST_META_CONTEXT, &query);
-    assert_eq!(refused, Err(rep::ERR_INVALID));
-    assert_eq!(wire.go("vda"), Ok(()));
-    wire.request(command::READ, 5, 0, 512);
-    assert_eq!(
-        wire.reply(512),
-        (5, vec![0; 512]),
-        "replies are simple again"
-    );
+    let mut extended = Wire::connect(server.port("live"));
+    assert_eq!(extended.option(option::EXTENDED_HEADERS, &[]), Ok(vec![]));
+    for wire in [wire, extended] {
+        let mut wire = wire.start_tls(&config);
+        let refused = wire.option(option::LIST_META_CONTEXT, &query);
+        assert_eq!(refused, Err(rep::ERR_INVALID));
+        assert_eq!(wire.go("vda"), Ok(()));
+        wire.request(command::READ, 5, 0, 512);
+        assert_eq!(
+            wire.reply(512),
+            (5, vec![0; 512]),
+            "requests are compact and replies simple again"
+        );
+    }
+}
+
+#[test]
+fn without_fixed_newstyle_there_is_no_tls() {
+    let realm = Realm::new();
+    let server = realm.serve(&["--tls=on"]);
+    for flags in [0u32, 2] {
+        let mut wire = Wire(TcpStream::connect(("127.0.0.1", server.port("live"))).unwrap());
+        wire.bytes(18).unwrap();
+        wire.0.write_all(&flags.to_be_bytes()).unwrap();
+        wire.send_option(option::STARTTLS, &[]).unwrap();
+        let (answer, _) = wire.rest();
+        assert!(answer.is_empty(), "flags {flags}: {answer:?}");
+    }
+    server.is_well();
+}
+
+#[test]
+fn versions_before_tls_1_2_are_refused() {
+    let realm = Realm::new();
+    let server = realm.serve(&[]);
+    for version in [[3, 0], [3, 1], [3, 2]] {
+        let mut wire = Wire::connect(server.port("live"));
+        assert_eq!(wire.option(option::STARTTLS, &[]), Ok(vec![]));
+        wire.0.write_all(&hello(version)).unwrap();
+        let (answer, _) = wire.rest();
+        assert_eq!(records(&answer), [21], "{version:?}: {answer:?}");
+        assert_eq!(
+            answer[5..],
+            [2, 70],
+            "{version:?}: not because of the version"
+        );
+    }
+}
+
+/// A `ClientHello` of one cipher suite, with one extension: how its signatures may be made.
+fn hello(version: [u8; 2]) -> Vec<u8> {
+    let mut hello = vec![22, 3, 1, 0, 55, 1, 0, 0, 51];
+    hello.extend(version);
+    hello.extend([7; 32]);
+    hello.extend([0, 0, 2, 0, 47, 1, 0]);
+    hello.extend([0, 8, 0, 13, 0, 4, 0, 2, 4, 3]);
+    hello
 }
 
 #[test]

@@ -19,6 +19,25 @@ use super::{
 /// All that a resize does something with.
 const CALLS: [&str; 5] = ["fsync", "fdatasync", "pwrite64", "ftruncate", "fallocate"];
 
+/// Has the disk grow in a server that is killed at the `n`th of its `calls`, or else afterwards;
+/// whether it answered.
+fn resize_and_die(server: &mut Server, calls: &str, n: usize) -> bool {
+    let answered = {
+        let mut qmp = server.qmp();
+        let _killer = Killer::of(server, calls, n);
+        let arguments = json!({"disk": "vda", "size": AFTER});
+        let command = json!({"execute": "disk-resize", "arguments": arguments});
+        qmp.try_send(command.to_string().as_bytes()).unwrap();
+        qmp.receive().is_some()
+    };
+    if answered {
+        server.kill();
+    } else {
+        server.wait();
+    }
+    answered
+}
+
 #[test]
 fn a_server_that_is_killed_at_any_call_goes_on_with_either_size() {
     let mut ends = Ends::default();
@@ -28,19 +47,7 @@ fn a_server_that_is_killed_at_any_call_goes_on_with_either_size() {
             let mut server = prepared();
             server.begin("b1", &["--since", "cp1"]);
             let then = server.open_live("vda").read_all();
-            let answered = {
-                let mut qmp = server.qmp();
-                let _killer = Killer::of(&server, calls, n);
-                let arguments = json!({"disk": "vda", "size": AFTER});
-                let command = json!({"execute": "disk-resize", "arguments": arguments});
-                qmp.try_send(command.to_string().as_bytes()).unwrap();
-                qmp.receive().is_some()
-            };
-            if answered {
-                server.kill();
-            } else {
-                server.wait();
-            }
+            let answered = resize_and_die(&mut server, calls, n);
             server.start();
             check(&server, answered, &how, &mut ends);
             let mut frozen = server.open_frozen("vda@b1", &[]);
@@ -62,19 +69,7 @@ fn a_power_cut_at_any_call_loses_no_change() {
         for n in 1.. {
             let how = format!("{calls} {n}");
             let mut server = prepared();
-            let answered = {
-                let mut qmp = server.qmp();
-                let _killer = Killer::of(&server, calls, n);
-                let arguments = json!({"disk": "vda", "size": AFTER});
-                let command = json!({"execute": "disk-resize", "arguments": arguments});
-                qmp.try_send(command.to_string().as_bytes()).unwrap();
-                qmp.receive().is_some()
-            };
-            if answered {
-                server.kill();
-            } else {
-                server.wait();
-            }
+            let answered = resize_and_die(&mut server, calls, n);
             pretend_power_cut(&directory(&server, "vda"));
             server.start();
             let size = size_of(&server);

@@ -43,6 +43,23 @@ async fn a_start_that_loses_power_before_any_sync_leaves_damage_that_the_next_on
     }
 }
 
+#[tokio::test]
+async fn what_a_failed_sync_left_in_memory_alone_is_durable_after_a_start() {
+    let endless = Arc::new(AtomicUsize::new(usize::MAX));
+    let (mut eras, pages) = damaged(true);
+    eras[CHUNK as usize * 8] ^= 1 << 4;
+    let table = PageTable::create(1, MemoryPages::default()).expect("memory does not fail");
+    let files = [eras, pages].map(|bytes| Storage::new(bytes, &endless));
+    // Nobody lived to record that the sync had failed, and the kernel does not try again.
+    *lock(&files[0].durable) = Vec::new();
+    *lock(&files[1].durable) = table.store().contents();
+    let durable = files.each_ref().map(|file| Arc::clone(&file.durable));
+    start(files, Ending::Killed).await.expect("nothing fails");
+    let left = durable.map(|bytes| Storage::new(lock(&bytes).clone(), &endless));
+    let next = start(left, Ending::PowerCut).await.expect("nothing fails");
+    assert!(next.map.era(CHUNK) > CHECKPOINT, "clean");
+}
+
 /// A map and its table, where the entry of a chunk that changed is not what was stored.
 fn damaged(is_active: bool) -> (Vec<u8>, Vec<u8>) {
     let map = EraMap::new(SIZE, granularity(), salt(), MemoryPages::default());
@@ -103,6 +120,8 @@ fn lock(bytes: &Mutex<Vec<u8>>) -> MutexGuard<'_, Vec<u8>> {
 /// What was stored, and what is durable of it.
 struct Storage {
     now: Arc<MemoryPages>,
+    /// Since the last sync.
+    stored: Mutex<Vec<(u64, Vec<u8>)>>,
     durable: Arc<Mutex<Vec<u8>>>,
     /// How many syncs there are before the power is cut, of all files together.
     syncs_left: Arc<AtomicUsize>,
@@ -112,6 +131,7 @@ impl Storage {
     fn new(bytes: Vec<u8>, syncs_left: &Arc<AtomicUsize>) -> Self {
         Self {
             now: Arc::new(MemoryPages::from(bytes.clone())),
+            stored: Mutex::default(),
             durable: Arc::new(Mutex::new(bytes)),
             syncs_left: Arc::clone(syncs_left),
         }
@@ -120,6 +140,8 @@ impl Storage {
 
 impl PageStore for Storage {
     fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut stored = self.stored.lock().unwrap_or_else(PoisonError::into_inner);
+        stored.push((offset, bytes.to_vec()));
         self.now.store(offset, bytes)
     }
 
@@ -135,7 +157,14 @@ impl PageStore for Storage {
 impl Durable for Storage {
     async fn sync(&self) -> io::Result<()> {
         self.sync_place().await?;
-        *lock(&self.durable) = self.now.contents();
+        let mut durable = lock(&self.durable);
+        let mut stored = self.stored.lock().unwrap_or_else(PoisonError::into_inner);
+        for (offset, bytes) in stored.drain(..) {
+            let place = offset as usize..offset as usize + bytes.len();
+            let length = durable.len().max(place.end);
+            durable.resize(length, 0);
+            durable[place].copy_from_slice(&bytes);
+        }
         Ok(())
     }
 

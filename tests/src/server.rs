@@ -25,6 +25,7 @@ pub struct Builder {
     binary: PathBuf,
     disks: Vec<String>,
     args: Vec<String>,
+    default_reserve: bool,
     env: Vec<(String, String)>,
 }
 
@@ -61,6 +62,16 @@ impl Builder {
     #[must_use]
     pub fn arg(mut self, arg: &str) -> Self {
         self.args.push(arg.to_owned());
+        self
+    }
+
+    /// Leaves `--scratch-reserve` at its default.
+    ///
+    /// A server is otherwise told to reserve nothing: what else lies on the machine's disk is
+    /// not to decide whether a test can begin a backup.
+    #[must_use]
+    pub fn default_reserve(mut self) -> Self {
+        self.default_reserve = true;
         self
     }
 
@@ -109,6 +120,10 @@ impl Builder {
             .arg(&self.run_directory);
         command.args(self.disks.iter().map(|disk| format!("--disk={disk}")));
         command.args(&self.args);
+        let is_given = (self.args.iter()).any(|arg| arg.starts_with("--scratch-reserve"));
+        if !is_given && !self.default_reserve {
+            command.arg("--scratch-reserve=0");
+        }
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
         command
     }
@@ -131,6 +146,7 @@ impl Server {
             binary: binary(),
             disks: Vec::new(),
             args: Vec::new(),
+            default_reserve: false,
             env: Vec::new(),
         }
     }

@@ -23,7 +23,6 @@ fn full_scratch_breaks_the_backup_and_nothing_else(scratch: &Mount) {
         .disk("vda", SIZE)
         .disk("vdb", SIZE)
         .arg(&format!("--scratch-dir={}", path(scratch.path())))
-        .arg("--scratch-reserve=0")
         .start();
     let mut guest = Guest::new(&server, "vda");
     (0..SIZE / MIB).for_each(|mib| guest.write(mib * MIB, &vec![1; MIB as usize]));
@@ -102,7 +101,6 @@ fn a_backup_on_another_file_system_outlives_one_that_breaks() {
         .disk("vda", SIZE)
         .disk("vdb", SIZE)
         .arg(&format!("--scratch-dir={}", path(scratch.path())))
-        .arg("--scratch-reserve=0")
         .start();
     let mut guests = ["vda", "vdb"].map(|disk| Guest::new(&server, disk));
     for guest in &mut guests {
@@ -128,7 +126,6 @@ fn a_backup_that_cannot_begin_for_want_of_space_changes_nothing() {
     let server = Server::builder()
         .disk("vda", SIZE)
         .arg(&format!("--scratch-dir={}", path(scratch.path())))
-        .arg("--scratch-reserve=0")
         .start();
     server.checkpoint("cp1");
     let ballast = scratch.path().join("ballast");

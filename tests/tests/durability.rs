@@ -174,10 +174,7 @@ fn a_state_directory_in_memory_is_refused_unless_nothing_is_promised() {
         assert!(error.contains("in memory"), "{output}");
         assert!(output.stderr.contains("durability=none"), "{output}");
     }
-    let mut server = Server::builder()
-        .disk_as(&disk(",durability=none"))
-        .arg("--scratch-reserve=0")
-        .start();
+    let mut server = Server::builder().disk_as(&disk(",durability=none")).start();
     server.checkpoint("cp1");
     server.stop();
     server.start();

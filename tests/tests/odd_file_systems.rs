@@ -15,10 +15,7 @@ fn a_file_system_shut_down_and_mounted_again_within_a_boot_is_a_power_cut() {
     let storage = Mount::ext4(128 * MIB);
     let image = storage.path().join("vda.raw");
     sparse_file(&image, SIZE);
-    let mut server = Server::builder()
-        .disk_at("vda", &image)
-        .arg("--scratch-reserve=0")
-        .start();
+    let mut server = Server::builder().disk_at("vda", &image).start();
     let mut guest = Guest::new(&server, "vda");
     (0..SIZE / MIB).for_each(|mib| guest.write(mib * MIB, &vec![1; CHUNK as usize]));
     server.checkpoint("cp1");
@@ -115,7 +112,7 @@ fn a_start_that_finds_no_room_says_so_and_nothing_is_lost() {
     sparse_file(&image, SIZE);
     let state = storage.path().join("state");
     let disk = format!("vda={},state={}", path(&image), path(&state));
-    let builder = builder.disk_as(&disk).arg("--scratch-reserve=0");
+    let builder = builder.disk_as(&disk);
 
     // A new one.
     let filler = storage.fill();

@@ -282,7 +282,9 @@ fn whoever_uses_up_the_reserve_breaks_the_backup_that_holds_most() {
 #[test]
 fn a_backup_does_not_begin_where_the_reserve_is_not_free() {
     let volume = Mount::tmpfs(100 * MIB);
-    let (server, _) = start_with(&[], Some(volume.path()));
+    let scratch = format!("--scratch-dir={}", path(volume.path()));
+    let builder = Server::builder().disk("vda", SIZE).arg(&scratch);
+    let server = builder.default_reserve().start();
     let refused = server.cli(&["backup", "begin", "--id", "b1"]);
     let error = refused.error(1);
     assert!(error.contains("bytes free"), "{refused}");
@@ -304,7 +306,7 @@ fn a_backup_does_not_begin_where_the_reserve_is_not_free() {
 #[test]
 fn what_is_broken_or_over_takes_no_space_also_while_clients_have_it_open() {
     let volume = Mount::tmpfs(64 * MIB);
-    let (mut server, mut guest) = start_with(&["--scratch-reserve=0"], Some(volume.path()));
+    let (mut server, mut guest) = start_with(&[], Some(volume.path()));
     let before = free(volume.path());
     let is_free = || free(volume.path()) + 64 * KIB > before;
     let mut qmp = server.qmp();

@@ -18,7 +18,7 @@ use super::{Action, Addition, Source};
 use crate::disk::{Durability, OnTrackingError};
 use crate::names::Name;
 use crate::served::{DiskSpec, ServedDisk};
-use crate::service::{BeginRequest, ScratchOptions, Service};
+use crate::service::{BeginRequest, Reserve, ScratchOptions, Service};
 
 const CHUNK: u64 = 4096;
 /// Not a whole number of the coarsest blocks.
@@ -174,7 +174,11 @@ impl<'a> Life<'a> {
             .await
             .unwrap();
         let clock = OffsetDateTime::now_utc;
-        let scratch = ScratchOptions::default();
+        // How full the machine's disk is decides nothing here.
+        let scratch = ScratchOptions {
+            reserve: Reserve::Bytes(0),
+            ..ScratchOptions::default()
+        };
         let service = Service::new(vec![disk], Duration::from_secs(1), clock, scratch).unwrap();
         service.settle().await.unwrap();
         let disk = Arc::clone(&service.disks()[&name]);

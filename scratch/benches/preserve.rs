@@ -92,13 +92,12 @@ impl Disk {
         let mut rng = ChaCha8Rng::seed_from_u64(SEED);
         let mut granules: Vec<u64> = (0..GRANULES).collect();
         granules.shuffle(&mut rng);
-        let [mut image, mut scratch] = [(); 2].map(|()| vec![0; SIZE as usize]);
+        let mut image = vec![0; SIZE as usize];
         rng.fill_bytes(&mut image);
-        // The first touch of a page costs more than the copy that it is for.
-        scratch.fill(1);
         Self {
             image: Arc::new(Memory::from(image)),
-            scratch: Memory::from(scratch),
+            // Not zeroes: the first touch of a page costs more than the copy that it is for.
+            scratch: Memory::from(vec![1; SIZE as usize]),
             claims: Claims::default(),
             granules,
         }

@@ -29,6 +29,13 @@ mod names;
 mod new_size;
 mod sync;
 
+/// What nobody outside needs but a benchmark.
+#[cfg(feature = "benches")]
+#[doc(hidden)]
+pub mod benches {
+    pub use crate::nbd::benches::{FragmentedDisk, WRITTEN};
+}
+
 /// The parsers that nobody outside needs but a fuzzer.
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]

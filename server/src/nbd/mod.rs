@@ -20,6 +20,9 @@ mod budget;
 mod perform;
 mod progress;
 
+#[cfg(feature = "benches")]
+pub(crate) mod benches;
+
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;

@@ -25,7 +25,9 @@ class Field:
         self.server_core, client_core = (0, 1) if pin else (None, None)
         self.client = Client(client_core)
         self.running = {}
+        # For the record: by server, and by kind and server.
         self.commands = {}
+        self.verified = {}
 
     def server(self, name):
         """One on a full image in memory, from the first time that it is asked for."""
@@ -53,7 +55,7 @@ class Field:
         server = KINDS[name](self.binaries[name], os.path.dirname(image), self.sockets, image,
                              core=self.server_core, options=options)
         stack.callback(server.stop)
-        self.commands.setdefault(name, server.commands)
+        self.commands.setdefault(name, []).append(server.commands)
         return server
 
     def keep_only(self, names):

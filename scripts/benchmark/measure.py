@@ -137,11 +137,16 @@ class Guest:
     def __init__(self, client, server, **options):
         extra = [*options.pop("extra", []), "--time_based", "--runtime=3600"]
         self.command = client.fio_command(server.uri, extra=extra, **options)
+        self.image = server.image
 
     def __enter__(self):
+        before = os.stat(self.image).st_mtime_ns
         self.process = processes.spawn(self.command, stdin=subprocess.DEVNULL,
                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                        text=True)
+        # It writes as soon as somebody has written.
+        while os.stat(self.image).st_mtime_ns == before and self.process.poll() is None:
+            time.sleep(0.005)
         return self
 
     def __exit__(self, kind, *_):

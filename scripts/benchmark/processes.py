@@ -70,7 +70,12 @@ def family(pid):
     """A process and all its descendants."""
     pids = [pid]
     for thread in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{thread}/children") as file:
-            for child in file.read().split():
-                pids += family(int(child))
+        try:
+            with open(f"/proc/{pid}/task/{thread}/children") as file:
+                children = file.read().split()
+        except (FileNotFoundError, ProcessLookupError):
+            # A thread that has ended meanwhile.
+            continue
+        for child in children:
+            pids += family(int(child))
     return pids

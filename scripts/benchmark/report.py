@@ -147,7 +147,8 @@ def head(scale, options, programs, place):
         "date": datetime.date.today().isoformat(),
         "kernel": platform.release(),
         "processors": f"{os.cpu_count()} of {model.group(1) if model else platform.machine()}",
-        "file_system": subprocess.check_output(["stat", "-f", "-c", "%T", place], text=True).strip(),
+        "file_system": subprocess.check_output(["findmnt", "-n", "-o", "FSTYPE", "-T", place],
+                                               text=True).strip(),
         "versions": versions,
         "cache": options.cache,
         "placement": "servers on core 0, clients on core 1" if options.pin else "not pinned",
@@ -161,7 +162,7 @@ def version(command):
     return subprocess.check_output(command, text=True).splitlines()[0]
 
 
-def text(head, rows, results, servers, verified):
+def text(head, rows, results, field):
     table = Table(rows, results)
     about = (
         f"{head['date']}, Linux {head['kernel']}, {head['processors']}, {head['file_system']}; "
@@ -178,21 +179,38 @@ def text(head, rows, results, servers, verified):
     ]:
         if lines.count("\n") > 1:
             parts += [title, lines]
-    parts += ["Data verified:", "\n".join(f"- {line}" for line in verified)]
-    parts += ["Servers:", "\n".join(f"- {name}: `{command}`"
-                                    for name, commands in servers.items() for command in commands)]
-    parts += ["Clients, as of the first round against Stillpoint:", clients(table)]
+    parts += ["Data verified:", "\n".join(
+        f"- {name}, {kind}: {what}" for (kind, name), what in field.verified.items())]
+    parts += ["Servers, with what they were told, each kind of command once:",
+              servers(field)]
+    parts += ["Clients, as of the first round against Stillpoint:", clients(table, field)]
     return "\n\n".join(parts)
 
 
-def clients(table):
-    return "\n".join(f"- {row.name}, {label}: `{command}`"
+def servers(field):
+    """The JSON has them all; here folders have short names, and numbers do not make another."""
+    shown = {}
+    for name, started in field.commands.items():
+        for command in (command for commands in started for command in commands):
+            key = name, re.sub(r"\d+", "N", shortened(command, field))
+            shown.setdefault(key, f"- {name}: `{shortened(command, field)}`")
+    return "\n".join(shown.values())
+
+
+def clients(table, field):
+    return "\n".join(f"- {row.name}, {label}: `{shortened(command, field)}`"
                      for row, label, found in table.lines() for command in found[OURS][0].commands)
 
 
-def document(head, results, servers, verified):
+def shortened(command, field):
+    return command.replace(field.folder, "$DIR").replace(field.sockets, "$RUN")
+
+
+def document(head, results, field):
     return {
-        **head, "servers": servers, "verified": verified,
+        **head, "servers": field.commands,
+        "verified": [{"kind": kind, "server": name, "what": what}
+                     for (kind, name), what in field.verified.items()],
         "results": [
             {"row": result.row, "variant": result.variant, "server": result.server,
              "round": result.round, **vars(result.measure)}

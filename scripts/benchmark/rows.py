@@ -5,7 +5,7 @@ A row has variants; each variant is measured on every server that can do it, in 
 
 import collections
 
-from benchmark import measure
+from benchmark import measure, verify
 from benchmark.images import MIB, sync
 
 # What is measured: how it is called, whether the short run has it, and what it is made of.
@@ -23,9 +23,14 @@ class Row:
     per = "GiB"
     # What has to be right about the data, in the words of verify.py.
     verified_by = "live"
+    # Whether it starts servers of its own.
+    own_images = False
 
     def __init__(self, name, says, variants):
         self.name, self.says, self.variants = name, says, variants
+
+    def verify(self, field, name):
+        verify.once(field, self.verified_by, name)
 
     def measure(self, field, name, variant, seed):
         raise NotImplementedError

@@ -18,12 +18,15 @@ def run(field, rows):
         for variant in shown(row, field.scale):
             results += measure(field, row, variant)
         row.done(field)
-        field.keep_only({name for later in rows[number + 1:] for name in later.servers})
+        field.keep_only({name for later in rows[number + 1:] if not later.own_images
+                         for name in later.servers})
     return results
 
 
 def measure(field, row, variant):
     results = []
+    for name in row.servers:
+        row.verify(field, name)
     for turn in range(field.scale.rounds):
         for name in order(row.servers, turn):
             begun = time.monotonic()

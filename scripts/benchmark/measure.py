@@ -121,13 +121,16 @@ def fio_measure(text, kind, command):
     if result["error"]:
         raise RuntimeError(f"{shlex.join(command)}: error {result['error']}")
     part = result[kind]
-    percentile = part["clat_ns"].get("percentile", {})
+    # Where there are flushes it is those that somebody waits for.
+    flushes = result["sync"]["lat_ns"]
+    latency = flushes if flushes["N"] else part["clat_ns"]
+    percentile = latency["percentile"]
     return Measure(
         rate=part["iops"], volume=part["io_bytes"] / GIB,
-        p50_us=percentile.get("50.000000", 0) / 1e3, p99_us=percentile.get("99.000000", 0) / 1e3,
+        p50_us=percentile["50.000000"] / 1e3, p99_us=percentile["99.000000"] / 1e3,
         commands=[shlex.join(command)],
         notes={"requests": part["total_ios"], "bytes_per_s": part["bw_bytes"],
-               "longest_us": part["clat_ns"]["max"] / 1e3},
+               "longest_us": latency["max"] / 1e3},
     )
 
 
@@ -185,10 +188,12 @@ class Puller:
                 self.error = RuntimeError(f"{shlex.join(self.command(3))}: {complaint}")
 
     def __enter__(self):
+        self.begun = time.monotonic()
         self.thread.start()
         return self
 
     def __exit__(self, *_):
+        self.seconds = time.monotonic() - self.begun
         self.stopping.set()
         if self.process:
             self.process.terminate()

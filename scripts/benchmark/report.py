@@ -126,16 +126,28 @@ def costs(table):
     return markdown(["row", "", "per", *table.names()], lines)
 
 
+def beside(table):
+    """What went on at the same time: a server must not win by starving the other client."""
+    lines = []
+    for row, label, found in table.lines():
+        for note, what in [("guest_rate", "guest, requests/s"), ("pulled_rate", "pull, MiB/s")]:
+            if note in found[OURS][0].notes:
+                spreads = [spread(found[name], lambda one: one.notes[note])
+                           for name in [OURS, "qemu-storage-daemon"]]
+                lines.append([row.name, label, what, *(one.text(number) for one in spreads)])
+    return markdown(["row", "", "", OURS, "qemu-storage-daemon"], lines)
+
+
 def copies(table):
     lines = []
-    for _, label, found in table.lines():
+    for row, label, found in table.lines():
         for name, measures in found.items():
             if "share" not in measures[0].notes:
                 continue
             share = spread(measures, lambda one: one.notes["share"])
             copied = spread(measures,
                             lambda one: one.notes["copied_bytes"] / one.notes["requests"])
-            lines.append([_.name, label, name, f"{share.median:.1%}", f"{copied.median:,.0f}"])
+            lines.append([row.name, label, name, f"{share.median:.1%}", f"{copied.median:,.0f}"])
     return markdown(["row", "", "server", "writes that copied", "bytes copied per write"], lines)
 
 
@@ -144,6 +156,7 @@ def head(scale, options, programs, place):
     versions |= {"fio": version(["fio", "--version"]), "nbdcopy": version(["nbdcopy", "--version"])}
     model = re.search(r"^model name\s*: (.*)$", open("/proc/cpuinfo").read(), re.M)
     return {
+        "mode": "check" if options.check else "short" if options.short else "full",
         "date": datetime.date.today().isoformat(),
         "kernel": platform.release(),
         "processors": f"{os.cpu_count()} of {model.group(1) if model else platform.machine()}",
@@ -155,6 +168,7 @@ def head(scale, options, programs, place):
         "image_bytes": scale.size,
         "seconds": scale.seconds,
         "rounds": scale.rounds,
+        "dirty_runs": scale.runs,
     }
 
 
@@ -169,12 +183,13 @@ def text(head, rows, results, field):
         f"{', '.join(dict.fromkeys(head['versions'].values()))}. Images of "
         f"{head['image_bytes'] >> 20} MiB, locked in a page cache that was filled by "
         f"{head['cache']} reads; {head['placement']}; {head['rounds']} rounds of "
-        f"{head['seconds']} s. Medians (lowest..highest)."
+        f"{head['seconds']} s; {head['dirty_runs']:,} dirty runs in a map. Medians (lowest..highest)."
     )
     parts = [about, rates(table)]
     for title, lines in [
         ("Latency of the guest's requests, p50 / p99 in ms:", latencies(table)),
         ("Processor time and peak memory of the server:", costs(table)),
+        ("What went on at the same time:", beside(table)),
         ("Copies before writes, by the servers' own counters:", copies(table)),
     ]:
         if lines.count("\n") > 1:

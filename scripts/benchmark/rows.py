@@ -8,7 +8,8 @@ import collections
 from benchmark import measure, verify
 from benchmark.images import MIB, sync
 
-# What is measured: how it is called, whether the short run has it, and what it is made of.
+# What is measured: how it is called, whether the short run has it (True, False, or "few" for some
+# of the peers), and what it is made of.
 Variant = collections.namedtuple("Variant", "label short options")
 
 EVERYONE = ["stillpoint", "qemu-storage-daemon", "qemu-nbd", "nbdkit-file", "nbdkit-null"]
@@ -88,7 +89,7 @@ class DuringBackup(Row):
         done.notes |= {"copies": copies, "copied_bytes": copied,
                        "share": copies / done.notes["requests"]}
         for puller in pullers:
-            done.notes["pulled_bytes"] = puller.pulled()
+            done.notes["pulled_rate"] = puller.pulled() / MIB / puller.seconds
             done.commands.append(" ".join(puller.command(3)))
         backup.close()
         sync(server.image)
@@ -145,15 +146,16 @@ class FrozenPullUnderWrites(FrozenPull):
         with guest:
             done = super().pull(field, server, backup, variant, seed)
         done.p50_us, done.p99_us = guest.measure.p50_us, guest.measure.p99_us
-        done.notes["guest_requests_per_s"] = guest.measure.rate
+        done.notes["guest_rate"] = guest.measure.rate
         done.commands += guest.measure.commands
         return done
 
 
 def depths(pattern):
     """The four shapes of a random load."""
+    short = {(1, 1): "few", (32, 1): True, (1, 2): False, (32, 2): "few"}
     return [
-        Variant(f"depth {depth}, {jobs} client{'s' * (jobs > 1)}", depth > 1 or jobs == 1,
+        Variant(f"depth {depth}, {jobs} client{'s' * (jobs > 1)}", short[depth, jobs],
                 {"pattern": pattern, "block": "4k", "depth": depth, "jobs": jobs,
                  "extra": ["--norandommap"]})
         for jobs in [1, 2] for depth in [1, 32]

@@ -63,6 +63,10 @@ class Table:
         return list(dict.fromkeys(seen))
 
 
+def absent(row, name):
+    return "not asked" if name in row.servers else "cannot"
+
+
 def spread(measures, what):
     return Spread([what(one) for one in measures])
 
@@ -86,7 +90,7 @@ def rates(table):
         for name in [OURS, "qemu-storage-daemon"]:
             line.append(spread(found[name], lambda one: one.rate).text(number))
         for name in peers:
-            line.append(ratios(found, name).text(ratio) if name in found else "cannot")
+            line.append(ratios(found, name).text(ratio) if name in found else absent(row, name))
         lines.append(line)
     return markdown(["row", "", "unit", OURS, "qemu-storage-daemon",
                      *(f"÷ {name}" for name in peers)], lines)
@@ -104,7 +108,7 @@ def latencies(table):
             line.append(" / ".join(
                 milliseconds(spread(measures, what).median)
                 for what in [lambda one: one.p50_us, lambda one: one.p99_us]
-            ) if measures else "cannot")
+            ) if measures else absent(row, name))
         line.append(ratio(1 / ratios(found, "qemu-storage-daemon", lambda one: one.p99_us).median))
         lines.append(line)
     return markdown(["row", "", *table.names(), "p99 lower by"], lines)
@@ -117,7 +121,7 @@ def costs(table):
         for name in table.names():
             measures = found.get(name)
             if not measures:
-                line.append("cannot")
+                line.append(absent(row, name))
                 continue
             cpu = spread(measures, lambda one: one.cpu_s / one.volume).median
             peak = spread(measures, lambda one: one.peak_kib / 1024).high

@@ -64,4 +64,4 @@ def lines(label, bar, top, x):
 
 def footnote(head):
     return (f"{head['date']}, {head['versions'][OURS]}, {head['versions'][PEER].split(' (')[0]}, "
-            f"cache filled by {head['cache']} reads; the line is the spread of {head['rounds']} rounds")
+            f"{head['cache']} reads; lines are spreads of {head['rounds']} rounds")

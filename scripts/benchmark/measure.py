@@ -45,7 +45,8 @@ class Watch:
             with open(f"/proc/{pid}/clear_refs", "w") as file:
                 # The peak starts anew.
                 file.write("5")
-        self.before = self.cpu_s()
+        self.begun = time.monotonic()
+        self.before, self.stolen_before = self.cpu_s(), stolen_s()
         return self
 
     def cpu_s(self):
@@ -66,13 +67,20 @@ class Watch:
 
     def __exit__(self, *_):
         self.used_s = self.cpu_s() - self.before
+        self.stolen = (stolen_s() - self.stolen_before) / (time.monotonic() - self.begun)
         self.peak_kib = self.kib("VmHWM")
         self.anonymous_kib = self.kib("RssAnon")
 
     def into(self, measure):
-        measure.cpu_s = self.used_s
+        measure.cpu_s, measure.notes["stolen"] = self.used_s, self.stolen
         measure.peak_kib, measure.anonymous_kib = self.peak_kib, self.anonymous_kib
         return measure
+
+
+def stolen_s():
+    """Processor time that the hypervisor gave to others, of all processors."""
+    with open("/proc/stat") as file:
+        return int(file.readline().split()[8]) / TICKS
 
 
 class Client:

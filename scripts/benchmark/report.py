@@ -189,6 +189,9 @@ def text(head, rows, results, field):
         f"{head['cache']} reads; {head['placement']}; {head['rounds']} rounds of "
         f"{head['seconds']} s; {head['dirty_runs']:,} dirty runs in a map. Medians (lowest..highest)."
     )
+    stolen = Spread([result.measure.notes["stolen"] / os.cpu_count() for result in results])
+    about += (f" Of the processors the hypervisor gave {stolen.median:.1%} to others, "
+              f"in the worst measurement {stolen.high:.1%}.")
     parts = [about, rates(table)]
     for title, lines in [
         ("Latency of the guest's requests, p50 / p99 in ms:", latencies(table)),

@@ -134,7 +134,8 @@ def beside(table):
     """What went on at the same time: a server must not win by starving the other client."""
     lines = []
     for row, label, found in table.lines():
-        for note, what in [("guest_rate", "guest, requests/s"), ("pulled_rate", "pull, MiB/s")]:
+        for note, what in [("guest_rate", "guest, requests/s"), ("pulled_rate", "pull, MiB/s"),
+                           ("preserved_share", "share of the disk that was copied before")]:
             if note in found[OURS][0].notes:
                 spreads = [spread(found[name], lambda one: one.notes[note])
                            for name in [OURS, "qemu-storage-daemon"]]

@@ -44,7 +44,6 @@ def pattern(server, size, seed):
     writer, reader = connect(server.uri), connect(server.uri)
     for offset, data in blocks.items():
         writer.pwrite(data, offset)
-    writer.flush()
     for offset, data in blocks.items():
         if reader.pread(BLOCK, offset) != data:
             raise SystemExit(f"bench: wrong data: {server.name}: block at {offset}, seed {seed}")

@@ -39,8 +39,8 @@ def svg(head, rows, results):
         f'<text class="title" x="12" y="22">Stillpoint, as a multiple of {PEER}</text>',
     ]
     for power in range(low, high + 1):
-        at = x(2**power)
-        parts.append(f'<line class="{"one" if power == 0 else "grid"}" x1="{at:.1f}" y1="{TOP - 8}" '
+        at, kind = x(2**power), "grid" if power else "one"
+        parts.append(f'<line class="{kind}" x1="{at:.1f}" y1="{TOP - 8}" '
                      f'x2="{at:.1f}" y2="{TOP + STEP * len(bars)}"/>')
         parts.append(f'<text class="tick" x="{at:.1f}" y="{TOP - 14}">{2.0**power:g}</text>')
     for number, (label, bar) in enumerate(bars):

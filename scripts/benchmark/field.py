@@ -12,12 +12,13 @@ from benchmark.storage_daemon import StorageDaemon
 
 KINDS = {kind.name: kind for kind in [Stillpoint, StorageDaemon, QemuNbd, NbdkitFile, NbdkitNull]}
 
-# How much is measured: bytes of an image, seconds and rounds of a measurement, dirty runs.
-Scale = collections.namedtuple("Scale", "size seconds rounds runs wide short")
+# How much is measured: bytes of an image, seconds and rounds of a measurement, dirty runs, bytes of
+# a wide span, whether only a part of the variants, and whether images are locked into memory.
+Scale = collections.namedtuple("Scale", "size seconds rounds runs wide short held")
 
 
 class Field:
-    """Everything that it started has ended when it is closed, and everything that it made is gone."""
+    """When it is closed, everything that it started has ended and everything it made is gone."""
 
     def __init__(self, scale, binaries, folder, sockets, cache, pin):
         self.scale, self.binaries, self.cache = scale, binaries, cache
@@ -37,7 +38,8 @@ class Field:
                 if KINDS[name].has_image:
                     images.write_full(image, self.scale.size)
                     images.fill_cache(image, self.scale.size, self.cache)
-                    stack.callback(images.Held(image, self.scale.size).release)
+                    if self.scale.held:
+                        stack.callback(images.Held(image, self.scale.size).release)
                 else:
                     images.write_sparse(image, self.scale.size)
                 server = self.start(stack, name, image)

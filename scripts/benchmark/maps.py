@@ -145,11 +145,14 @@ class WideSpan(Row):
             if server.has_image:
                 verify.pattern(server, field.scale.wide, seed)
                 field.verified["wide", name] = f"{verify.BLOCKS} blocks read back each time"
+            # A stop would sync what is thrown away now.
+            server.process.kill()
+            server.process.wait()
         return done
 
 
 ROWS = [
-    Incremental("incremental", "an incremental pull of 1 % of the disk, scattered, by a small client",
+    Incremental("incremental", "a small client pulls an incremental: 1 % of the disk, scattered",
                 [Variant("1 % of the chunks", True, {"share": 0.01})]),
     ManyRuns("many-runs", "nbdinfo --map of a 15 TiB disk with a million dirty runs"),
     WideSpan("wide-span", "4 KiB writes at random over a sparse 20 GiB, ten times what is active",

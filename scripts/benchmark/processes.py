@@ -16,7 +16,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def end_with_parent():
-    """In the child, before it is the program: even a kill of the benchmark leaves nothing behind."""
+    """In the child, before it is the program: not even a kill of the benchmark leaves it behind."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -3,8 +3,8 @@
 
     pull_changes.py URI CONTEXT SECONDS
 
-Does so again and again for that long, and once at least, each time over a new connection. Prints the
-extents, the SHA-256 of their bytes, and how long each pull took.
+Does so again and again for that long, and once at least, each time over a new connection. Prints
+the extents, the SHA-256 of their bytes, and how long each pull took.
 """
 
 import hashlib

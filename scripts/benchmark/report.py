@@ -188,7 +188,8 @@ def text(head, rows, results, field):
         f"{', '.join(dict.fromkeys(head['versions'].values()))}. Images of "
         f"{head['image_bytes'] >> 20} MiB, locked in a page cache that was filled by "
         f"{head['cache']} reads; {head['placement']}; {head['rounds']} rounds of "
-        f"{head['seconds']} s; {head['dirty_runs']:,} dirty runs in a map. Medians (lowest..highest)."
+        f"{head['seconds']} s; {head['dirty_runs']:,} dirty runs in a map. "
+        "Medians (lowest..highest)."
     )
     stolen = Spread([result.measure.notes["stolen"] / os.cpu_count() for result in results])
     about += (f" Of the processors the hypervisor gave {stolen.median:.1%} to others, "

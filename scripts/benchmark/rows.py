@@ -1,9 +1,10 @@
 """The rows: what each asks of a server, and in which state it finds it.
 
-A row has variants; each variant is measured on every server that can do it, in turn, round by round.
+A row has variants; each is measured on every server that can do it, in turn, round by round.
 """
 
 import collections
+import contextlib
 
 from benchmark import measure, verify
 from benchmark.images import MIB, sync
@@ -76,19 +77,14 @@ class DuringBackup(Row):
             field.client.fio(server, "write", seed=seed, size=size, pattern="write", block="1m",
                              depth=8)
         copies, copied = backup.copied()
-        pullers = [measure.Puller(field.client, backup.uri, size)] if variant.options["pulled"] else []
-        for puller in pullers:
-            puller.__enter__()
-        try:
+        puller = measure.Puller(field.client, backup.uri, size)
+        with puller if variant.options["pulled"] else contextlib.nullcontext():
             done = self.write(field, server, variant, seed)
-        finally:
-            for puller in pullers:
-                puller.__exit__()
         copies, copied = (after - before
                           for after, before in zip(backup.copied(), (copies, copied)))
         done.notes |= {"copies": copies, "copied_bytes": copied,
                        "share": copies / done.notes["requests"]}
-        for puller in pullers:
+        if variant.options["pulled"]:
             done.notes["pulled_rate"] = puller.pulled() / MIB / puller.seconds
             done.commands.append(" ".join(puller.command(3)))
         backup.close()
@@ -177,8 +173,8 @@ ROWS = [
     Plain("write-flush", "a 4 KiB write at random and a flush, by turns", "write",
           [Variant("depth 1", True, {"pattern": "randwrite", "block": "4k", "depth": 1,
                                      "extra": ["--norandommap", "--fsync=1"]})]),
-    DuringBackup("backup-fresh", "4 KiB writes at random while a backup is open, each granule once, "
-                 "depth 32", False,
+    DuringBackup("backup-fresh", "4 KiB writes at random while a backup is open, each granule "
+                 "once, depth 32", False,
                  [*QUIET_OR_PULLED,
                   Variant("nobody pulls, a sixteenth of the granules", False,
                           {"pulled": False, "share": 16})]),

@@ -34,8 +34,8 @@ def measure(field, row, variant):
             # The same requests in the same order for every server, others in every round.
             done = row.measure(field, name, variant, seed=SEED + turn)
             results.append(Result(row.name, variant.label, name, turn, done))
-            say(f"{row.name}, {variant.label}, round {turn + 1}, {name}: {done.rate:,.0f} {row.unit} "
-                f"({time.monotonic() - begun:.1f} s)")
+            say(f"{row.name}, {variant.label}, round {turn + 1}, {name}: {done.rate:,.0f} "
+                f"{row.unit} ({time.monotonic() - begun:.1f} s)")
     return results
 
 

@@ -7,6 +7,7 @@ on the file system that is measured.
 import json
 import os
 import shlex
+import subprocess
 
 from benchmark import processes
 from benchmark.processes import output, pinned
@@ -31,7 +32,7 @@ class Server:
         self.commands.append(shlex.join(command))
         log = f"{self.folder}/{self.name}.log"
         with open(log, "w") as file:
-            self.process = processes.spawn(command, stdin=processes.subprocess.DEVNULL,
+            self.process = processes.spawn(command, stdin=subprocess.DEVNULL,
                                            stdout=file, stderr=file)
         try:
             processes.wait_for_socket(socket or self.socket, self.process, log)

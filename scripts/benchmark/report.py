@@ -199,7 +199,8 @@ def text(head, rows, results, field):
         ("Latency of the guest's requests, p50 / p99 in ms:", latencies(table)),
         ("Processor time and peak memory of the server:", costs(table)),
         ("What went on at the same time:", beside(table)),
-        ("Copies before writes, by the servers' own counters:", copies(table)),
+        ("Copies before writes, by Stillpoint's counter and the growth of QEMU's overlay:",
+         copies(table)),
     ]:
         if lines.count("\n") > 1:
             parts += [title, lines]

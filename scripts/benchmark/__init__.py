@@ -1,0 +1,1 @@
+"""Stillpoint and its peers, measured side by side: the parts of scripts/bench."""

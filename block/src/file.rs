@@ -8,27 +8,40 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
+use rustix::fs::{
+    Advice, AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags, fadvise, fallocate, fcntl_getfl,
+    seek, statx,
+};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
+use crate::buffer::{ALIGNMENT, Buffer};
+use crate::direct::Direct;
+use crate::engine::{Data, Engine};
 use crate::fiemap;
 use crate::pool::blocking;
 use crate::storage::{Extent, Storage, Zeroing};
 
-/// A regular file or a block device, through the page cache.
+/// A regular file or a block device, through the page cache or past it.
 ///
 /// What the page cache can answer is done at once on the caller's thread; what may wait for a device
-/// goes to a pool of threads.
+/// is left to an [`Engine`].
 #[derive(Debug)]
 pub struct FileStorage {
     file: Arc<File>,
     size: AtomicU64,
     device: bool,
+    engine: Engine,
+    /// Of a file that was opened for direct I/O: all access is.
+    direct: Option<Direct>,
 }
 
 impl FileStorage {
-    /// Takes over `file`, at the size that it has now.
-    pub fn new(file: File) -> io::Result<Self> {
+    /// Takes over `file`, at the size that it has now. One that was opened with `O_DIRECT` is read
+    /// and written past the page cache, whatever the offsets; its size must be
+    /// [a multiple](Self::block) of what the file system takes.
+    pub fn new(file: File, engine: Engine) -> io::Result<Self> {
+        let direct = fcntl_getfl(&file)?.contains(OFlags::DIRECT);
+        let direct = direct.then(|| Direct::new(direct_block(&file)));
         let device = file.metadata()?.file_type().is_block_device();
         let size = AtomicU64::new(length(&file, device)?);
         // Small writes cost several times less in a page cache that was not filled by read-ahead.
@@ -38,7 +51,19 @@ impl FileStorage {
             file: Arc::new(file),
             size,
             device,
+            engine,
+            direct,
         })
+    }
+
+    /// What all access is made of where it is direct, in bytes.
+    pub fn block(&self) -> Option<u64> {
+        self.direct.as_ref().map(Direct::block)
+    }
+
+    /// What does what may wait for a device.
+    pub fn engine(&self) -> Engine {
+        self.engine
     }
 
     /// The descriptor that all access goes through.
@@ -56,10 +81,38 @@ impl FileStorage {
         self.device
     }
 
+    async fn zero_range(&self, range: Range<u64>, how: Zeroing) -> io::Result<()> {
+        let flags = if how.unmaps() {
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE
+        } else {
+            FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE
+        };
+        // A device refuses what is not made of whole sectors; the edges are written.
+        let aligned = if self.device {
+            inner(&range, DEVICE_ALIGNMENT)
+        } else {
+            range.clone()
+        };
+        if !aligned.is_empty() {
+            match self.allocate(aligned.clone(), flags).await {
+                Err(error) if is_unsupported(&error) && how.fast() => {
+                    return Err(io::ErrorKind::Unsupported.into());
+                }
+                Err(error) if is_unsupported(&error) => self.write_zeroes(aligned.clone()).await?,
+                other => other?,
+            }
+        }
+        for edge in edges(&range, &aligned) {
+            self.write_zeroes(edge).await?;
+        }
+        Ok(())
+    }
+
     async fn write_zeroes(&self, range: Range<u64>) -> io::Result<()> {
         let file = Arc::clone(&self.file);
         blocking(move || {
-            let zeroes = vec![0; ZEROES_PIECE.min((range.end - range.start) as usize)];
+            let mut zeroes = Buffer::of(ZEROES_PIECE.min((range.end - range.start) as usize));
+            zeroes.fill(0);
             let mut at = range.start;
             while at < range.end {
                 let length = zeroes.len().min((range.end - at) as usize);
@@ -109,62 +162,50 @@ impl Storage for FileStorage {
     }
 
     async fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        if let Some(direct) = &self.direct {
+            return direct.read((&self.file, self.engine), offset, buffer).await;
+        }
         let cached = read_cached(&self.file, offset, buffer)?;
         let mut at = offset + cached as u64;
         // In pieces, as each takes its size in memory once more.
         for piece in buffer[cached..].chunks_mut(READ_PIECE) {
-            let file = Arc::clone(&self.file);
-            let length = piece.len();
-            let read = blocking(move || {
-                let mut bytes = vec![0; length];
-                file.read_exact_at(&mut bytes, at)?;
-                Ok(bytes)
-            });
-            piece.copy_from_slice(&read.await?);
-            at += length as u64;
+            let engine = match piece.len() {
+                ..=RING_READ_MAX => self.engine,
+                _ => Engine::Threads,
+            };
+            let read = engine.read(&self.file, at, Buffer::of(piece.len())).await?;
+            piece.copy_from_slice(&read);
+            at += piece.len() as u64;
         }
         Ok(())
     }
 
     async fn write(&self, offset: u64, data: &Bytes) -> io::Result<()> {
+        if let Some(direct) = &self.direct {
+            return direct.write((&self.file, self.engine), offset, data).await;
+        }
         if data.len() <= INLINE_WRITE_MAX && Pace::is_fast() {
             let begun = Instant::now();
             let result = self.file.write_all_at(data, offset);
             Pace::note(begun.elapsed());
             return result;
         }
-        let (file, data) = (Arc::clone(&self.file), data.clone());
-        blocking(move || file.write_all_at(&data, offset)).await
+        // The kernel would hand a write through the page cache to a thread of its own.
+        let threads = Engine::Threads;
+        threads
+            .write(&self.file, offset, Data::Received(data.clone()))
+            .await
     }
 
     async fn zero(&self, range: Range<u64>, how: Zeroing) -> io::Result<()> {
-        if range.is_empty() {
-            return Ok(());
-        }
-        let flags = if how.unmaps() {
-            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE
-        } else {
-            FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE
-        };
-        // A device refuses what is not made of whole sectors; the edges are written.
-        let aligned = if self.device {
-            inner(&range, DEVICE_ALIGNMENT)
-        } else {
-            range.clone()
-        };
-        if !aligned.is_empty() {
-            match self.allocate(aligned.clone(), flags).await {
-                Err(error) if is_unsupported(&error) && how.fast() => {
-                    return Err(io::ErrorKind::Unsupported.into());
-                }
-                Err(error) if is_unsupported(&error) => self.write_zeroes(aligned.clone()).await?,
-                other => other?,
+        match &self.direct {
+            _ if range.is_empty() => Ok(()),
+            None => self.zero_range(range, how).await,
+            Some(direct) => {
+                let whole = |range| self.zero_range(range, how);
+                direct.zero((&self.file, self.engine), range, whole).await
             }
         }
-        for edge in edges(&range, &aligned) {
-            self.write_zeroes(edge).await?;
-        }
-        Ok(())
     }
 
     async fn sync(&self) -> io::Result<()> {
@@ -190,6 +231,15 @@ fn length(file: &File, device: bool) -> io::Result<u64> {
         return Ok(seek(file, SeekFrom::End(0))?);
     }
     Ok(file.metadata()?.len())
+}
+
+/// What direct I/O on `file` must be made of; more than that where it is not told.
+fn direct_block(file: &File) -> u64 {
+    let told = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+    match told {
+        Ok(told) if told.stx_dio_offset_align > 0 => u64::from(told.stx_dio_offset_align),
+        _ => ALIGNMENT as u64,
+    }
 }
 
 /// Reads what the page cache has from the start of `buffer` on, and says how much that was.
@@ -289,6 +339,10 @@ const POOLED_AFTER_SLOW: u32 = 64;
 /// Larger writes take long enough, by copying alone, to keep other connections waiting.
 const INLINE_WRITE_MAX: usize = 256 << 10;
 
+/// Of more, copying out of the page cache is most of the work, which threads share and a ring leaves to
+/// the one that asks.
+const RING_READ_MAX: usize = 256 << 10;
+
 /// What is read from a device at once. Larger requests gain nothing from it, and readers are many.
 const READ_PIECE: usize = 1 << 20;
 
@@ -308,7 +362,7 @@ mod tests {
     fn sparse(size: u64) -> FileStorage {
         let file = tempfile::tempfile().unwrap();
         file.set_len(size).unwrap();
-        FileStorage::new(file).unwrap()
+        FileStorage::new(file, Engine::Threads).unwrap()
     }
 
     async fn contents(storage: &FileStorage, range: Range<u64>) -> Vec<u8> {

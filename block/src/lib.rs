@@ -4,15 +4,20 @@
 //! block device; [`ImageLock`] keeps everyone else from writing it; [`Cells`] is a small file of
 //! bookkeeping that survives the process with every single store.
 
+mod buffer;
 mod cells;
+mod direct;
+mod engine;
 mod fiemap;
 mod file;
 mod lock;
 mod pool;
+mod ring;
 mod storage;
 mod sync;
 
 pub use cells::Cells;
+pub use engine::Engine;
 pub use file::FileStorage;
 pub use lock::{ImageLock, LockError};
 pub use storage::{Extent, Storage, Zeroing, is_zero};

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bitmap::PageStore;
-use block::{Cells, FileStorage};
+use block::{Cells, Engine, FileStorage};
 use scratch::{Durable, Snapshot, SnapshotFiles, World};
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -116,7 +116,11 @@ pub(crate) struct SnapshotDir {
 
 impl SnapshotDir {
     /// Makes the folder, for a disk of `size` bytes, and the files in it.
-    pub(crate) fn create(path: PathBuf, size: u64) -> io::Result<(Self, SnapshotFiles<Files>)> {
+    pub(crate) fn create(
+        path: PathBuf,
+        size: u64,
+        engine: Engine,
+    ) -> io::Result<(Self, SnapshotFiles<Files>)> {
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -139,7 +143,7 @@ impl SnapshotDir {
         let second = Cells::create(&dir.path.join(SECOND))?;
         second.extend(granules(size))?;
         let files = SnapshotFiles {
-            scratch: FileStorage::new(scratch)?,
+            scratch: FileStorage::new(scratch, engine)?,
             states: CellPages::from(states),
             second: CellPages::from(second),
             eras: CellPages::create(&dir.path.join(ERAS))?,
@@ -156,13 +160,13 @@ impl SnapshotDir {
     }
 
     /// The files in it.
-    pub(crate) fn open(&self, size: u64) -> io::Result<SnapshotFiles<Files>> {
+    pub(crate) fn open(&self, size: u64, engine: Engine) -> io::Result<SnapshotFiles<Files>> {
         let scratch = File::options()
             .read(true)
             .write(true)
             .open(self.path.join(SCRATCH))?;
         let files: SnapshotFiles<Files> = SnapshotFiles {
-            scratch: FileStorage::new(scratch)?,
+            scratch: FileStorage::new(scratch, engine)?,
             states: CellPages::from(Cells::open(&self.path.join(STATES))?),
             second: CellPages::from(Cells::open(&self.path.join(SECOND))?),
             eras: CellPages::from(Cells::open(&self.path.join(ERAS))?),
@@ -273,7 +277,7 @@ pub(crate) fn nowhere(size: u64) -> io::Result<SnapshotFiles<Files>> {
     let scratch = file()?;
     scratch.set_len(size)?;
     Ok(SnapshotFiles {
-        scratch: FileStorage::new(scratch)?,
+        scratch: FileStorage::new(scratch, Engine::Threads)?,
         states: CellPages::from(Cells::from(file()?)),
         second: CellPages::from(Cells::from(file()?)),
         eras: CellPages::from(Cells::from(file()?)),

@@ -20,6 +20,7 @@ use crate::export::Role;
 use crate::failure::Failure;
 use crate::handed_over;
 use crate::hooks::wall_clock;
+use crate::io_engine::IoEngine;
 use crate::limits::Limits;
 use crate::listen;
 use crate::listeners::{self, Door, Listener, Listeners};
@@ -57,6 +58,8 @@ pub(crate) struct ServeOptions {
     pub(crate) scratch: ScratchOptions,
     /// What becomes of a write that cannot be tracked.
     pub(crate) on_tracking_error: OnTrackingError,
+    /// What does what waits for a device.
+    pub(crate) io_engine: IoEngine,
     /// What clients may take.
     pub(crate) limits: Limits,
 }
@@ -80,9 +83,11 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     let signals = Signals::watch().map_err(|error| cannot("wait for signals", &error))?;
     let scratch_dir = options.scratch_dir.as_deref();
     let _run_dir = claim_run_dir(&options.run_dir)?;
+    let engine = options.io_engine.choose()?;
+    let terms = (options.on_tracking_error, engine);
     let mut disks = Vec::new();
     for spec in &options.disks {
-        disks.push(ServedDisk::open(spec, scratch_dir, options.on_tracking_error, None).await?);
+        disks.push(ServedDisk::open(spec, scratch_dir, terms, None).await?);
     }
     let service = Service::new(disks, options.freeze_timeout, wall_clock, options.scratch)
         .map_err(|error| cannot("restore backups", &error))?;
@@ -109,6 +114,7 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
         live_addresses: listeners.endpoints(Role::Live),
         backup_addresses: listeners.endpoints(Role::Backup),
         run_dir: options.run_dir.clone(),
+        engine,
         stop,
     });
     print_table(&control, &listeners.control_path).map_err(|error| cannot("print", &error))?;

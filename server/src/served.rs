@@ -2,13 +2,14 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bitmap::{Era, Granularity};
-use block::{FileStorage, ImageLock, Storage};
+use block::{Engine, FileStorage, ImageLock, Storage};
+use rustix::fs::OFlags;
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
@@ -39,6 +40,35 @@ pub(crate) struct DiskSpec {
     pub(crate) read_only: bool,
     /// What its tracking survives.
     pub(crate) durability: Durability,
+    /// Whether it is read and written through the page cache.
+    pub(crate) cache: Cache,
+}
+
+/// How an image is read and written.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(crate) enum Cache {
+    /// Through the page cache.
+    #[default]
+    Writeback,
+    /// Past it.
+    None,
+}
+
+impl Cache {
+    /// As QEMU calls them, and nothing else.
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        [Self::Writeback, Self::None]
+            .into_iter()
+            .find(|cache| cache.name() == name)
+    }
+
+    /// As QEMU calls it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Writeback => "writeback",
+            Self::None => "none",
+        }
+    }
 }
 
 /// A disk that is being served.
@@ -53,6 +83,8 @@ pub(crate) struct ServedDisk {
     pub(crate) read_only: bool,
     /// What its tracking survives.
     pub(crate) durability: Durability,
+    /// Whether it is read and written through the page cache.
+    pub(crate) cache: Cache,
     /// The disk itself.
     pub(crate) disk: Arc<Disk<Files>>,
     /// The eras in which nothing was written, but presumed.
@@ -87,14 +119,14 @@ impl ServedDisk {
     pub(crate) async fn open(
         spec: &DiskSpec,
         scratch_root: Option<&Path>,
-        policy: OnTrackingError,
+        (policy, engine): (OnTrackingError, Engine),
         enlarged: Option<NewSize>,
     ) -> Result<(Self, Past), Failure> {
         let context = |failure: Failure| Failure {
             message: format!("disk '{}': {}", spec.name, failure.message),
             ..failure
         };
-        let opened = open_disk(spec, scratch_root, policy, enlarged).await;
+        let opened = open_disk(spec, scratch_root, (policy, engine), enlarged).await;
         opened.map_err(context)
     }
 
@@ -245,7 +277,7 @@ impl GrowthRecord for &ServedDisk {
 async fn open_disk(
     spec: &DiskSpec,
     scratch_root: Option<&Path>,
-    policy: OnTrackingError,
+    (policy, engine): (OnTrackingError, Engine),
     enlarged: Option<NewSize>,
 ) -> Result<(ServedDisk, Past), Failure> {
     let file = open_image(spec)?;
@@ -255,10 +287,10 @@ async fn open_disk(
             format!("cannot use '{}': {error}", spec.path.display()),
         )
     })?;
-    let image = FileStorage::new(file).map_err(|error| cannot_open(&spec.path, &error))?;
-    check_size(&spec.path, image.size())?;
+    let image = FileStorage::new(file, engine).map_err(|error| cannot_open(&spec.path, &error))?;
+    check_size(&spec.path, &image)?;
     if !spec.raw {
-        refuse_other_formats(&spec.path, image.file())?;
+        refuse_other_formats(&spec.path, &image).await?;
     }
 
     let state = state_dir(spec, image.file())?;
@@ -285,6 +317,7 @@ async fn open_disk(
         path: spec.path.clone(),
         read_only: spec.read_only,
         durability: spec.durability,
+        cache: spec.cache,
         disk: Arc::new(disk),
         presumed: opened.presumed,
         lost_before: opened.lost,
@@ -319,14 +352,24 @@ fn open_image(spec: &DiskSpec) -> Result<File, Failure> {
         return Err(Failure::new("bad-image", message));
     }
     let mut options = File::options();
-    options
-        .read(true)
-        .write(!spec.read_only)
-        .open(path)
-        .map_err(|error| cannot_open(path, &error))
+    options.read(true).write(!spec.read_only);
+    if spec.cache == Cache::None {
+        options.custom_flags(OFlags::DIRECT.bits().cast_signed());
+    }
+    options.open(path).map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidInput if spec.cache == Cache::None => {
+            let message = format!(
+                "'{}' is on a file system without direct I/O",
+                path.display()
+            );
+            Failure::new("no-direct-io", message).hint("serve it with cache=writeback")
+        }
+        _ => cannot_open(path, &error),
+    })
 }
 
-fn check_size(path: &Path, size: u64) -> Result<(), Failure> {
+fn check_size(path: &Path, image: &FileStorage) -> Result<(), Failure> {
+    let size = image.size();
     if size == 0 {
         let failure = Failure::new("bad-image", format!("'{}' has size zero", path.display()));
         return Err(failure.hint("make it as large as the disk is to be: truncate --size"));
@@ -338,16 +381,24 @@ fn check_size(path: &Path, size: u64) -> Result<(), Failure> {
         );
         return Err(Failure::new("bad-image", message));
     }
+    if let Some(block) = image.block()
+        && !size.is_multiple_of(block)
+    {
+        let message = format!(
+            "the size of '{}', {size} bytes, is no multiple of {block}, of which direct I/O is made",
+            path.display()
+        );
+        return Err(Failure::new("bad-image", message).hint("serve it with cache=writeback"));
+    }
     Ok(())
 }
 
 /// A guest can write any header into a raw disk, so a format is never guessed: it is refused, or
 /// the user says that the image is raw.
-fn refuse_other_formats(path: &Path, image: &File) -> Result<(), Failure> {
+async fn refuse_other_formats(path: &Path, image: &FileStorage) -> Result<(), Failure> {
     let mut head = [0; 512];
-    image
-        .read_exact_at(&mut head, 0)
-        .map_err(|error| cannot_open(path, &error))?;
+    let read = image.read(0, &mut head).await;
+    read.map_err(|error| cannot_open(path, &error))?;
     let found = OTHER_FORMATS
         .iter()
         .find(|(at, magic, _)| head[*at..].starts_with(magic));

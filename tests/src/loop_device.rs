@@ -15,7 +15,14 @@ impl LoopDevice {
     /// Attaches a device to a file.
     #[track_caller]
     pub fn new(file: &Path) -> Self {
-        let output = as_root("losetup", &["--find", "--show", path(file)]);
+        Self::with_sectors(file, 512)
+    }
+
+    /// The same, with sectors of this size.
+    #[track_caller]
+    pub fn with_sectors(file: &Path, bytes: u64) -> Self {
+        let sectors = format!("--sector-size={bytes}");
+        let output = as_root("losetup", &["--find", "--show", &sectors, path(file)]);
         let hint = "tests of block devices need root, or `sudo -n losetup`";
         assert_eq!(output.code(), 0, "{hint}\n{output}");
         Self {

@@ -28,9 +28,21 @@ impl Mount {
         Self::new(&["-t", "tmpfs", "-o", &options, "tmpfs"], None)
     }
 
+    /// A file system in memory that does no direct I/O.
+    #[track_caller]
+    pub fn ramfs() -> Self {
+        Self::new(&["-t", "ramfs", "ramfs"], None)
+    }
+
     /// A file system on a loop device, of this size.
     #[track_caller]
     pub fn ext4(size: u64) -> Self {
+        Self::ext4_on_sectors(size, 512)
+    }
+
+    /// The same on a device with sectors of this size.
+    #[track_caller]
+    pub fn ext4_on_sectors(size: u64, sector: u64) -> Self {
         let directory = temporary_directory();
         let image = directory.path().join("ext4");
         sparse_file(&image, size);
@@ -39,8 +51,13 @@ impl Mount {
             rustix::process::geteuid(),
             rustix::process::getegid()
         );
-        tool("mkfs.ext4", &["-q", "-E", &owner, path(&image)]).ok();
-        let device = LoopDevice::new(&image);
+        let blocks = ["-b", "4096"];
+        tool(
+            "mkfs.ext4",
+            &[&["-q", "-E", &owner][..], &blocks, &[path(&image)]].concat(),
+        )
+        .ok();
+        let device = LoopDevice::with_sectors(&image, sector);
         let name = path(device.path()).to_owned();
         Self::new(&[&name], Some((device, directory)))
     }

@@ -41,7 +41,9 @@ impl Builder {
     /// Adds a disk on an image that is there.
     #[must_use]
     pub fn disk_at(self, name: &str, path: &Path) -> Self {
-        self.disk_as(&format!("{name}={}", path.display()))
+        let cache = asked_for("STILLPOINT_TEST_CACHE");
+        let cache = cache.map_or_else(String::new, |cache| format!(",cache={cache}"));
+        self.disk_as(&format!("{name}={}{cache}", path.display()))
     }
 
     /// Adds a disk as `--disk` takes it.
@@ -120,13 +122,23 @@ impl Builder {
             .arg(&self.run_directory);
         command.args(self.disks.iter().map(|disk| format!("--disk={disk}")));
         command.args(&self.args);
-        let is_given = (self.args.iter()).any(|arg| arg.starts_with("--scratch-reserve"));
-        if !is_given && !self.default_reserve {
+        let is_given = |option| self.args.iter().any(|arg| arg.starts_with(option));
+        if !is_given("--scratch-reserve") && !self.default_reserve {
             command.arg("--scratch-reserve=0");
+        }
+        if let Some(engine) = asked_for("STILLPOINT_TEST_ENGINE")
+            && !is_given("--io-engine")
+        {
+            command.arg(format!("--io-engine={engine}"));
         }
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
         command
     }
+}
+
+/// What all servers of a run are to have that a test does not care about.
+fn asked_for(variable: &str) -> Option<String> {
+    env::var(variable).ok().filter(|value| !value.is_empty())
 }
 
 /// A server that runs; it is killed if the test ends without stopping it.

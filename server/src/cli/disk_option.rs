@@ -8,7 +8,7 @@ use bitmap::Granularity;
 use super::units::parse_size;
 use crate::disk::Durability;
 use crate::names::Name;
-use crate::served::DiskSpec;
+use crate::served::{Cache, DiskSpec};
 
 /// Reads it; an error says what is wrong.
 pub(super) fn parse(text: &OsStr) -> Result<DiskSpec, String> {
@@ -31,6 +31,7 @@ pub(super) fn parse(text: &OsStr) -> Result<DiskSpec, String> {
         state: None,
         read_only: false,
         durability: Durability::default(),
+        cache: Cache::default(),
     };
     let mut seen = Vec::new();
     for part in parts {
@@ -71,12 +72,16 @@ fn set(spec: &mut DiskSpec, key: &str, value: Option<OsString>) -> Result<(), St
             let refusal = || format!("durability is power, process or none, not '{name}'");
             spec.durability = Durability::named(name).ok_or_else(refusal)?;
         }
-        ("format" | "granularity" | "state" | "durability", _) => {
+        ("cache", Some(name)) => {
+            let refusal = || format!("cache is writeback or none, not '{name}'");
+            spec.cache = Cache::named(name).ok_or_else(refusal)?;
+        }
+        ("format" | "granularity" | "state" | "durability" | "cache", _) => {
             return Err(format!("'{key}' needs a value"));
         }
         _ => {
             return Err(format!(
-                "unknown key '{key}': the keys are format, granularity, state, durability, read-only"
+                "unknown key '{key}': the keys are format, granularity, state, durability, cache, read-only"
             ));
         }
     }
@@ -147,13 +152,15 @@ mod tests {
             ("a=/a,state=", "needs a value"),
             (
                 "a=/a,size=1",
-                "the keys are format, granularity, state, durability, read-only",
+                "the keys are format, granularity, state, durability, cache, read-only",
             ),
             ("a=/a,", "the keys are"),
             ("a=/a,granularity=3k", "3072"),
             ("a=/a,granularity=x", "size"),
             ("a=/a,durability=some", "power, process or none"),
             ("a=/a,durability", "needs a value"),
+            ("a=/a,cache=writethrough", "writeback or none"),
+            ("a=/a,cache", "needs a value"),
             ("a=/a,readonly,read-only", "twice"),
             ("a=/a,readonly=maybe", "on or off"),
         ] {

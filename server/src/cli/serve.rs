@@ -18,6 +18,7 @@ use super::tls_options::TlsArgs;
 use super::units::parse_duration;
 use crate::address::Address;
 use crate::disk::OnTrackingError;
+use crate::io_engine::IoEngine;
 use crate::serve::{ServeOptions, run};
 use crate::served::DiskSpec;
 
@@ -25,7 +26,7 @@ use crate::served::DiskSpec;
 pub(super) struct ServeArgs {
     /// Serve the image PATH as disk NAME; may be given more than once. Keys: format=raw,
     /// granularity=64k (a power of two, 4k to 2M), state=DIR, durability=power, process or none,
-    /// read-only. A comma in PATH is doubled.
+    /// cache=writeback or none, read-only. A comma in PATH is doubled.
     #[arg(
         long = "disk",
         value_name = "NAME=PATH[,key=value]...",
@@ -64,6 +65,10 @@ pub(super) struct ServeArgs {
     /// have full backups until the next checkpoint.
     #[arg(long, value_name = "POLICY", default_value = "fail-write", value_parser = parse_policy)]
     on_tracking_error: OnTrackingError,
+    /// What does what waits for a device: auto, `io_uring` or threads. By itself the server takes
+    /// the ring where the kernel has it and lets it.
+    #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = parse_engine)]
+    io_engine: IoEngine,
 }
 
 /// Serves until stopped.
@@ -97,6 +102,7 @@ fn options(args: ServeArgs, run_dir: PathBuf) -> Result<ServeOptions, Problem> {
         freeze_timeout: args.freeze_timeout,
         scratch: args.scratch.options(),
         on_tracking_error: args.on_tracking_error,
+        io_engine: args.io_engine,
         limits: args.limits.options(),
     })
 }
@@ -106,6 +112,15 @@ fn parse_policy(text: &str) -> Result<OnTrackingError, String> {
         "fail-write" => Ok(OnTrackingError::FailWrite),
         "stop-tracking" => Ok(OnTrackingError::StopTracking),
         _ => Err("not fail-write or stop-tracking".to_owned()),
+    }
+}
+
+fn parse_engine(text: &str) -> Result<IoEngine, String> {
+    match text {
+        "auto" => Ok(IoEngine::Auto),
+        "io_uring" => Ok(IoEngine::IoUring),
+        "threads" => Ok(IoEngine::Threads),
+        _ => Err("not auto, io_uring or threads".to_owned()),
     }
 }
 

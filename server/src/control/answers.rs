@@ -126,6 +126,8 @@ pub(crate) struct Status {
     pub(crate) pid: u32,
     /// Where its sockets are.
     pub(crate) run_dir: String,
+    /// What does what waits for a device: `io_uring` or `threads`.
+    pub(crate) io_engine: String,
     /// As `query-disks` says.
     pub(crate) disks: Vec<DiskAnswer>,
     /// How many.
@@ -172,6 +174,8 @@ pub(crate) struct DiskAnswer {
     pub(crate) read_only: bool,
     /// What its tracking survives: `power`, `process` or `none`.
     pub(crate) durability: String,
+    /// How it is read and written: `writeback` or `none`.
+    pub(crate) cache: String,
     /// Whether changes are tracked now: `ok` or `lost`.
     pub(crate) tracking: String,
     /// Why they are not.

@@ -20,6 +20,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use block::Engine;
 use serde::Serialize;
 use time::OffsetDateTime;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -47,6 +48,8 @@ pub(crate) struct Control {
     pub(crate) live_addresses: Vec<Endpoint>,
     /// Where the sockets are.
     pub(crate) run_dir: PathBuf,
+    /// What does what waits for a device.
+    pub(crate) engine: Engine,
     /// True as soon as the server is to stop.
     pub(crate) stop: watch::Sender<bool>,
 }

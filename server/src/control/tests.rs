@@ -1,5 +1,6 @@
 //! Conversations over a socket pair, with a server that has no disks.
 
+use block::Engine;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::task::LocalSet;
@@ -27,6 +28,7 @@ impl Client {
             backup_addresses: Vec::new(),
             live_addresses: Vec::new(),
             run_dir: "/run/stillpoint".into(),
+            engine: Engine::Threads,
             stop: watch::channel(false).0,
         });
         let (ours, theirs) = UnixStream::pair().unwrap();

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bitmap::Granularity;
+use block::Engine;
 use bytes::{Bytes, BytesMut};
 use proto::{Command, ContextId, Cookie, Headers, Origin, Replies};
 use time::OffsetDateTime;
@@ -16,7 +17,7 @@ use super::perform::Target;
 use crate::disk::{Durability, OnTrackingError};
 use crate::export::{self, Role};
 use crate::names::Name;
-use crate::served::{DiskSpec, ServedDisk};
+use crate::served::{Cache, DiskSpec, ServedDisk};
 use crate::service::{BeginRequest, Reserve, ScratchOptions, Service};
 
 /// A frozen disk. In every other chunk, something takes space and has changed since a checkpoint.
@@ -80,8 +81,15 @@ async fn serve(folder: &Path, chunks: u64) -> Arc<Service> {
         read_only: false,
         // What is measured does not depend on it, and each write is the first in its region.
         durability: Durability::None,
+        cache: Cache::default(),
     };
-    let opened = ServedDisk::open(&spec, None, OnTrackingError::default(), None).await;
+    let opened = ServedDisk::open(
+        &spec,
+        None,
+        (OnTrackingError::default(), Engine::Threads),
+        None,
+    )
+    .await;
     let Ok(opened) = opened else {
         panic!("a new image can be served");
     };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use block::Storage;
+use block::{Engine, Storage};
 
 use super::{Service, next_era, refuse_untrusted};
 use crate::disk::{Ending, Freeze, Growth, NotGrown, OnTrackingError, freeze};
@@ -43,8 +43,8 @@ impl Service {
 /// server had been killed when it had hardly started.
 pub(crate) async fn resize_alone(spec: &DiskSpec, size: NewSize) -> Result<Resized, Failure> {
     refuse_read_only(&spec.name, spec.read_only)?;
-    let policy = OnTrackingError::FailWrite;
-    let opened = ServedDisk::open(spec, None, policy, Some(size)).await;
+    let terms = (OnTrackingError::FailWrite, Engine::Threads);
+    let opened = ServedDisk::open(spec, None, terms, Some(size)).await;
     let (disk, past) = opened.map_err(|failure| match failure.code {
         "image-locked" | "locked" => {
             failure.hint("if a server has it, that resizes it: leave --disk out")

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bitmap::{Granularity, Run};
+use block::Engine;
 use bytes::Bytes;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
@@ -17,7 +18,7 @@ use tokio::task::LocalSet;
 use super::{Action, Addition, Source};
 use crate::disk::{Durability, OnTrackingError};
 use crate::names::Name;
-use crate::served::{DiskSpec, ServedDisk};
+use crate::served::{Cache, DiskSpec, ServedDisk};
 use crate::service::{BeginRequest, Reserve, ScratchOptions, Service};
 
 const CHUNK: u64 = 4096;
@@ -169,10 +170,16 @@ impl<'a> Life<'a> {
             state: None,
             read_only: false,
             durability: Durability::default(),
+            cache: Cache::default(),
         };
-        let disk = ServedDisk::open(&spec, None, OnTrackingError::default(), None)
-            .await
-            .unwrap();
+        let disk = ServedDisk::open(
+            &spec,
+            None,
+            (OnTrackingError::default(), Engine::Threads),
+            None,
+        )
+        .await
+        .unwrap();
         let clock = OffsetDateTime::now_utc;
         // How full the machine's disk is decides nothing here.
         let scratch = ScratchOptions {

@@ -1,0 +1,116 @@
+//! Memory for what goes to a device and comes from one.
+
+use std::cell::RefCell;
+use std::ops::{Deref, DerefMut, Range};
+
+/// So many bytes in memory, aligned as direct I/O wants them.
+///
+/// What is in them at first is left from an earlier use. A buffer goes back to the thread that drops
+/// it: the first touch of new memory costs more than a small transfer.
+#[derive(Debug)]
+pub(crate) struct Buffer {
+    /// Never grows, so that what it points to stays where it is.
+    memory: Vec<u8>,
+    place: Range<usize>,
+}
+
+impl Buffer {
+    /// Of `length` bytes.
+    pub(crate) fn of(length: usize) -> Self {
+        let memory = LEFT.with_borrow_mut(|left| left.take(length));
+        let memory = memory.unwrap_or_else(|| vec![0; class(length) + ALIGNMENT]);
+        let start = memory.as_ptr().align_offset(ALIGNMENT);
+        Self {
+            memory,
+            place: start..start + length,
+        }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.memory[self.place.clone()]
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.place.clone()]
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let memory = std::mem::take(&mut self.memory);
+        // A thread that ends keeps nothing.
+        let _ = LEFT.try_with(|left| left.borrow_mut().put(memory));
+    }
+}
+
+/// What a thread has left over, by size.
+#[derive(Default)]
+struct Left {
+    memory: Vec<Vec<u8>>,
+    bytes: usize,
+}
+
+impl Left {
+    fn take(&mut self, length: usize) -> Option<Vec<u8>> {
+        let wanted = class(length) + ALIGNMENT;
+        // What was used last is still in the processor's cache.
+        let at = self.memory.iter().rposition(|it| it.len() == wanted)?;
+        self.bytes -= wanted;
+        Some(self.memory.remove(at))
+    }
+
+    fn put(&mut self, memory: Vec<u8>) {
+        if self.bytes + memory.len() <= LEFT_MAX {
+            self.bytes += memory.len();
+            self.memory.push(memory);
+        }
+    }
+}
+
+/// Sizes are rounded up to a power of two, so that one serves for another.
+fn class(length: usize) -> usize {
+    length.next_power_of_two().max(ALIGNMENT)
+}
+
+thread_local! {
+    static LEFT: RefCell<Left> = RefCell::default();
+}
+
+/// No device wants more than a page.
+pub(crate) const ALIGNMENT: usize = 4096;
+
+/// What a thread keeps for the next: a queue of 32 of 64 KiB, or of two of the longest.
+const LEFT_MAX: usize = 4 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_aligned_and_as_long_as_asked_for() {
+        for length in [0, 1, 512, 4096, 4097, 1 << 20] {
+            let mut buffer = Buffer::of(length);
+            assert_eq!(buffer.len(), length);
+            assert_eq!(buffer.as_ptr() as usize % ALIGNMENT, 0, "{length}");
+            buffer.fill(7);
+        }
+    }
+
+    #[test]
+    fn memory_is_used_again_and_a_thread_keeps_a_bounded_lot_of_it() {
+        let first = Buffer::of(5000);
+        let place = first.as_ptr();
+        drop(first);
+        assert_eq!(Buffer::of(8000).as_ptr(), place, "the same class");
+        drop((0..100).map(|_| Buffer::of(1 << 20)).collect::<Vec<_>>());
+        let kept = LEFT.with_borrow(|left| (left.bytes, left.memory.iter().map(Vec::len).sum()));
+        assert_eq!(kept.0, kept.1);
+        assert!(kept.0 <= LEFT_MAX, "{kept:?}");
+    }
+}

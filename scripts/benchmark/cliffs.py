@@ -8,6 +8,7 @@ compared with itself.
 import contextlib
 import dataclasses
 import itertools
+import statistics
 import time
 
 from benchmark import report
@@ -30,7 +31,8 @@ def run(field, conditions):
         with contextlib.ExitStack() as stack:
             server = condition.prepare(field, stack)
             say(f"{condition.name}: prepared in {time.monotonic() - begun:.1f} s")
-            for number in range(2 * field.scale.rounds + 1):
+            # A check has enough of them when each kind had one.
+            for number in range(2 * field.scale.rounds + field.scale.held):
                 turns.append(turn(field, condition, server, number))
     return turns
 
@@ -54,9 +56,9 @@ def turn(field, condition, server, number):
 
 def ratios(turns, what):
     """Each disturbed turn beside the mean of its neighbours."""
-    return report.Spread([
-        what(turns[at].measure) / ((what(turns[at - 1].measure) + what(turns[at + 1].measure)) / 2)
-        for at in range(1, len(turns), 2)])
+    values = [what(turn.measure) for turn in turns]
+    return report.Spread([values[at] / statistics.mean(values[at - 1:at + 2:2])
+                          for at in range(1, len(values), 2)])
 
 
 def by_condition(turns):

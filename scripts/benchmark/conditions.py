@@ -24,13 +24,14 @@ DISTURBER = f"{os.path.dirname(os.path.abspath(__file__))}/disturber.py"
 class Condition:
     """A server that stands for all turns, and what is different in a disturbed one."""
 
-    # The image, and how much of it the guest uses, if that is not all of it.
+    # Whether the guest's part of the image is locked into memory.
     held = True
 
     def __init__(self, name, says):
         self.name, self.says = name, says
 
     def image_size(self, scale):
+        """The guest's part comes first; it is all there is unless a condition needs more."""
         return scale.size
 
     def prepare(self, field, stack):
@@ -76,9 +77,37 @@ class OtherGuest(Condition):
 
 
 class Beside:
-    """A client, run again as often as it ends, until told to stop."""
+    """One client that goes on until it is ended, from its first request to its last."""
 
-    def __init__(self, client, command, what=None):
+    def __init__(self, client, command):
+        self.command = pinned(command, client.core)
+        self.commands = [shlex.join(self.command)]
+
+    def __enter__(self):
+        self.process = processes.spawn(self.command, stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.wait_until_effective()
+        return self
+
+    def wait_until_effective(self):
+        """It says a word once it has been served."""
+        self.process.stdout.readline()
+
+    def __exit__(self, *_):
+        self.ended = self.process.poll() is not None
+        self.process.terminate()
+        complaint = self.process.communicate()[1]
+        if self.ended:
+            raise RuntimeError(f"{self.commands[0]}: it ended by itself: {complaint}")
+
+    def notes(self):
+        return {}
+
+
+class Looped:
+    """A client that is run again as often as it ends."""
+
+    def __init__(self, client, command, what):
         self.command, self.what = pinned(command, client.core), what
         self.commands = [shlex.join(self.command)]
         self.times = 0
@@ -91,11 +120,9 @@ class Beside:
             self.process = processes.spawn(self.command, stdin=subprocess.DEVNULL,
                                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             complaint = self.process.communicate()[1].decode()
-            if self.stopping.is_set():
-                return
-            if self.process.returncode:
+            if self.process.returncode and not self.stopping.is_set():
                 self.error = RuntimeError(f"{self.commands[0]}: {complaint}")
-            self.times += 1
+            self.times += not self.process.returncode
 
     def __enter__(self):
         self.thread.start()
@@ -110,7 +137,7 @@ class Beside:
     def notes(self):
         if self.error:
             raise self.error
-        return {f"beside: {self.what}": self.times} if self.what else {}
+        return {f"beside: {self.what}": self.times}
 
 
 class Mapped(Condition):
@@ -126,7 +153,7 @@ class Mapped(Condition):
 
     def disturb(self, field, server):
         command = ["nbdinfo", f"--map={self.context()}", self.backup.uri]
-        return Beside(field.client, command, "whole maps")
+        return Looped(field.client, command, "whole maps")
 
 
 class FragmentedMap(Mapped):
@@ -234,16 +261,11 @@ class DelayedScratch(Stillpoint):
         # A backup's scratch file has a name that can be known before.
         paths = [word for number in range(1, self.BACKUPS + 1)
                  for word in ["-P", f"{scratch}/vda/backups/b{number}/scratch"]]
-        super().launch(["strace", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", *paths,
-                        "-e", "trace=pwrite64,pwritev,copy_file_range",
+        # A grandchild that traces: the server stays ours, to be told to stop.
+        super().launch(["strace", "--daemonize", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null",
+                        *paths, "-e", "trace=pwrite64,pwritev,copy_file_range",
                         f"--inject=all:delay_exit={self.DELAY_US}",
                         *command, "--scratch-dir", scratch], socket)
-
-    def stop(self):
-        # Strace itself would only let go of it.
-        for pid in processes.family(self.process.pid)[1:]:
-            os.kill(pid, 15)
-        self.process.wait(processes.PATIENCE_S)
 
 
 class Everywhere(Condition):
@@ -285,25 +307,22 @@ class Throttled(Condition):
 
 
 class Writer(Beside):
-    """Measured beside only once the kernel throttles it."""
+    """Effective only once the kernel throttles it."""
 
     def __init__(self, field, command):
         super().__init__(field.client, command)
-        self.wait = field.scale.held
+        self.patience_s = Throttled.PATIENCE_S if field.scale.held else 0
 
-    def __enter__(self):
-        super().__enter__()
+    def wait_until_effective(self):
         begun = time.monotonic()
-        while self.wait and dirty_share() < 1 and time.monotonic() - begun < Throttled.PATIENCE_S:
+        while dirty_share() < 1 and time.monotonic() - begun < self.patience_s:
             time.sleep(0.05)
-        return self
 
     def __exit__(self, *exception):
         self.share = dirty_share()
         super().__exit__(*exception)
 
     def notes(self):
-        super().notes()
         return {"beside: dirty memory, as a share of where writers begin to wait": self.share}
 
 
@@ -312,8 +331,9 @@ def dirty_share():
     background limit and the limit."""
     with open("/proc/vmstat") as file:
         stat = dict(line.split() for line in file)
-    dirty = int(stat["nr_dirty"]) + int(stat["nr_writeback"])
-    return 2 * dirty / (int(stat["nr_dirty_threshold"]) + int(stat["nr_dirty_background_threshold"]))
+    dirty, writeback, limit, background = (int(stat[f"nr_{name}"]) for name in [
+        "dirty", "writeback", "dirty_threshold", "dirty_background_threshold"])
+    return 2 * (dirty + writeback) / (limit + background)
 
 
 def preserved(field, server):

@@ -5,7 +5,8 @@
     disturber.py slow SOCKET EXPORT CLIENTS BYTES_PER_SECOND
 
 `large` writes and reads SIZE bytes by turns, between OFFSET and END. `slow` is several clients that
-ask for much and take their replies that slowly. Both go on until they are ended.
+ask for much and take their replies that slowly. Both go on until they are ended, and say so once
+they were served.
 """
 
 import itertools
@@ -31,8 +32,10 @@ def large(uri, size, offset, end):
     handle = nbd.NBD()
     handle.connect_uri(uri)
     data = os.urandom(size)
-    for place in itertools.cycle(range(offset, end - size + 1, size)):
+    for turn, place in enumerate(itertools.cycle(range(offset, end - size + 1, size))):
         handle.pwrite(data, place)
+        if turn == 0:
+            print("served", flush=True)
         handle.pread(size, place)
 
 
@@ -77,7 +80,7 @@ def slow(path, export, clients, bytes_per_second):
             reader.ask()
             reader.take(piece)
         if tick == 1:
-            print("all are served", flush=True)
+            print("served", flush=True)
         time.sleep(TICK_S)
 
 

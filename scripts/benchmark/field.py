@@ -52,10 +52,10 @@ class Field:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         return folder
 
-    def start(self, stack, name, image, options=""):
-        """One on this image until the stack ends."""
-        server = KINDS[name](self.binaries[name], os.path.dirname(image), self.sockets, image,
-                             core=self.server_core, options=options)
+    def start(self, stack, name, image, options="", kind=None):
+        """One on this image until the stack ends, of another kind than the name says if need be."""
+        server = (kind or KINDS[name])(self.binaries[name], os.path.dirname(image), self.sockets,
+                                       image, core=self.server_core, options=options)
         stack.callback(server.stop)
         self.commands.setdefault(name, []).append(server.commands)
         return server

@@ -181,20 +181,22 @@ def version(command):
     return subprocess.check_output(command, text=True).splitlines()[0]
 
 
-def text(head, rows, results, field):
-    table = Table(rows, results)
-    about = (
+def about(head, measures):
+    stolen = Spread([one.notes["stolen"] / os.cpu_count() for one in measures])
+    return (
         f"{head['date']}, Linux {head['kernel']}, {head['processors']}, {head['file_system']}; "
         f"{', '.join(dict.fromkeys(head['versions'].values()))}. Images of "
         f"{head['image_bytes'] >> 20} MiB, locked in a page cache that was filled by "
         f"{head['cache']} reads; {head['placement']}; {head['rounds']} rounds of "
-        f"{head['seconds']} s; {head['dirty_runs']:,} dirty runs in a map. "
-        "Medians (lowest..highest)."
+        f"{head['seconds']} s. Medians (lowest..highest). Of the processors the hypervisor gave "
+        f"{stolen.median:.1%} to others, in the worst measurement {stolen.high:.1%}."
     )
-    stolen = Spread([result.measure.notes["stolen"] / os.cpu_count() for result in results])
-    about += (f" Of the processors the hypervisor gave {stolen.median:.1%} to others, "
-              f"in the worst measurement {stolen.high:.1%}.")
-    parts = [about, rates(table)]
+
+
+def text(head, rows, results, field):
+    table = Table(rows, results)
+    parts = [f"{about(head, [result.measure for result in results])} "
+             f"{head['dirty_runs']:,} dirty runs in a map.", rates(table)]
     for title, lines in [
         ("Latency of the guest's requests, p50 / p99 in ms:", latencies(table)),
         ("Processor time and peak memory of the server:", costs(table)),

@@ -8,7 +8,7 @@ use std::ops::{Deref, DerefMut, Range};
 /// What is in them at first is left from an earlier use. A buffer goes back to the thread that drops
 /// it: the first touch of new memory costs more than a small transfer.
 #[derive(Debug)]
-pub(crate) struct Buffer {
+pub struct Buffer {
     /// Never grows, so that what it points to stays where it is.
     memory: Vec<u8>,
     place: Range<usize>,
@@ -16,7 +16,7 @@ pub(crate) struct Buffer {
 
 impl Buffer {
     /// Of `length` bytes.
-    pub(crate) fn of(length: usize) -> Self {
+    pub fn of(length: usize) -> Self {
         let memory = LEFT.with_borrow_mut(|left| left.take(length));
         let memory = memory.unwrap_or_else(|| vec![0; class(length) + ALIGNMENT]);
         let start = memory.as_ptr().align_offset(ALIGNMENT);
@@ -38,6 +38,12 @@ impl Deref for Buffer {
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
         &mut self.memory[self.place.clone()]
+    }
+}
+
+impl AsRef<[u8]> for Buffer {
+    fn as_ref(&self) -> &[u8] {
+        self
     }
 }
 
@@ -73,9 +79,13 @@ impl Left {
     }
 }
 
-/// Sizes are rounded up to a power of two, so that one serves for another.
+/// Short ones are rounded up to a power of two, so that one serves for another. Of long ones most are as
+/// long as the last, and others should not take twice what they need.
 fn class(length: usize) -> usize {
-    length.next_power_of_two().max(ALIGNMENT)
+    match length {
+        ..=SHORT_MAX => length.next_power_of_two().max(ALIGNMENT),
+        _ => length.next_multiple_of(ALIGNMENT),
+    }
 }
 
 thread_local! {
@@ -84,6 +94,9 @@ thread_local! {
 
 /// No device wants more than a page.
 pub(crate) const ALIGNMENT: usize = 4096;
+
+/// Up to here a buffer may be twice as long as it need be.
+const SHORT_MAX: usize = 32 << 10;
 
 /// What a thread keeps for the next: a queue of 32 of 64 KiB, or of two of the longest.
 const LEFT_MAX: usize = 4 << 20;

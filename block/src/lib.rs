@@ -16,6 +16,7 @@ mod ring;
 mod storage;
 mod sync;
 
+pub use buffer::Buffer;
 pub use cells::Cells;
 pub use engine::Engine;
 pub use file::FileStorage;

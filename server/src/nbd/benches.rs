@@ -13,6 +13,7 @@ use proto::{Command, ContextId, Cookie, Headers, Origin, Replies};
 use time::OffsetDateTime;
 use tokio::sync::Semaphore;
 
+use super::output::Reply;
 use super::perform::Target;
 use crate::disk::{Durability, OnTrackingError};
 use crate::export::{self, Role};
@@ -64,7 +65,8 @@ impl FragmentedDisk {
             contexts: self.target.contexts.iter().map(|(id, _)| *id).collect(),
             one: false,
         };
-        self.target.perform(origin, command, reply).await
+        let reply = Reply::new(reply);
+        self.target.perform(origin, command, reply).await.into_one()
     }
 }
 

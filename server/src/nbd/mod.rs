@@ -17,6 +17,7 @@ mod under_way;
 
 mod block_status;
 mod budget;
+mod output;
 mod perform;
 mod progress;
 

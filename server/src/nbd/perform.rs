@@ -4,12 +4,13 @@ use std::cell::Cell;
 use std::io;
 use std::ops::Range;
 
-use block::{Zeroing, is_zero};
-use bytes::BytesMut;
+use block::{Buffer, Zeroing, is_zero};
+use bytes::{Bytes, BytesMut};
 use proto::{Command, ContextId, Errno, Origin, Replies};
 use tokio::sync::Semaphore;
 
 use super::block_status::Question;
+use super::output::Reply;
 use crate::disk::Disk;
 use crate::export::{Context, Export, ExportError};
 use crate::files::Files;
@@ -31,9 +32,9 @@ impl Target {
         &self,
         origin: Origin,
         command: Command,
-        mut reply: BytesMut,
-    ) -> BytesMut {
-        let begun = reply.len();
+        mut reply: Reply,
+    ) -> Reply {
+        let begun = reply.first_bytes();
         let outcome = match command {
             Command::Read {
                 range,
@@ -49,25 +50,25 @@ impl Target {
                     contexts,
                     one,
                 };
-                self.block_status(origin, &question, &mut reply).await
+                self.block_status(origin, &question, reply.end()).await
             }
             other => self
                 .change(other)
                 .await
-                .map(|()| self.replies.ok(&mut reply, origin)),
+                .map(|()| self.replies.ok(reply.end(), origin)),
         };
         if let Err(error) = outcome {
             // Whatever of the answer there was is worth nothing.
             reply.truncate(begun);
-            self.fail(origin, &error, &mut reply);
+            self.fail(origin, &error, reply.end());
         }
         reply
     }
 
     /// The answer to a request that came to nothing.
-    pub(super) fn failed(&self, origin: Origin, error: &ExportError) -> BytesMut {
-        let mut reply = BytesMut::new();
-        self.fail(origin, error, &mut reply);
+    pub(super) fn failed(&self, origin: Origin, error: &ExportError) -> Reply {
+        let mut reply = Reply::default();
+        self.fail(origin, error, reply.end());
         reply
     }
 
@@ -88,21 +89,30 @@ impl Target {
         origin: Origin,
         range: Range<u64>,
         do_not_fragment: bool,
-        reply: &mut BytesMut,
+        reply: &mut Reply,
     ) -> Result<(), ExportError> {
-        let (begun, length) = (reply.len(), (range.end - range.start) as usize);
-        self.replies
-            .begin_data(reply, origin, range.start, length as u64, true);
-        let head = reply.len();
-        reply.resize(head + length, 0);
-        self.export.read(range.start, &mut reply[head..]).await?;
-        if self.replies.may_fragment() && !do_not_fragment && length >= SPARSE_MIN {
-            let runs = zero_runs(range.start, &reply[head..]);
-            if runs.iter().any(|run| run.zero) {
-                let data = reply.split_off(head).freeze();
-                reply.truncate(begun);
-                self.fragments(origin, range.start, &data, &runs, reply);
-            }
+        let (start, length) = (range.start, (range.end - range.start) as usize);
+        if length < LONG_MIN {
+            let end = reply.end();
+            self.replies
+                .begin_data(end, origin, start, length as u64, true);
+            let head = end.len();
+            end.resize(head + length, 0);
+            return self.export.read(start, &mut end[head..]).await;
+        }
+        let mut data = Buffer::of(length);
+        self.export.read(start, &mut data).await?;
+        let mut runs = Vec::new();
+        if self.replies.may_fragment() && !do_not_fragment {
+            runs = zero_runs(start, &data);
+        }
+        let data = Bytes::from_owner(data);
+        if runs.iter().any(|run| run.zero) {
+            self.fragments(origin, start, &data, &runs, reply);
+        } else {
+            self.replies
+                .begin_data(reply.end(), origin, start, length as u64, true);
+            reply.append(data);
         }
         Ok(())
     }
@@ -111,20 +121,24 @@ impl Target {
         &self,
         origin: Origin,
         start: u64,
-        data: &[u8],
+        data: &Bytes,
         runs: &[ZeroRun],
-        reply: &mut BytesMut,
+        reply: &mut Reply,
     ) {
         for (at, run) in runs.iter().enumerate() {
             let last = at + 1 == runs.len();
-            let offset = start + run.range.start as u64;
+            let (offset, length) = (start + run.range.start as u64, run.range.len());
+            let end = reply.end();
             if run.zero {
-                self.replies
-                    .hole(reply, origin, offset, run.range.len() as u64, last);
+                self.replies.hole(end, origin, offset, length as u64, last);
+                continue;
+            }
+            self.replies
+                .begin_data(end, origin, offset, length as u64, last);
+            if length < LONG_MIN {
+                end.extend_from_slice(&data[run.range.clone()]);
             } else {
-                self.replies
-                    .begin_data(reply, origin, offset, run.range.len() as u64, last);
-                reply.extend_from_slice(&data[run.range.clone()]);
+                reply.append(data.slice(run.range.clone()));
             }
         }
     }
@@ -277,8 +291,9 @@ fn zero_runs(start: u64, data: &[u8]) -> Vec<ZeroRun> {
     runs
 }
 
-/// Shorter reads are answered in one piece: a hole saves less than it costs to find.
-const SPARSE_MIN: usize = 32 << 10;
+/// Shorter data is cheaper to copy than to send as a piece of its own, and a hole in it saves less than
+/// it costs to find.
+const LONG_MIN: usize = 32 << 10;
 
 /// Shorter zeroes are sent as data: a chunk's head is 32 bytes, and receivers like blocks.
 const ZERO_BLOCK: usize = 4096;

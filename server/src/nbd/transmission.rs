@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::budget::Share;
 use super::catalog::Exports;
 use super::entrance::Entrance;
+use super::output::{Output, Reply};
 use super::perform::Target;
 use super::progress::{Lapse, Owed, Progress};
 use super::under_way::{Pending, UnderWay, weight};
@@ -45,7 +46,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         admission,
         decoder,
         input,
-        output: BytesMut::new(),
+        output: Output::default(),
         under_way: Rc::default(),
         last_words: false,
         postponed: None,
@@ -70,7 +71,7 @@ struct Connection {
     decoder: RequestDecoder,
     input: BytesMut,
     /// Replies that have not been sent yet.
-    output: BytesMut,
+    output: Output,
     under_way: Rc<UnderWay>,
     /// Nothing more is taken in; what is under way is answered.
     last_words: bool,
@@ -130,7 +131,7 @@ impl Connection {
                 }
             }
             tokio::select! {
-                sent = writer.write_buf(&mut self.output), if !self.output.is_empty() => {
+                sent = self.output.send(&mut writer), if !self.output.is_empty() => {
                     self.progress.took(sent?, self.output.is_empty());
                 }
                 received = reader.read_buf(&mut self.input), if listens => {
@@ -177,6 +178,7 @@ impl Connection {
             let (held, next) = (self.held(), self.next());
             let has_room = self.under_way.count.get() < self.limits.requests
                 && held < self.limits.request_bytes
+                && self.output.len() < OUTPUT_MAX
                 && self.share.covers(held, next);
             if !has_room {
                 self.share.fit(held);
@@ -237,7 +239,7 @@ impl Connection {
     fn refuse_postponed(&mut self) {
         if let Some((origin, _)) = self.postponed.take() {
             let (replies, text) = (self.target.replies, "the server is shutting down");
-            replies.error(&mut self.output, origin, Errno::Shutdown, text);
+            replies.error(self.output.end(), origin, Errno::Shutdown, text);
         }
     }
 
@@ -249,7 +251,7 @@ impl Connection {
             Err(refusal) => {
                 tracing::debug!(%refusal, "a request was refused");
                 let replies = self.target.replies;
-                replies.error(&mut self.output, origin, refusal.errno, refusal.reason);
+                replies.error(self.output.end(), origin, refusal.errno, refusal.reason);
             }
         }
     }
@@ -258,14 +260,13 @@ impl Connection {
     fn perform(&mut self, origin: Origin, command: Command) {
         let weight = weight(&command);
         // The reply is written behind the others, and is one with them if it is ready at once.
-        self.output.reserve(REPLY_HEAD_MAX);
-        let reply = self.output.split_off(self.output.len());
+        let reply = self.output.begin();
         let target = Rc::clone(&self.target);
-        let mut work: Pin<Box<dyn Future<Output = BytesMut>>> =
+        let mut work: Pin<Box<dyn Future<Output = Reply>>> =
             Box::pin(async move { target.perform(origin, command, reply).await });
         // Whoever is not ready is polled again by its own task, with a waker that wakes.
         match work.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(reply) => self.output.unsplit(reply),
+            Poll::Ready(reply) => self.output.push(reply),
             Poll::Pending => {
                 let pending = Pending::new(&self.under_way, self.target.replies, origin, weight);
                 let target = Rc::clone(&self.target);
@@ -284,11 +285,7 @@ impl Connection {
 
     fn collect_replies(&mut self) {
         for reply in self.under_way.ended.borrow_mut().drain(..) {
-            if self.output.is_empty() {
-                self.output = reply;
-            } else {
-                self.output.unsplit(reply);
-            }
+            self.output.push(reply);
         }
     }
 }
@@ -317,5 +314,6 @@ impl Drop for Connected {
 /// withdrawn: whoever wants it has it by then, and a second is what all of it may take.
 pub(super) const GOODBYE_MAX: Duration = Duration::from_millis(700);
 
-/// Room for a reply without data, so that most find their place behind the others.
-const REPLY_HEAD_MAX: usize = 8 << 10;
+/// No more requests are begun while so much is to be sent: what the socket takes at once. More would
+/// wait in memory that the processor's cache does not hold.
+const OUTPUT_MAX: usize = 1 << 20;

@@ -3,9 +3,10 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use bytes::BytesMut;
 use proto::{Command, EXTENTS_MAX, Errno, Origin, Replies};
 use tokio::sync::Notify;
+
+use super::output::Reply;
 
 /// The requests of a connection that have been begun and not been answered.
 #[derive(Default)]
@@ -14,7 +15,7 @@ pub(super) struct UnderWay {
     /// Bytes that they hold, or will hold when they end.
     pub(super) bytes: Cell<usize>,
     /// The replies of those that have ended.
-    pub(super) ended: RefCell<Vec<BytesMut>>,
+    pub(super) ended: RefCell<Vec<Reply>>,
     pub(super) news: Notify,
 }
 
@@ -28,7 +29,7 @@ pub(super) struct Pending {
     replies: Replies,
     origin: Origin,
     weight: usize,
-    reply: Option<BytesMut>,
+    reply: Option<Reply>,
 }
 
 impl Pending {
@@ -49,7 +50,7 @@ impl Pending {
         }
     }
 
-    pub(super) fn answer(mut self, reply: BytesMut) {
+    pub(super) fn answer(mut self, reply: Reply) {
         self.reply = Some(reply);
     }
 }
@@ -57,9 +58,9 @@ impl Pending {
 impl Drop for Pending {
     fn drop(&mut self) {
         let reply = self.reply.take().unwrap_or_else(|| {
-            let mut reply = BytesMut::new();
+            let mut reply = Reply::default();
             self.replies.error(
-                &mut reply,
+                reply.end(),
                 self.origin,
                 Errno::Io,
                 "the request was given up",

@@ -3,22 +3,32 @@
 use std::cell::RefCell;
 use std::ops::{Deref, DerefMut, Range};
 
+use memmap2::MmapMut;
+
 /// So many bytes in memory, aligned as direct I/O wants them.
 ///
 /// What is in them at first is left from an earlier use. A buffer goes back to the thread that drops
 /// it: the first touch of new memory costs more than a small transfer.
 #[derive(Debug)]
 pub struct Buffer {
-    /// Never grows, so that what it points to stays where it is.
-    memory: Vec<u8>,
+    memory: Memory,
     place: Range<usize>,
+}
+
+/// It never grows, so that what it points to stays where it is.
+#[derive(Debug)]
+enum Memory {
+    Heap(Vec<u8>),
+    /// What is long has pages of its own: freed in a heap, they would stay with the process as long as
+    /// anything behind them is in use.
+    Pages(MmapMut),
 }
 
 impl Buffer {
     /// Of `length` bytes.
     pub fn of(length: usize) -> Self {
         let memory = LEFT.with_borrow_mut(|left| left.take(length));
-        let memory = memory.unwrap_or_else(|| vec![0; class(length) + ALIGNMENT]);
+        let memory = memory.unwrap_or_else(|| Memory::new(class(length)));
         let start = memory.as_ptr().align_offset(ALIGNMENT);
         Self {
             memory,
@@ -49,30 +59,70 @@ impl AsRef<[u8]> for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let memory = std::mem::take(&mut self.memory);
+        let memory = std::mem::replace(&mut self.memory, Memory::Heap(Vec::new()));
         // A thread that ends keeps nothing.
         let _ = LEFT.try_with(|left| left.borrow_mut().put(memory));
     }
 }
 
-/// What a thread has left over, by size.
+impl Memory {
+    /// Of at least this many bytes, from a multiple of the alignment on.
+    fn new(length: usize) -> Self {
+        if length > SHORT_MAX
+            && let Ok(pages) = MmapMut::map_anon(length)
+        {
+            return Self::Pages(pages);
+        }
+        Self::Heap(vec![0; length + ALIGNMENT])
+    }
+
+    /// What [`class`] it is of.
+    fn class(&self) -> usize {
+        match self {
+            Self::Heap(bytes) => bytes.len().saturating_sub(ALIGNMENT),
+            Self::Pages(pages) => pages.len(),
+        }
+    }
+}
+
+impl Deref for Memory {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Heap(bytes) => bytes,
+            Self::Pages(pages) => pages,
+        }
+    }
+}
+
+impl DerefMut for Memory {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Heap(bytes) => bytes,
+            Self::Pages(pages) => pages,
+        }
+    }
+}
+
+/// What a thread has left over.
 #[derive(Default)]
 struct Left {
-    memory: Vec<Vec<u8>>,
+    memory: Vec<Memory>,
     bytes: usize,
 }
 
 impl Left {
-    fn take(&mut self, length: usize) -> Option<Vec<u8>> {
-        let wanted = class(length) + ALIGNMENT;
+    fn take(&mut self, length: usize) -> Option<Memory> {
+        let wanted = class(length);
         // What was used last is still in the processor's cache.
-        let at = self.memory.iter().rposition(|it| it.len() == wanted)?;
-        self.bytes -= wanted;
+        let at = self.memory.iter().rposition(|it| it.class() == wanted)?;
+        self.bytes -= self.memory[at].len();
         Some(self.memory.remove(at))
     }
 
-    fn put(&mut self, memory: Vec<u8>) {
-        if self.bytes + memory.len() <= LEFT_MAX {
+    fn put(&mut self, memory: Memory) {
+        if !memory.is_empty() && self.bytes + memory.len() <= LEFT_MAX {
             self.bytes += memory.len();
             self.memory.push(memory);
         }
@@ -98,8 +148,8 @@ pub(crate) const ALIGNMENT: usize = 4096;
 /// Up to here a buffer may be twice as long as it need be.
 const SHORT_MAX: usize = 32 << 10;
 
-/// What a thread keeps for the next: a queue of 32 of 64 KiB, or of two of the longest.
-const LEFT_MAX: usize = 4 << 20;
+/// What a thread keeps for the next: what eight busy clients have on the way to their sockets.
+const LEFT_MAX: usize = 8 << 20;
 
 #[cfg(test)]
 mod tests {
@@ -122,7 +172,8 @@ mod tests {
         drop(first);
         assert_eq!(Buffer::of(8000).as_ptr(), place, "the same class");
         drop((0..100).map(|_| Buffer::of(1 << 20)).collect::<Vec<_>>());
-        let kept = LEFT.with_borrow(|left| (left.bytes, left.memory.iter().map(Vec::len).sum()));
+        let kept =
+            LEFT.with_borrow(|left| (left.bytes, left.memory.iter().map(|it| it.len()).sum()));
         assert_eq!(kept.0, kept.1);
         assert!(kept.0 <= LEFT_MAX, "{kept:?}");
     }

@@ -82,9 +82,14 @@ fn all_hear_of(event: Event) {
         }
     }
 
-    // All has been read that was asked for, and waits for those who asked.
-    let asked = READS * 8 * MIB + DEAF_READS * MIB + 512;
-    while server.bytes_read("b1", "vda", "vda@b1") < addresses.len() as u64 * asked {}
+    // So much has been read of what was asked for, and waits for those who asked, that no more is.
+    let each = 8 * MIB + 2 * MIB + 512;
+    let (mut read, mut unchanged) = (0, 0);
+    while read < addresses.len() as u64 * each || unchanged < AT_REST {
+        let now = server.bytes_read("b1", "vda", "vda@b1");
+        unchanged = if now == read { unchanged + 1 } else { 0 };
+        read = now;
+    }
 
     let mut qmp = server.qmp();
     let begun = Instant::now();
@@ -258,6 +263,9 @@ const READS: u64 = 4;
 
 /// What a client has asked for that takes nothing: more than any socket keeps for it.
 const DEAF_READS: u64 = 64;
+
+/// How often a server says the same when it does nothing any more: it takes some milliseconds to ask.
+const AT_REST: usize = 40;
 
 /// The promise, and as much again for a machine that does other things too.
 const A_SECOND: Duration = Duration::from_secs(2);

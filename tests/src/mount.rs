@@ -51,12 +51,13 @@ impl Mount {
             rustix::process::geteuid(),
             rustix::process::getegid()
         );
-        let blocks = ["-b", "4096"];
-        tool(
-            "mkfs.ext4",
-            &[&["-q", "-E", &owner][..], &blocks, &[path(&image)]].concat(),
-        )
-        .ok();
+        let mut options = vec!["-q", "-E", &owner];
+        // Of which a block must be at least one; else the size decides.
+        if sector > 1024 {
+            options.extend(["-b", "4096"]);
+        }
+        options.push(path(&image));
+        tool("mkfs.ext4", &options).ok();
         let device = LoopDevice::with_sectors(&image, sector);
         let name = path(device.path()).to_owned();
         Self::new(&[&name], Some((device, directory)))

@@ -201,13 +201,21 @@ fn a_client_killed_anywhere_in_the_handshake() {
 #[test]
 fn what_is_in_flight_at_a_stop_is_answered() {
     const READS: u64 = 8;
+    // Together no more than what is begun before the first is taken.
+    const LENGTH: u64 = 128 << 10;
     const WRITES: u64 = 200;
     let mut scene = Scene::new();
     let mut reader = scene.server.open_frozen("vda@b1", &[]);
     let (sender, reads) = reader.halves();
     for cookie in 0..READS {
         sender
-            .request((command::READ, 0), cookie, cookie * MIB, MIB as u32, &[])
+            .request(
+                (command::READ, 0),
+                cookie,
+                cookie * LENGTH,
+                LENGTH as u32,
+                &[],
+            )
             .unwrap();
     }
     let mut guest = scene.server.open_live("vda");
@@ -220,7 +228,7 @@ fn what_is_in_flight_at_a_stop_is_answered() {
     }
     // Nothing has been received yet, and the server has begun all of it.
     let mut other = scene.server.open_live("vda");
-    while scene.server.bytes_read("b1", "vda", "vda@b1") < READS * MIB {}
+    while scene.server.bytes_read("b1", "vda", "vda@b1") < READS * LENGTH {}
     while other.read(8 * MIB + (WRITES - 1) * 8192, 1) != Ok(vec![9]) {}
 
     scene.server.signal(Signal::TERM);

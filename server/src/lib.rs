@@ -19,6 +19,8 @@ mod service;
 mod served;
 mod state;
 
+pub mod archive;
+
 pub mod disk;
 mod failure;
 mod files;

@@ -1,0 +1,20 @@
+//! A folder that holds backups: points in time of disks, each a qcow2 file and what is known of it.
+//!
+//! A point is made aside as a [`Draft`], and published by one rename when all of it is there, synced
+//! and read back. What is published never changes. [`Archive`] is the folder; `docs/backup-folder.md`
+//! says what lies in it, and how to read it without this program.
+//!
+//! Everything here blocks. Whoever is async runs it on a blocking thread.
+
+mod draft;
+mod error;
+mod folder;
+mod manifest;
+mod plan;
+mod runs;
+
+pub use draft::{Chunk, DiskDraft, Draft, Interrupted, Leftover, Piece, Progress};
+pub use error::ArchiveError;
+pub use folder::Archive;
+pub use manifest::{DiskEntry, Parent, Point};
+pub use plan::{DiskPlan, Identity, Mode, Origin, Plan, Since};

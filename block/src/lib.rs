@@ -12,6 +12,7 @@ mod fiemap;
 mod file;
 mod lock;
 mod pool;
+pub mod qcow2;
 mod ring;
 mod storage;
 mod sync;

@@ -1,9 +1,11 @@
 //! Why something about a backup folder was not done.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
+
+use crate::failure::Failure;
 
 /// Divided by who has to do something about it.
 #[derive(Debug, Error)]
@@ -13,13 +15,18 @@ pub enum ArchiveError {
     #[error("'{}' holds no backups", .0.display())]
     NoFolder(PathBuf),
     /// What lies there is not ours.
-    #[error("'{}' is not empty, and no backup folder", .0.display())]
+    #[error("'{}' is not empty, and no folder of backups", .0.display())]
     NotOurs(PathBuf),
-    /// Somebody else changes, or reads, the folder.
-    #[error("'{}' is in use by another process", .0.display())]
-    Locked(PathBuf),
+    /// Somebody else changes the folder, or reads what is to be removed.
+    #[error("'{}' is in use by another process{holder}", path.display())]
+    Locked {
+        /// The folder.
+        path: PathBuf,
+        /// Who, as a text to append, where that is known.
+        holder: String,
+    },
     /// It cannot be written.
-    #[error("cannot write '{}'", path.display())]
+    #[error("cannot write '{}': {source}", path.display())]
     NotWritable {
         /// What cannot be written.
         path: PathBuf,
@@ -38,9 +45,12 @@ pub enum ArchiveError {
         disk: String,
     },
     /// A newer program has written there.
-    #[error("'{}' has format version {version}; this program knows up to {known}", path.display())]
+    #[error(
+        "'{}' has version {version} of the format, and this program knows {known}",
+        path.display()
+    )]
     Newer {
-        /// The manifest.
+        /// The file.
         path: PathBuf,
         /// Its version.
         version: u64,
@@ -48,10 +58,12 @@ pub enum ArchiveError {
         known: u64,
     },
     /// A point that another one builds on is missing.
-    #[error("point {point} builds on point {missing}, which is not there")]
+    #[error("point {point} builds on point {missing} for {disk}, which is not there")]
     MissingLink {
         /// The point that is there.
         point: u64,
+        /// Its disk.
+        disk: String,
         /// The one that is not.
         missing: u64,
     },
@@ -64,7 +76,7 @@ pub enum ArchiveError {
         reason: String,
     },
     /// What was stored is not what was received.
-    #[error("'{}' is not what was written, at {offset}: {what}", path.display())]
+    #[error("'{}' is not what was written, at offset {offset}: {what}", path.display())]
     Differs {
         /// The file.
         path: PathBuf,
@@ -73,7 +85,7 @@ pub enum ArchiveError {
         /// What lies there.
         what: String,
     },
-    /// A plan that cannot be: a bug of whoever made it.
+    /// A point that cannot be made.
     #[error("no such point can be made: {0}")]
     Plan(String),
     /// It was asked to stop; what was copied so far stays.
@@ -90,12 +102,29 @@ pub enum ArchiveError {
 }
 
 impl ArchiveError {
+    /// What it means that `path` could not be written.
+    pub(super) fn writing(path: &Path, source: io::Error) -> Self {
+        use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+        let path = path.to_owned();
+        match source.kind() {
+            StorageFull | QuotaExceeded => Self::NoSpace(path),
+            PermissionDenied | ReadOnlyFilesystem => Self::NotWritable { path, source },
+            _ => Self::Io { path, source },
+        }
+    }
+
+    /// What it means that `path` could not be read.
+    pub(super) fn reading(path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        Self::Io { path, source }
+    }
+
     /// A word that scripts can compare.
     pub fn code(&self) -> &'static str {
         match self {
             Self::NoFolder(_) => "no-backup-folder",
             Self::NotOurs(_) => "not-a-backup-folder",
-            Self::Locked(_) => "folder-in-use",
+            Self::Locked { .. } => "folder-in-use",
             Self::NotWritable { .. } => "not-writable",
             Self::NoSpace(_) => "no-space",
             Self::OtherDisk { .. } => "other-disk",
@@ -103,15 +132,28 @@ impl ArchiveError {
             Self::MissingLink { .. } => "missing-point",
             Self::Manifest { .. } => "damaged-manifest",
             Self::Differs { .. } => "verification-failed",
-            Self::Plan(_) => "impossible-plan",
+            Self::Plan(_) => "impossible-point",
             Self::Stopped => "stopped",
             Self::Io { .. } => "io-error",
         }
     }
 
     /// What to do about it, where that is not obvious.
-    pub fn hint(&self) -> Option<String> {
-        None
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::NotOurs(_) => Some("give the path of a new or an empty folder"),
+            Self::Locked { .. } => Some("wait until the other one is done"),
+            Self::NotWritable { .. } => Some("give a folder that you may write"),
+            Self::NoSpace(_) => Some("make room, and run it again: it goes on where it was"),
+            Self::OtherDisk { .. } => Some("give another folder, or another name to the disk"),
+            Self::Newer { .. } => Some("use a newer stillpoint"),
+            Self::MissingLink { .. } => Some("put the folder of that point back where it was"),
+            Self::Manifest { .. } => Some("stillpoint verify tells what is sound"),
+            Self::Differs { .. } => {
+                Some("run it again: what differs is copied anew; then suspect the storage")
+            }
+            _ => None,
+        }
     }
 
     /// Whether stored data is not what it should be.
@@ -120,5 +162,15 @@ impl ArchiveError {
             self,
             Self::MissingLink { .. } | Self::Manifest { .. } | Self::Differs { .. }
         )
+    }
+}
+
+impl From<ArchiveError> for Failure {
+    fn from(error: ArchiveError) -> Self {
+        let failure = Self::new(error.code(), error.to_string());
+        match error.hint() {
+            None => failure,
+            Some(hint) => failure.hint(hint),
+        }
     }
 }

@@ -6,15 +6,30 @@
 //!
 //! Everything here blocks. Whoever is async runs it on a blocking thread.
 
-mod draft;
-mod error;
 mod folder;
-mod manifest;
+
+mod draft;
 mod plan;
+mod publish;
+mod records;
+
+mod manifest;
+mod sealed;
+
+mod inspect;
+mod progress;
+
+mod bounded;
+mod chunk;
+mod digest;
+mod error;
 mod runs;
 
-pub use draft::{Chunk, DiskDraft, Draft, Interrupted, Leftover, Piece, Progress};
+pub use chunk::Chunk;
+pub use digest::Digest;
+pub use draft::{DiskDraft, Draft, Interrupted, Leftover, Piece};
 pub use error::ArchiveError;
 pub use folder::Archive;
 pub use manifest::{DiskEntry, Parent, Point};
 pub use plan::{DiskPlan, Identity, Mode, Origin, Plan, Since};
+pub use progress::Progress;

@@ -1,0 +1,280 @@
+//! Reading a file of a point as a whole, and telling what in it is not what was written.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::thread;
+
+use block::qcow2::{Layout, Part};
+use rustix::fs::{Advice, fadvise};
+
+use super::chunk::Chunk;
+use super::digest::Digest;
+use super::error::ArchiveError;
+use super::progress::{Progress, step};
+
+/// What a file is to be.
+pub(super) struct Expected<'a> {
+    pub(super) layout: &'a Layout,
+    pub(super) cluster_size: u64,
+    /// The chunks with their hashes, ascending.
+    pub(super) chunks: &'a mut dyn Iterator<Item = (Chunk, Digest)>,
+}
+
+/// What a file is.
+#[derive(Debug)]
+pub(super) struct Inspection {
+    /// The hash of the file as it is.
+    pub(super) blake3: Digest,
+    /// What in it is not what was written, ascending; at most [`FAULTS_MAX`].
+    pub(super) faults: Vec<Fault>,
+    /// How many more there are.
+    pub(super) more: u64,
+}
+
+/// A stretch of a file that is not what was written.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct Fault {
+    pub(super) offset: u64,
+    pub(super) length: u64,
+    pub(super) part: Part,
+    /// What of the disk is lost with it.
+    pub(super) guest: Vec<Range<u64>>,
+    /// Why it could not be read, if that is why.
+    pub(super) error: Option<String>,
+}
+
+/// Reads all of a file. What cannot be read counts as zeroes, and is a fault.
+pub(super) fn inspect(
+    file: &File,
+    expected: Expected<'_>,
+    progress: &dyn Progress,
+) -> Result<Inspection, ArchiveError> {
+    // What is known of the file's own is on another thread than what is known of its chunks.
+    let (full, filled) = mpsc::sync_channel::<Vec<u8>>(BUFFERS);
+    let (empty, emptied) = mpsc::sync_channel::<Vec<u8>>(BUFFERS);
+    for _ in 0..BUFFERS {
+        empty.send(Vec::new()).expect("there is room for them");
+    }
+    let (inspected, hash) = thread::scope(|scope| {
+        let hasher = scope.spawn(move || hash_all(&filled, &empty));
+        let mut reader = Reader {
+            file,
+            full,
+            emptied,
+            faults: Vec::new(),
+            more: 0,
+            at: 0,
+        };
+        let read = reader.read(expected, progress);
+        let (faults, more) = (reader.faults, reader.more);
+        drop(reader.full);
+        let hash = hasher.join().expect("hashing does not panic");
+        (read.map(|()| (faults, more)), hash)
+    });
+    let (faults, more) = inspected?;
+    Ok(Inspection {
+        blake3: Digest(hash),
+        faults,
+        more,
+    })
+}
+
+fn hash_all(filled: &Receiver<Vec<u8>>, empty: &SyncSender<Vec<u8>>) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new();
+    for buffer in filled {
+        hasher.update(&buffer);
+        // Nobody wants it back at the end.
+        let _ = empty.send(buffer);
+    }
+    hasher.finalize()
+}
+
+struct Reader<'a> {
+    file: &'a File,
+    full: SyncSender<Vec<u8>>,
+    emptied: Receiver<Vec<u8>>,
+    faults: Vec<Fault>,
+    more: u64,
+    /// How far it has read.
+    at: u64,
+}
+
+impl Reader<'_> {
+    fn read(
+        &mut self,
+        expected: Expected<'_>,
+        progress: &dyn Progress,
+    ) -> Result<(), ArchiveError> {
+        let Expected {
+            layout,
+            cluster_size,
+            chunks,
+        } = expected;
+        let mut cluster = vec![0; cluster_size as usize];
+        for offset in layout.metadata_offsets() {
+            let (buffer, error) = self.next(cluster_size);
+            layout.fill(offset, &mut cluster);
+            self.compare(layout, &buffer, &cluster, error);
+            self.done(buffer, progress)?;
+        }
+        for (chunk, hash) in chunks {
+            let bytes = chunk.bytes();
+            let (buffer, error) = self.next(bytes.next_multiple_of(cluster_size));
+            let (data, padding) = buffer.split_at(bytes as usize);
+            if error.is_some() || Digest::of(data) != hash {
+                let first = chunk.runs[0].start;
+                self.fault(Fault {
+                    offset: self.at,
+                    length: bytes,
+                    part: Part::Data(first),
+                    guest: chunk.runs,
+                    error: error.clone(),
+                });
+            }
+            if error.is_none() && !block::is_zero(padding) {
+                self.fault(Fault {
+                    offset: self.at + bytes,
+                    length: padding.len() as u64,
+                    part: Part::Padding,
+                    guest: Vec::new(),
+                    error: None,
+                });
+            }
+            self.done(buffer, progress)?;
+        }
+        Ok(())
+    }
+
+    /// The next bytes, and what went wrong with reading them.
+    fn next(&mut self, length: u64) -> (Vec<u8>, Option<String>) {
+        let mut buffer = self.emptied.recv().expect("the hasher gives them back");
+        buffer.resize(length as usize, 0);
+        match self.file.read_exact_at(&mut buffer, self.at) {
+            Ok(()) => (buffer, None),
+            Err(error) => {
+                buffer.fill(0);
+                let what = match error.kind() {
+                    io::ErrorKind::UnexpectedEof => "the file ends before".to_owned(),
+                    _ => error.to_string(),
+                };
+                (buffer, Some(what))
+            }
+        }
+    }
+
+    fn done(&mut self, buffer: Vec<u8>, progress: &dyn Progress) -> Result<(), ArchiveError> {
+        let length = buffer.len() as u64;
+        // What was read once here is of no use to anybody.
+        let _ = fadvise(self.file, self.at, length.try_into().ok(), Advice::DontNeed);
+        self.at += length;
+        self.full.send(buffer).expect("the hasher takes all");
+        step(progress, length)
+    }
+
+    /// Notes where a cluster of tables differs: a stretch for each part of it.
+    fn compare(&mut self, layout: &Layout, found: &[u8], expected: &[u8], error: Option<String>) {
+        if error.is_none() && found == expected {
+            return;
+        }
+        let base = self.at;
+        let differs = |at: &usize| error.is_some() || found[*at] != expected[*at];
+        let mut at = 0;
+        while let Some(first) = (at..found.len()).find(differs) {
+            let part = layout.part_at(base + first as u64);
+            let is_here = |at: usize| layout.part_at(base + at as u64) == part;
+            let end = (first..found.len()).find(|at| !is_here(*at));
+            let end = end.unwrap_or(found.len());
+            let last = (first..end).rev().find(differs).unwrap_or(first);
+            self.fault(Fault {
+                offset: base + first as u64,
+                length: (last - first + 1) as u64,
+                part,
+                guest: Vec::new(),
+                error: error.clone(),
+            });
+            at = end;
+        }
+    }
+
+    fn fault(&mut self, fault: Fault) {
+        if let Some(last) = self.faults.last_mut()
+            && last.try_join(&fault)
+        {
+            return;
+        }
+        if self.faults.len() < FAULTS_MAX {
+            self.faults.push(fault);
+        } else {
+            self.more += 1;
+        }
+    }
+}
+
+impl Fault {
+    /// Takes in what follows it, if it is more of the same.
+    fn try_join(&mut self, next: &Self) -> bool {
+        let is_data = |fault: &Self| matches!(fault.part, Part::Data(_));
+        let is_same = is_data(self) && is_data(next) || self.part == next.part;
+        if !is_same || self.error != next.error || self.offset + self.length != next.offset {
+            return false;
+        }
+        self.length += next.length;
+        for run in &next.guest {
+            match self.guest.last_mut() {
+                Some(last) if last.end == run.start => last.end = run.end,
+                _ => self.guest.push(run.clone()),
+            }
+        }
+        true
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(part_name(&self.part))?;
+        if let Part::L2Table(range) = &self.part {
+            write!(f, " of bytes {} to {} of the disk", range.start, range.end)?;
+        }
+        for (number, run) in self.guest.iter().take(RUNS_SHOWN).enumerate() {
+            let before = if number == 0 { " of bytes" } else { "," };
+            write!(f, "{before} {} to {}", run.start, run.end)?;
+        }
+        match self.guest.len() {
+            0 => {}
+            length if length > RUNS_SHOWN => {
+                write!(f, " and {} more stretches of the disk", length - RUNS_SHOWN)?;
+            }
+            _ => f.write_str(" of the disk")?,
+        }
+        match &self.error {
+            None => Ok(()),
+            Some(error) => write!(f, ", which cannot be read: {error}"),
+        }
+    }
+}
+
+/// What a part of a file is called.
+pub(super) fn part_name(part: &Part) -> &'static str {
+    match part {
+        Part::Header => "the header",
+        Part::RefcountTable => "the refcount table",
+        Part::RefcountBlock => "a refcount block",
+        Part::L1Table => "the L1 table",
+        Part::L2Table(_) => "the L2 table",
+        Part::Data(_) => "data",
+        Part::Padding => "padding",
+    }
+}
+
+/// Of each file: more than anybody reads; and what is damaged beyond that is not to be patched up.
+pub(super) const FAULTS_MAX: usize = 1000;
+
+/// Of a fault, in a line for people.
+const RUNS_SHOWN: usize = 4;
+
+/// Chunks that are in memory at once: one is read, one is hashed, one waits.
+const BUFFERS: usize = 3;

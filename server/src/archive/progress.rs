@@ -1,0 +1,28 @@
+//! Whoever watches something long.
+
+use super::error::ArchiveError;
+
+/// Hears how far a long operation is, and may stop it.
+pub trait Progress: Sync {
+    /// So many more bytes of files were read back.
+    fn checked(&self, bytes: u64) {
+        let _ = bytes;
+    }
+
+    /// Whether to stop with [`ArchiveError::Stopped`].
+    fn is_stopped(&self) -> bool {
+        false
+    }
+}
+
+/// Nobody watches.
+impl Progress for () {}
+
+/// Tells of progress, and ends what is to be stopped.
+pub(super) fn step(progress: &dyn Progress, bytes: u64) -> Result<(), ArchiveError> {
+    progress.checked(bytes);
+    if progress.is_stopped() {
+        return Err(ArchiveError::Stopped);
+    }
+    Ok(())
+}

@@ -1,0 +1,121 @@
+//! From a draft to a point.
+//!
+//! The order, and what a crash or a power cut leaves after each step:
+//!
+//! 1. Each file is synced, dropped from the page cache, read back and compared. *A draft*: the next run
+//!    reads it back and goes on.
+//! 2. The manifest is written into the draft and synced, with the hash of each file; then the folder of
+//!    the draft is synced. *A draft still*: its plan is there, and the manifest is written anew.
+//! 3. The folder is renamed from `N.partial` to `N`. *A draft or a point*, never a part of one: the rename is
+//!    one entry in one folder, and all that it brings into view has been synced before.
+//! 4. The folder of backups is synced. *A point*; only now whoever pulls may tell the server so.
+//! 5. Plan and records are removed. *A point* with files that nobody reads; whoever next opens the
+//!    folder to write removes them.
+
+use std::fs;
+
+use rustix::fs::{Advice, CWD, RenameFlags, fadvise, renameat_with};
+use rustix::io::Errno;
+
+use super::draft::{self, DiskDraft, Draft};
+use super::error::ArchiveError;
+use super::folder::{sync_folder, write_aside};
+use super::inspect::{Expected, inspect};
+use super::manifest::{Contents, DiskEntry, MANIFEST, Manifest, Point};
+use super::plan::file_name;
+use super::progress::Progress;
+use super::runs;
+
+/// Makes the draft a point.
+pub(super) fn finish(draft: &Draft, progress: &dyn Progress) -> Result<Point, ArchiveError> {
+    let (mut disks, mut contents) = (Vec::new(), Vec::new());
+    for disk in &draft.disks {
+        let (entry, holds) = verified(disk, progress)?;
+        disks.push(entry);
+        contents.push(holds);
+    }
+    let plan = &draft.plan;
+    let point = Point {
+        number: draft.number,
+        instant: plan.instant,
+        origin: plan.origin.clone(),
+        backup: plan.backup.clone(),
+        checkpoint: plan.checkpoint.clone(),
+        held_us: plan.held_us,
+        disks,
+    };
+    let manifest = Manifest { point, contents };
+
+    let (folder, place) = (&draft.folder, &draft.place);
+    let written = write_aside(&folder.join(MANIFEST), &manifest.text());
+    let written = written.and_then(|()| sync_folder(folder));
+    written.map_err(|error| ArchiveError::writing(folder, error))?;
+    let all = place.parent().expect("it is in the folder of backups");
+    let published = match renameat_with(CWD, folder, CWD, place, RenameFlags::NOREPLACE) {
+        // A file system without the flag. Nobody else writes here: the lock is held.
+        Err(Errno::INVAL) => fs::rename(folder, place),
+        renamed => renamed.map_err(Into::into),
+    };
+    let published = published.and_then(|()| sync_folder(all));
+    published.map_err(|error| ArchiveError::writing(place, error))?;
+    draft::sweep(place);
+    Ok(manifest.point)
+}
+
+/// What a disk has become, if what is stored is what was received.
+fn verified(
+    disk: &DiskDraft,
+    progress: &dyn Progress,
+) -> Result<(DiskEntry, Contents), ArchiveError> {
+    let (plan, map) = (disk.plan(), &disk.map);
+    let missing = disk.chunks().count();
+    if missing > 0 {
+        let name = &plan.name;
+        return Err(ArchiveError::Plan(format!(
+            "{missing} chunks of {name} are missing"
+        )));
+    }
+    let synced = disk.file.sync_all();
+    synced.map_err(|error| ArchiveError::writing(&disk.path, error))?;
+    // What is clean goes, so that what is read comes from where it will be read one day. It is
+    // advice: in a file system in memory there is no other place.
+    let _ = fadvise(&disk.file, 0, None, Advice::DontNeed);
+
+    let contents = Contents {
+        data: map.data.clone(),
+        zero: map.zero.clone(),
+        hashes: disk.records.hashes(),
+    };
+    let mut chunks = contents.chunks(map.chunk_size);
+    let expected = Expected {
+        layout: &map.layout,
+        cluster_size: map.cluster_size,
+        chunks: &mut chunks,
+    };
+    let found = inspect(&disk.file, expected, progress)?;
+    drop(chunks);
+    if let Some(fault) = found.faults.first() {
+        return Err(ArchiveError::Differs {
+            path: disk.path.clone(),
+            offset: fault.offset,
+            what: fault.to_string(),
+        });
+    }
+    let entry = DiskEntry {
+        name: plan.name.clone(),
+        uuid: plan.uuid,
+        size: plan.size,
+        mode: plan.mode,
+        reason: plan.reason.clone(),
+        since: plan.since.clone(),
+        parent: disk.parent.clone(),
+        file: file_name(&plan.name),
+        file_size: map.layout.file_size(),
+        blake3: found.blake3,
+        cluster_size: map.cluster_size,
+        chunk_size: map.chunk_size,
+        data_bytes: runs::bytes(&contents.data),
+        zero_bytes: runs::bytes(&contents.zero),
+    };
+    Ok((entry, contents))
+}

@@ -100,7 +100,8 @@ impl FromStr for Address {
     }
 }
 
-fn split_port(place: &str) -> Result<(&str, Option<&str>), &'static str> {
+/// A host, without the brackets of an IPv6 number, and what stands for its port.
+pub(crate) fn split_port(place: &str) -> Result<(&str, Option<&str>), &'static str> {
     if let Some(rest) = place.strip_prefix('[') {
         let (host, rest) = rest.split_once(']').ok_or("lacks a closing bracket")?;
         if host.parse::<Ipv6Addr>().is_err() {
@@ -148,7 +149,7 @@ fn percent_encoded(bytes: &[u8]) -> String {
 }
 
 /// What IANA gave to NBD.
-const DEFAULT_PORT: u16 = 10809;
+pub(crate) const DEFAULT_PORT: u16 = 10809;
 
 #[cfg(test)]
 mod tests {

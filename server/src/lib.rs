@@ -10,8 +10,11 @@ mod limits;
 mod listen;
 mod listeners;
 mod nbd;
+mod nbd_uri;
 mod notify;
 mod tls;
+
+mod copy;
 
 mod export;
 mod service;

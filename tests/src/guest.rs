@@ -32,6 +32,12 @@ impl Guest {
         }
     }
 
+    /// Goes on with a server that was started again.
+    #[track_caller]
+    pub fn reconnect(&mut self, server: &Server, disk: &str) {
+        self.nbd = server.open_live(disk);
+    }
+
     /// The size of the disk.
     pub fn size(&self) -> u64 {
         self.disk.len() as u64

@@ -133,6 +133,11 @@ impl Draft {
         &self.plan
     }
 
+    /// Its number, as soon as it is published.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
     /// Its disks, in the order of the plan.
     pub fn disks(&self) -> &[Arc<DiskDraft>] {
         &self.disks

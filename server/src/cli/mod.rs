@@ -1,7 +1,8 @@
 //! The command line.
 //!
 //! `serve` is the server. Every other command is a client of its control socket, and of nothing
-//! else; except that a disk can be resized that no server has.
+//! else; except that a disk can be resized that no server has, and that `pull` is a client of NBD
+//! servers too, and writes folders of backups.
 
 mod backup;
 mod bitmap;
@@ -12,6 +13,8 @@ mod disk;
 mod disk_option;
 mod limit_options;
 mod problem;
+mod progress;
+mod pull;
 mod run_dir;
 mod scratch_options;
 mod serve;
@@ -89,6 +92,7 @@ impl Command {
             Self::Bitmap(command) => command.name(),
             Self::Consumer(command) => command.name(),
             Self::Disk(command) => command.name(),
+            Self::Pull(_) => "pull",
             Self::Qmp { .. } => "qmp",
         }
     }
@@ -119,6 +123,8 @@ enum Command {
     /// Disks themselves.
     #[command(subcommand)]
     Disk(DiskCommand),
+    /// Copy what has changed into a folder of backups: begin, copy, verify, commit.
+    Pull(pull::PullArgs),
     /// Execute one control command and print what it returns.
     Qmp {
         /// The command, such as '{"execute":"query-status"}'.
@@ -163,6 +169,7 @@ impl Cli {
             Command::Bitmap(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
             Command::Consumer(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
             Command::Disk(command) => command.run(&run_dir, &answers),
+            Command::Pull(args) => args.run(&run_dir, &answers),
             Command::Qmp { command } => {
                 let command: Box<RawValue> = serde_json::from_str(&command)
                     .map_err(|error| Problem::usage(format!("the command is no JSON: {error}")))?;

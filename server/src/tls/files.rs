@@ -22,14 +22,20 @@ pub(super) const CA_CERT: &str = "ca-cert.pem";
 /// Which certificates are no longer to be believed; need not be there.
 pub(super) const CA_CRL: &str = "ca-crl.pem";
 
-/// Who the server is.
+/// The certificate that a client shows to whoever asks; need not be there.
+pub(super) const CLIENT_CERT: &str = "client-cert.pem";
+
+/// The key that belongs to it.
+pub(super) const CLIENT_KEY: &str = "client-key.pem";
+
+/// Who somebody is.
 pub(super) struct Identity {
-    /// Never empty; the server's own is the first.
+    /// Never empty; its own is the first.
     pub(super) certificates: Vec<CertificateDer<'static>>,
     pub(super) key: PrivateKeyDer<'static>,
 }
 
-/// Who says who clients are.
+/// Who says who the others are.
 pub(super) struct Authority {
     pub(super) certificates: Vec<CertificateDer<'static>>,
     pub(super) revoked: Vec<CertificateRevocationListDer<'static>>,
@@ -42,7 +48,19 @@ pub(super) fn identity(directory: &Path) -> Result<Identity, Failure> {
     Ok(Identity { certificates, key })
 }
 
-/// Reads who says who clients are.
+/// Reads who a client is, if it has anything to show.
+pub(super) fn client_identity(directory: &Path) -> Result<Option<Identity>, Failure> {
+    let certificate = directory.join(CLIENT_CERT);
+    let is_there = fs::exists(&certificate).map_err(|error| unreadable(&certificate, &error))?;
+    if !is_there {
+        return Ok(None);
+    }
+    let certificates = some(&certificate, "certificate")?;
+    let key = key(&directory.join(CLIENT_KEY))?;
+    Ok(Some(Identity { certificates, key }))
+}
+
+/// Reads who says who the others are.
 pub(super) fn authority(directory: &Path) -> Result<Authority, Failure> {
     let certificates = some(&directory.join(CA_CERT), "certificate")?;
     let list = directory.join(CA_CRL);
@@ -114,8 +132,8 @@ fn read(path: &Path) -> Result<Vec<u8>, Failure> {
 
 fn unreadable(path: &Path, error: &io::Error) -> Failure {
     let hint = format!(
-        "the directory of --tls-creds has {SERVER_CERT} and {SERVER_KEY}, and {CA_CERT} for \
-         --tls-verify-peer"
+        "the directory of --tls-creds has {SERVER_CERT} and {SERVER_KEY} for a server, and {CA_CERT} \
+         for --tls-verify-peer and for clients"
     );
     wrong(format!("cannot read '{}': {error}", path.display())).hint(hint)
 }

@@ -3,6 +3,7 @@
 //! The files are laid out as QEMU, libvirt and nbdkit have them. A connection takes what holds when
 //! its handshake begins, and keeps it; reading the files anew touches none that is there.
 
+mod client;
 mod credentials;
 mod files;
 mod secured;
@@ -16,6 +17,7 @@ use proto::TlsMode;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsAcceptor;
 
+pub(crate) use client::ClientTls;
 pub(crate) use secured::Secured;
 
 use crate::address::Address;

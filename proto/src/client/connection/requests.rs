@@ -107,8 +107,15 @@ impl Client {
     /// Each byte is in a piece that the server has sent. A reply that leaves any out is a violation
     /// of the protocol.
     pub async fn read_pieces(&self, range: Range<u64>) -> Result<Vec<Piece>, Error> {
+        self.read_ranges(std::slice::from_ref(&range)).await
+    }
+
+    /// Reads several ranges at once, as [`read_pieces`](Self::read_pieces) reads one. The pieces of
+    /// each range follow those of the range before it.
+    pub async fn read_ranges(&self, ranges: &[Range<u64>]) -> Result<Vec<Piece>, Error> {
         let mut pieces = Vec::new();
-        let parts = self.parts(&range, self.payload_max());
+        let longest = self.payload_max();
+        let parts = ranges.iter().flat_map(|range| self.parts(range, longest));
         let requests = parts.map(|range| Command::Read {
             range,
             do_not_fragment: false,

@@ -1,0 +1,541 @@
+//! Disks of a Stillpoint server: with an instant for all of them, and a commit at the end.
+
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use tokio::task::{JoinHandle, spawn_blocking, spawn_local};
+use tokio::time::sleep;
+use uuid::Uuid;
+
+use super::base::{self, Base, Coming};
+use super::report::Row;
+use super::server::{Beginning, Server};
+use super::stop::Stop;
+use super::{Common, Failed, Ready, broken, source_problem, stopped};
+use crate::archive::{
+    Archive, ArchiveError, DiskPlan, Identity, Interrupted, Leftover, Mode, Origin, Plan, Point,
+};
+use crate::cli::Done;
+use crate::cli::problem::Problem;
+use crate::cli::progress::{ServerSide, Watch};
+use crate::control::answers::{
+    BackupAnswer, BackupDisk, BackupState, CheckpointAnswer, DiskAnswer,
+};
+use crate::copy::{CopyError, NbdSource, SourceError, survey};
+use crate::failure::Failure;
+use crate::nbd_uri::NbdUriError;
+
+/// Pulls disks of the server of this run directory.
+pub(super) async fn pull(
+    common: &Common<'_>,
+    run_dir: &Path,
+    stop: &mut Stop,
+) -> Result<Done, Problem> {
+    let server = Server::connect(run_dir)?;
+    let archive = common.archive()?;
+    let mut local = Local {
+        common,
+        server,
+        archive,
+    };
+    let disks = local.server.disks(&common.args.disks)?;
+    local.refuse_others(&disks)?;
+    if common.args.dry_run {
+        return local.dry_run(&disks);
+    }
+    local.commit_published()?;
+    let ready = match local.go_on(&disks, stop).await? {
+        Some(ready) => ready,
+        None => local.begin(&disks, stop).await?,
+    };
+    local.complete(ready, stop).await
+}
+
+struct Local<'a> {
+    common: &'a Common<'a>,
+    server: Server,
+    archive: Archive,
+}
+
+impl Local<'_> {
+    /// Refuses a folder that has other disks under these names, before anything is done.
+    fn refuse_others(&self, disks: &[DiskAnswer]) -> Result<(), Problem> {
+        for disk in disks {
+            let name = disk.disk.as_str();
+            let Some((_, entry)) = self.archive.last_of(name) else {
+                continue;
+            };
+            if entry.uuid != Some(disk.uuid) {
+                return Err(ArchiveError::OtherDisk {
+                    path: self.archive.path().to_owned(),
+                    disk: name.to_owned(),
+                }
+                .into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends what earlier runs have left on the server: commits the backups of points that were
+    /// published, and aborts those that nobody knows of.
+    fn commit_published(&mut self) -> Result<(), Problem> {
+        let ours = self.prefix()?;
+        let draft = match self.archive.leftover()? {
+            Leftover::Interrupted(draft) => draft.plan().backup.clone(),
+            Leftover::Removed(why) => {
+                self.common
+                    .report
+                    .note(&format!("what an interrupted run left is gone: {why}"));
+                None
+            }
+            Leftover::Nothing => None,
+        };
+        for backup in self.server.backups()? {
+            let is = |of: &Option<Identity>| of.as_ref().is_some_and(|of| of.uuid == backup.uuid);
+            let id = backup.id.as_str();
+            let published = self.archive.points().iter().find(|point| is(&point.backup));
+            if let Some(point) = published {
+                self.commit_late(point.number, &backup)?;
+            } else if id.starts_with(&ours) && !is(&draft) {
+                self.server.abort(id)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn commit_late(&mut self, point: u64, backup: &BackupAnswer) -> Result<(), Problem> {
+        let id = backup.id.as_str();
+        match self.server.commit(id) {
+            Ok(()) => {
+                let note = format!("point {point} was complete: its backup {id} is committed now");
+                self.common.report.note(&note);
+                Ok(())
+            }
+            Err(problem) if problem.code() == BROKEN => {
+                let note = format!(
+                    "point {point} is complete, but its backup {id} broke before it was committed: \
+                     the next changes are known since the point before"
+                );
+                self.common.report.note(&note);
+                self.server.abort(id)
+            }
+            Err(problem) => Err(problem),
+        }
+    }
+
+    /// Goes on with what an interrupted run has left, if that is what is asked for and the instant
+    /// is still there.
+    async fn go_on(
+        &mut self,
+        disks: &[DiskAnswer],
+        stop: &mut Stop,
+    ) -> Result<Option<Ready>, Problem> {
+        let Leftover::Interrupted(interrupted) = self.archive.leftover()? else {
+            return Ok(None);
+        };
+        let Some(identity) = interrupted.plan().backup.clone() else {
+            self.give_up(interrupted, "it was pulled from elsewhere")?;
+            return Ok(None);
+        };
+        let id = &identity.name;
+        let Some(backup) = self.server.backup(identity.uuid)? else {
+            self.give_up(interrupted, &format!("its backup {id} has ended"))?;
+            return Ok(None);
+        };
+        if backup.state == BackupState::Broken {
+            let reason = backup.broken_reason.unwrap_or_default();
+            self.server.abort(id)?;
+            interrupted.discard()?;
+            return Err(broken(id, &reason));
+        }
+        if !self.is_asked_for(interrupted.plan(), disks) {
+            self.server.abort(id)?;
+            self.give_up(interrupted, "something else is asked for now")?;
+            return Ok(None);
+        }
+        let sources = self.sources(interrupted.plan(), &backup).await;
+        let sources = match sources {
+            Ok(sources) => sources,
+            Err(error) => return Err(source_problem(&error)),
+        };
+        let draft = self.common.go_on(interrupted, stop).await?;
+        let note = format!("going on with backup {id} of {}", backup.frozen_at);
+        self.common.report.note(&note);
+        Ok(Some(Ready { draft, sources }))
+    }
+
+    fn give_up(&self, interrupted: Interrupted, why: &str) -> Result<(), Problem> {
+        interrupted.discard()?;
+        let note = format!("what an interrupted run left is of no use, as {why}: beginning anew");
+        self.common.report.note(&note);
+        Ok(())
+    }
+
+    fn is_asked_for(&self, plan: &Plan, disks: &[DiskAnswer]) -> bool {
+        let is_full = plan.disks.iter().all(|disk| disk.mode == Mode::Full);
+        let has = |disk: &DiskAnswer| {
+            let mut planned = plan.disks.iter();
+            planned.any(|of| of.name == disk.disk.as_str() && of.uuid == Some(disk.uuid))
+        };
+        (is_full || !self.common.args.full)
+            && plan.disks.len() == disks.len()
+            && disks.iter().all(has)
+    }
+
+    /// Freezes an instant of these disks and makes a draft of it. If that fails, it is as if nothing
+    /// had begun.
+    async fn begin(&mut self, disks: &[DiskAnswer], stop: &mut Stop) -> Result<Ready, Problem> {
+        let known = self.server.checkpoints()?;
+        let bases: Vec<Base> = disks.iter().map(|disk| self.base(disk, &known)).collect();
+        let names: Vec<String> = disks.iter().map(|disk| disk.disk.to_string()).collect();
+        let id = format!("{}{}", self.prefix()?, short(Uuid::new_v4()));
+        let beginning = Beginning {
+            id: &id,
+            disks: &names,
+            since: base::since(&bases),
+            consumer: &self.consumer()?,
+        };
+        let backup = self.server.begin(&beginning)?;
+        match self.draft(&backup, &names, &bases, stop).await {
+            Ok(ready) => Ok(ready),
+            Err(problem) => {
+                // What cannot be aborted now is found by the next run.
+                let _ = self.server.abort(&id);
+                Err(problem)
+            }
+        }
+    }
+
+    async fn draft(
+        &mut self,
+        backup: &BackupAnswer,
+        names: &[String],
+        bases: &[Base],
+        stop: &mut Stop,
+    ) -> Result<Ready, Problem> {
+        let (mut disks, mut sources) = (Vec::new(), Vec::new());
+        for disk in &backup.disks {
+            let at = names.iter().position(|name| name == disk.disk.as_str());
+            let base = at.map(|at| &bases[at]).ok_or_else(|| unexpected(backup))?;
+            let coming = if self.common.args.full {
+                Coming::Full(ASKED_FOR.to_owned())
+            } else {
+                base::coming(self.archive.points(), base, disk)
+            };
+            let planning = async {
+                let bitmap = match &coming {
+                    Coming::Incremental { since, .. } => Some(since.name.as_str()),
+                    Coming::Full(_) => None,
+                };
+                let source = self.open(disk, bitmap).await?;
+                let survey = survey(&source).await?;
+                Ok::<_, SourceError>((source, survey))
+            };
+            let planned = stop.unless_stopped(planning).await.ok_or_else(stopped)?;
+            let (source, survey) = planned.map_err(|error| source_problem(&error))?;
+            let (mode, reason, since, parent) = match coming {
+                Coming::Full(reason) => (Mode::Full, Some(reason), None, None),
+                Coming::Incremental { since, parent } => {
+                    (Mode::Incremental, None, Some(since), Some(parent))
+                }
+            };
+            disks.push(DiskPlan {
+                name: disk.disk.to_string(),
+                uuid: Some(disk.disk_uuid),
+                size: survey.size,
+                mode,
+                reason,
+                since,
+                parent,
+                granularity: survey.granularity(),
+                data: survey.data,
+                zero: survey.zero,
+            });
+            sources.push(Rc::new(source));
+        }
+        let draft = self.archive.begin(Plan {
+            origin: Origin {
+                place: self.server.run_dir().to_string_lossy().into_owned(),
+                vouched: true,
+            },
+            backup: Some(Identity {
+                name: backup.id.to_string(),
+                uuid: backup.uuid,
+            }),
+            instant: instant(backup)?,
+            checkpoint: checkpoint(backup),
+            held_us: None,
+            disks,
+        })?;
+        Ok(Ready { draft, sources })
+    }
+
+    /// Copies, verifies, publishes, commits.
+    async fn complete(mut self, ready: Ready, stop: &mut Stop) -> Result<Done, Problem> {
+        let identity = ready.draft.plan().backup.clone();
+        let identity = identity.expect("drafts of a server's disks have a backup");
+        let rows = self.common.announce(&self.archive, &ready.draft);
+        let watch = Arc::new(Watch::of(&ready.draft));
+        let telling = self.tell(&watch, identity.uuid);
+        let outcome = self.common.fetch(&ready, &watch, stop).await;
+        telling.abort();
+        match outcome {
+            Ok(()) => {}
+            Err(Failed::Stopped) => return Err(stopped()),
+            Err(Failed::Copy(CopyError::Source(disk, error))) => {
+                let disk = ready.draft.disks()[disk].plan().name.clone();
+                return Err(self.settle(ready, &identity, &disk, &error).await);
+            }
+            Err(Failed::Copy(error)) => return Err(error.into()),
+        }
+        let point = self.common.finish(ready, &watch, stop).await?;
+        self.commit(&point, &identity)?;
+        let next = self.next_bytes(&point);
+        Ok(self
+            .common
+            .finished(&self.archive, &point, &rows, Some(next)))
+    }
+
+    /// What it means that a disk cannot be read any more.
+    async fn settle(
+        &mut self,
+        ready: Ready,
+        identity: &Identity,
+        disk: &str,
+        error: &SourceError,
+    ) -> Problem {
+        let read = || {
+            let problem = source_problem(error);
+            Problem::new(
+                problem.code(),
+                format!("cannot read {disk}: {}", problem.message()),
+            )
+            .hint("run the same command again: it goes on with what is there")
+        };
+        // It may be another one by now.
+        let Ok(mut server) = Server::connect(self.server.run_dir()) else {
+            return read();
+        };
+        let id = &identity.name;
+        let end = match server.backup(identity.uuid) {
+            Ok(Some(backup)) if backup.state == BackupState::Broken => {
+                let reason = backup.broken_reason.unwrap_or_default();
+                server.abort(id).map(|()| broken(id, &reason))
+            }
+            Ok(None) => Ok(ended(id)),
+            Ok(Some(_)) | Err(_) => return read(),
+        };
+        let discarded = self.common.discard(ready).await;
+        end.and_then(|problem| discarded.map(|()| problem))
+            .unwrap_or_else(|problem| problem)
+    }
+
+    /// Says that the copy is complete, of a point that is published.
+    fn commit(&mut self, point: &Point, identity: &Identity) -> Result<(), Problem> {
+        let id = &identity.name;
+        // A verification may have taken longer than the server's life.
+        let committed = Server::connect(self.server.run_dir()).and_then(|server| {
+            self.server = server;
+            self.server.commit(id)
+        });
+        let number = point.number;
+        committed.map_err(|problem| match problem.code() {
+            BROKEN => {
+                let _ = self.server.abort(id);
+                let message = format!(
+                    "point {number} is complete and verified, but backup {id} broke before it was \
+                     committed: {}",
+                    problem.message()
+                );
+                Problem::new(BROKEN, message)
+                    .hint("the next pull takes the changes since the point before, or a full")
+            }
+            code => {
+                let message = format!(
+                    "point {number} is complete and verified, but backup {id} is not committed: {}",
+                    problem.message()
+                );
+                Problem::new(code, message).hint("the next pull commits it first")
+            }
+        })
+    }
+
+    /// What has changed since a point, by disk; what cannot be known is left out.
+    fn next_bytes(&mut self, point: &Point) -> Vec<(String, u64)> {
+        let known = self.server.checkpoints().unwrap_or_default();
+        let mut made = known.iter().filter(|checkpoint| {
+            point
+                .checkpoint
+                .as_ref()
+                .is_some_and(|of| of.uuid == checkpoint.uuid)
+        });
+        let disks = made.next().map(|checkpoint| checkpoint.disks.iter());
+        let disks = disks.into_iter().flatten();
+        disks
+            .map(|disk| (disk.disk.to_string(), disk.dirty_bytes))
+            .collect()
+    }
+
+    /// What a pull would do, as far as it can be known without an instant.
+    fn dry_run(&mut self, disks: &[DiskAnswer]) -> Result<Done, Problem> {
+        let known = self.server.checkpoints()?;
+        let rows = disks.iter().map(|disk| {
+            let base = self.base(disk, &known);
+            let (checkpoint, parent) =
+                match &base {
+                    Base::Checkpoint(uuid) => (
+                        known.iter().find(|checkpoint| checkpoint.uuid == *uuid),
+                        self.archive.points().iter().rev().find(|point| {
+                            point.checkpoint.as_ref().is_some_and(|of| of.uuid == *uuid)
+                        }),
+                    ),
+                    Base::None(_) => (None, None),
+                };
+            let part = checkpoint.and_then(|checkpoint| {
+                checkpoint
+                    .disks
+                    .iter()
+                    .find(|part| part.disk_uuid == disk.uuid)
+            });
+            let changed = part.map_or(disk.size, |part| part.dirty_bytes);
+            Row {
+                disk: disk.disk.to_string(),
+                size: disk.size,
+                mode: part.map_or(Mode::Full, |_| Mode::Incremental),
+                reason: match base {
+                    Base::None(reason) => Some(reason),
+                    Base::Checkpoint(_) => None,
+                },
+                since: checkpoint.map(|checkpoint| checkpoint.name.to_string()),
+                since_uuid: checkpoint.map(|checkpoint| checkpoint.uuid),
+                parent: parent.map(|point| point.number),
+                changed_bytes: changed,
+                zero_bytes: None,
+                copy_bytes: changed,
+                copied_bytes: 0,
+            }
+        });
+        let rows: Vec<Row> = rows.collect();
+        Ok(self.common.dry_run(&self.archive, &rows))
+    }
+
+    fn base(&self, disk: &DiskAnswer, known: &[CheckpointAnswer]) -> Base {
+        if self.common.args.full {
+            return Base::None(ASKED_FOR.to_owned());
+        }
+        base::find(
+            self.archive.points(),
+            (disk.disk.as_str(), disk.uuid),
+            known,
+        )
+    }
+
+    async fn sources(
+        &self,
+        plan: &Plan,
+        backup: &BackupAnswer,
+    ) -> Result<Vec<Rc<NbdSource>>, SourceError> {
+        let mut sources = Vec::new();
+        for planned in &plan.disks {
+            let mut disks = backup.disks.iter();
+            let disk = disks.find(|disk| disk.disk.as_str() == planned.name);
+            let disk = disk.ok_or_else(|| unexpected(backup))?;
+            sources.push(Rc::new(self.open(disk, None).await?));
+        }
+        Ok(sources)
+    }
+
+    /// Enters the frozen export of a disk, on the nearest of the server's sockets.
+    async fn open(
+        &self,
+        disk: &BackupDisk,
+        bitmap: Option<&str>,
+    ) -> Result<NbdSource, SourceError> {
+        let mut uris = disk.uris.iter();
+        let uri = uris
+            .clone()
+            .find(|uri| uri.contains("+unix://"))
+            .or_else(|| uris.next());
+        let uri = uri.map_or("", String::as_str).parse();
+        let uri =
+            uri.map_err(|error: NbdUriError| Failure::new("bad-server", error.to_string()))?;
+        NbdSource::open(&uri, self.common.tls.as_ref(), bitmap).await
+    }
+}
+
+impl Local<'_> {
+    /// What the ids of backups begin with that are begun for this folder.
+    fn prefix(&self) -> Result<String, Problem> {
+        Ok(format!("pull-{}-", short(self.archive.identity()?)))
+    }
+
+    /// For whom the server keeps checkpoints.
+    fn consumer(&self) -> Result<String, Problem> {
+        match &self.common.args.consumer {
+            Some(consumer) => Ok(consumer.clone()),
+            None => Ok(format!("pull-{}", short(self.archive.identity()?))),
+        }
+    }
+
+    /// Asks the server now and then how it fares, for whoever watches.
+    fn tell(&self, watch: &Arc<Watch>, backup: Uuid) -> JoinHandle<()> {
+        let (watch, run_dir) = (Arc::clone(watch), self.server.run_dir().to_owned());
+        spawn_local(async move {
+            loop {
+                let run_dir = run_dir.clone();
+                let asked = spawn_blocking(move || Server::connect(&run_dir)?.backup(backup));
+                if let Ok(Ok(Some(backup))) = asked.await {
+                    watch.tell(ServerSide {
+                        scratch_used_bytes: backup.scratch_used_bytes.unwrap_or(0),
+                        guest_stall_us: backup.guest_stall_us.unwrap_or(0),
+                    });
+                }
+                sleep(INTERVAL).await;
+            }
+        })
+    }
+}
+
+/// Enough of a uuid to tell some apart.
+fn short(uuid: Uuid) -> String {
+    let mut text = uuid.simple().to_string();
+    text.truncate(8);
+    text
+}
+
+fn instant(backup: &BackupAnswer) -> Result<OffsetDateTime, Problem> {
+    let instant = OffsetDateTime::parse(&backup.frozen_at, &Rfc3339);
+    instant.map_err(|_| unexpected(backup).into())
+}
+
+fn checkpoint(backup: &BackupAnswer) -> Option<Identity> {
+    let (name, uuid) = backup.checkpoint.as_ref().zip(backup.checkpoint_uuid)?;
+    Some(Identity {
+        name: name.to_string(),
+        uuid,
+    })
+}
+
+/// An answer that is not what was asked for.
+fn unexpected(backup: &BackupAnswer) -> Failure {
+    let message = format!("backup {} is not of what it was begun for", backup.id);
+    Failure::new("bad-server", message)
+}
+
+/// The backup that was being copied is gone.
+fn ended(id: &str) -> Problem {
+    let message = format!("backup {id} was ended by somebody else, or has expired");
+    Problem::broken(message).hint("nothing that changed is forgotten: run the same command again")
+}
+
+const ASKED_FOR: &str = "a full was asked for";
+
+/// What a failure of a broken backup is called.
+const BROKEN: &str = "backup-broken";
+
+/// Between two questions to the server: often enough for people.
+const INTERVAL: Duration = Duration::from_secs(1);

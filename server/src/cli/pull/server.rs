@@ -1,0 +1,89 @@
+//! What a pull asks of the server whose disks it pulls.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::cli::client::{self, Client};
+use crate::cli::problem::Problem;
+use crate::cli::{NONE, pick};
+use crate::control::answers::{BackupAnswer, CheckpointAnswer, DiskAnswer};
+
+/// A server in its run directory.
+pub(super) struct Server {
+    client: Client,
+    run_dir: PathBuf,
+}
+
+/// What a backup is begun with.
+#[derive(Debug, Serialize)]
+pub(super) struct Beginning<'a> {
+    pub(super) id: &'a str,
+    pub(super) disks: &'a [String],
+    /// A checkpoint's uuid, or `last`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) since: Option<String>,
+    pub(super) consumer: &'a str,
+}
+
+impl Server {
+    pub(super) fn connect(run_dir: &Path) -> Result<Self, Problem> {
+        Ok(Self {
+            client: Client::connect(run_dir)?,
+            run_dir: run_dir.to_owned(),
+        })
+    }
+
+    pub(super) fn run_dir(&self) -> &Path {
+        &self.run_dir
+    }
+
+    /// The disks of these names, in the server's order; all without any.
+    pub(super) fn disks(&mut self, wanted: &[String]) -> Result<Vec<DiskAnswer>, Problem> {
+        let answer = self.client.execute("query-disks", &NONE)?;
+        let mut disks: Vec<DiskAnswer> = client::parse(&answer)?;
+        let is_there = |name: &&String| disks.iter().any(|disk| disk.disk.as_str() == *name);
+        if let Some(unknown) = wanted.iter().find(|name| !is_there(name)) {
+            let message = format!("there is no disk '{unknown}'");
+            return Err(Problem::new("unknown-disk", message).hint("see: stillpoint status"));
+        }
+        disks.retain(|disk| {
+            wanted.is_empty() || wanted.iter().any(|name| name == disk.disk.as_str())
+        });
+        Ok(disks)
+    }
+
+    pub(super) fn checkpoints(&mut self) -> Result<Vec<CheckpointAnswer>, Problem> {
+        client::parse(&self.client.execute("query-checkpoints", &NONE)?)
+    }
+
+    /// The open backups, broken ones too.
+    pub(super) fn backups(&mut self) -> Result<Vec<BackupAnswer>, Problem> {
+        client::parse(&self.client.execute("query-backups", &NONE)?)
+    }
+
+    /// The open backup of this uuid, if there still is one.
+    pub(super) fn backup(&mut self, uuid: Uuid) -> Result<Option<BackupAnswer>, Problem> {
+        let all = self.client.execute("query-backups", &NONE)?;
+        let found = pick(&all, |backup: &BackupAnswer| backup.uuid == uuid)?;
+        found.map(|backup| client::parse(&backup)).transpose()
+    }
+
+    pub(super) fn begin(&mut self, beginning: &Beginning<'_>) -> Result<BackupAnswer, Problem> {
+        client::parse(&self.client.execute("backup-begin", beginning)?)
+    }
+
+    pub(super) fn commit(&mut self, id: &str) -> Result<(), Problem> {
+        self.client.execute("backup-commit", &Id { id }).map(drop)
+    }
+
+    pub(super) fn abort(&mut self, id: &str) -> Result<(), Problem> {
+        self.client.execute("backup-abort", &Id { id }).map(drop)
+    }
+}
+
+#[derive(Serialize)]
+struct Id<'a> {
+    id: &'a str,
+}

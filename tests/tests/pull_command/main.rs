@@ -1,0 +1,9 @@
+//! `stillpoint pull`: points in a folder, each of which is the instant, whatever happened on the way.
+
+mod folder;
+mod histories;
+mod interrupted;
+mod kills;
+mod reasons;
+mod refusals;
+mod remote;

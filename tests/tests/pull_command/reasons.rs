@@ -68,12 +68,7 @@ fn the_server_counts_what_is_read_and_that_is_what_was_dirty() {
     guest.zeroes(2 * MIB, MIB, 0);
 
     // Killed before it publishes, its backup can still be asked.
-    let pull = folder.command(&server, &[]);
-    let mut held = std::process::Command::new("strace");
-    held.args(["-f", "-o", "/dev/null", "--trace=rename,renameat,renameat2"]);
-    held.args(["-e", "inject=rename,renameat,renameat2:signal=KILL"]);
-    held.arg(pull.get_program()).args(pull.get_args());
-    stillpoint_tests::process::run(&mut held).exits(137);
+    folder.pull_up_to_publishing(&server);
     let list = server.cli_json(&["backup", "list"]);
     let disk = &list[0]["disks"][0];
     assert_eq!(disk["changed_bytes"], 2 * CHUNK + MIB, "{disk}");

@@ -102,9 +102,10 @@ mod tests {
             (1024, Content::Clean),
             (512, Content::Zero),
             (512, Content::Data),
+            (512, Content::Zero),
         ]);
         assert_eq!(found.data, [0..1024, 2560..3072]);
-        assert_eq!(found.zero, [2048..2560]);
+        assert_eq!(found.zero, [2048..2560, 3072..3584]);
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::archive::{
     Archive, ArchiveError, DiskPlan, Identity, Interrupted, Leftover, Mode, Origin, Plan, Point,
 };
 use crate::cli::Done;
-use crate::cli::problem::Problem;
+use crate::cli::problem::{Problem, exit};
 use crate::cli::progress::{ServerSide, Watch};
 use crate::control::answers::{
     BackupAnswer, BackupDisk, BackupState, CheckpointAnswer, DiskAnswer,
@@ -41,6 +41,7 @@ pub(super) async fn pull(
         common,
         server,
         archive,
+        thaw_failed: false,
     };
     let disks = local.server.disks(&common.args.disks)?;
     local.refuse_others(&disks)?;
@@ -59,6 +60,8 @@ struct Local<'a> {
     common: &'a Common<'a>,
     server: Server,
     archive: Archive,
+    /// The guest may still stand still.
+    thaw_failed: bool,
 }
 
 impl Local<'_> {
@@ -199,22 +202,22 @@ impl Local<'_> {
             since: base::since(&bases),
             consumer: &self.consumer()?,
         };
-        let backup = self.server.begin(&beginning)?;
-        match self.draft(&backup, &names, &bases, stop).await {
-            Ok(ready) => Ok(ready),
-            Err(problem) => {
-                // What cannot be aborted now is found by the next run.
-                let _ = self.server.abort(&id);
-                Err(problem)
-            }
+        let (backup, held) = self.server.begin(&beginning, &self.common.args.hooks)?;
+        self.thaw_failed = held.as_ref().is_some_and(|held| held.error.is_some());
+        let held = held.map(|held| held.time_us);
+        let drafted = self.draft(&backup, held, (&names, &bases), stop).await;
+        if drafted.is_err() {
+            // What cannot be aborted now is found by the next run.
+            let _ = self.server.abort(&id);
         }
+        drafted
     }
 
     async fn draft(
         &mut self,
         backup: &BackupAnswer,
-        names: &[String],
-        bases: &[Base],
+        held_us: Option<u64>,
+        (names, bases): (&[String], &[Base]),
         stop: &mut Stop,
     ) -> Result<Ready, Problem> {
         let (mut disks, mut sources) = (Vec::new(), Vec::new());
@@ -268,7 +271,7 @@ impl Local<'_> {
             }),
             instant: instant(backup)?,
             checkpoint: checkpoint(backup),
-            held_us: None,
+            held_us,
             disks,
         })?;
         Ok(Ready { draft, sources })
@@ -295,9 +298,13 @@ impl Local<'_> {
         let point = self.common.finish(ready, &watch, stop).await?;
         self.commit(&point, &identity)?;
         let next = self.next_bytes(&point);
-        Ok(self
+        let mut done = self
             .common
-            .finished(&self.archive, &point, &rows, Some(next)))
+            .finished(&self.archive, &point, &rows, Some(next));
+        if self.thaw_failed {
+            done.exit = exit::FAILED;
+        }
+        Ok(done)
     }
 
     /// What it means that a disk cannot be read any more.

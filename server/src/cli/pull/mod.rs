@@ -22,6 +22,7 @@ use tokio::runtime::Builder;
 use tokio::task::{JoinError, LocalSet, spawn_blocking};
 use tokio::time::sleep;
 
+use super::hooks::HookArgs;
 use super::problem::{Problem, error_chain, exit};
 use super::progress::Watch;
 use super::{Answers, Done};
@@ -64,6 +65,8 @@ pub(super) struct PullArgs {
     /// Say nothing but errors.
     #[arg(long, short)]
     quiet: bool,
+    #[command(flatten)]
+    hooks: HookArgs,
 }
 
 fn parse_uri(text: &str) -> Result<NbdUri, String> {

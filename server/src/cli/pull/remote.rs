@@ -23,6 +23,10 @@ pub(super) async fn pull(
     uri: &NbdUri,
     stop: &mut Stop,
 ) -> Result<Done, Problem> {
+    if common.args.hooks.are_wanted() {
+        let message = "hooks are for an instant, and --uri pulls what somebody else has frozen";
+        return Err(Problem::usage(message));
+    }
     let name = disk_name(&common.args.disks, uri)?;
     let archive = common.archive()?;
     let planning = plan(common, &archive, uri, name);

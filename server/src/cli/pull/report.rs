@@ -1,5 +1,6 @@
 //! What a pull says: a table before, a summary after, and the same as JSON lines.
 
+use std::borrow::Cow;
 use std::cell::Cell;
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -7,10 +8,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
-use serde_json::json;
 use uuid::Uuid;
 
-use crate::archive::{Draft, Mode, Point};
+use crate::archive::{Draft, Identity, Mode, Point};
 use crate::cli::progress::{Display, Watch, missing_bytes};
 use crate::cli::table::Table;
 use crate::cli::units::{microseconds, size};
@@ -48,6 +48,55 @@ pub(super) struct Row {
     pub(super) copied_bytes: u64,
 }
 
+/// What programs read, one in each line.
+#[derive(Serialize)]
+#[serde(tag = "event", rename_all = "lowercase")]
+enum Line<'a> {
+    Note {
+        message: &'a str,
+    },
+    Plan {
+        folder: Cow<'a, str>,
+        /// None of a dry run.
+        point: Option<u64>,
+        disks: &'a [Row],
+    },
+    Result(Box<PullResult<'a>>),
+}
+
+#[derive(Serialize)]
+struct PullResult<'a> {
+    folder: Cow<'a, str>,
+    point: u64,
+    instant: String,
+    backup: Option<&'a str>,
+    checkpoint: Option<&'a str>,
+    checkpoint_uuid: Option<Uuid>,
+    committed: bool,
+    vouched: bool,
+    guest_held_us: Option<u64>,
+    time_ms: u64,
+    disks: Vec<DiskResult<'a>>,
+}
+
+#[derive(Serialize)]
+struct DiskResult<'a> {
+    disk: &'a str,
+    disk_uuid: Option<Uuid>,
+    size: u64,
+    mode: Mode,
+    reason: Option<&'a str>,
+    since: Option<&'a str>,
+    since_uuid: Option<Uuid>,
+    parent: Option<u64>,
+    file: String,
+    file_size: u64,
+    data_bytes: u64,
+    zero_bytes: u64,
+    copied_bytes: u64,
+    next_bytes: Option<u64>,
+}
+
 /// A pull that is complete.
 pub(super) struct Finished<'a> {
     pub(super) folder: &'a Path,
@@ -72,7 +121,7 @@ impl Report {
     /// Something that somebody should know, and that nobody has to do something about.
     pub(super) fn note(&self, text: &str) {
         if self.json {
-            self.line(&json!({"event": "note", "message": text}));
+            self.line(&Line::Note { message: text });
         } else if !self.quiet {
             // When this cannot be printed, nothing is lost that counts.
             let _ = writeln!(std::io::stderr(), "stillpoint: note: {text}");
@@ -82,8 +131,12 @@ impl Report {
     /// What is about to be copied, or would be.
     pub(super) fn plan(&self, folder: &Path, point: Option<u64>, rows: &[Row]) {
         if self.json {
-            self.line(&json!({"event": "plan", "folder": folder.to_string_lossy(),
-                "point": point, "disks": rows}));
+            let folder = folder.to_string_lossy();
+            self.line(&Line::Plan {
+                folder,
+                point,
+                disks: rows,
+            });
         } else if !self.quiet {
             self.print(&table(rows));
         }
@@ -101,7 +154,7 @@ impl Report {
     /// That nothing was to be done, to be printed at the end.
     pub(super) fn nothing_done(&self) -> String {
         match (self.json, self.quiet) {
-            (true, _) => format!("{}\n", json!({"event": "result", "dry_run": true})),
+            (true, _) => "{\"event\":\"result\",\"dry_run\":true}\n".to_owned(),
             (false, true) => String::new(),
             (false, false) => "nothing has been done\n".to_owned(),
         }
@@ -110,7 +163,8 @@ impl Report {
     /// What has come of it, to be printed at the end.
     pub(super) fn finished(&self, finished: &Finished<'_>) -> String {
         if self.json {
-            return format!("{}\n", result(finished));
+            let line = serde_json::to_string(&result(finished));
+            return format!("{}\n", line.expect("names and numbers"));
         }
         if self.quiet {
             return String::new();
@@ -261,45 +315,43 @@ fn summary(finished: &Finished<'_>) -> String {
     text
 }
 
-fn result(finished: &Finished<'_>) -> serde_json::Value {
-    let point = finished.point;
-    let identity = |identity: &Option<crate::archive::Identity>| {
-        identity.as_ref().map(|identity| identity.name.clone())
-    };
+fn result<'a>(finished: &'a Finished<'a>) -> Line<'a> {
+    let (folder, point) = (finished.folder, finished.point);
     let disks = point.disks.iter().zip(finished.rows).map(|(entry, row)| {
-        let next = finished.next_bytes.iter().find(|(name, _)| *name == entry.name);
-        json!({
-            "disk": entry.name,
-            "disk_uuid": entry.uuid,
-            "size": entry.size,
-            "mode": entry.mode,
-            "reason": entry.reason,
-            "since": row.since,
-            "since_uuid": row.since_uuid,
-            "parent": row.parent,
-            "file": finished.folder.join(point.number.to_string()).join(&entry.file).to_string_lossy(),
-            "file_size": entry.file_size,
-            "data_bytes": entry.data_bytes,
-            "zero_bytes": entry.zero_bytes,
-            "copied_bytes": row.copy_bytes - row.copied_bytes,
-            "next_bytes": next.map(|(_, bytes)| bytes),
-        })
+        let mut next = finished.next_bytes.iter();
+        let next = next.find(|(name, _)| *name == entry.name);
+        let file = folder.join(point.number.to_string()).join(&entry.file);
+        DiskResult {
+            disk: &entry.name,
+            disk_uuid: entry.uuid,
+            size: entry.size,
+            mode: entry.mode,
+            reason: entry.reason.as_deref(),
+            since: row.since.as_deref(),
+            since_uuid: row.since_uuid,
+            parent: row.parent,
+            file: file.to_string_lossy().into_owned(),
+            file_size: entry.file_size,
+            data_bytes: entry.data_bytes,
+            zero_bytes: entry.zero_bytes,
+            copied_bytes: row.copy_bytes - row.copied_bytes,
+            next_bytes: next.map(|(_, bytes)| *bytes),
+        }
     });
-    let disks: Vec<_> = disks.collect();
-    json!({
-        "event": "result",
-        "folder": finished.folder.to_string_lossy(),
-        "point": point.number,
-        "instant": time_text(point.instant),
-        "backup": identity(&point.backup),
-        "checkpoint": identity(&point.checkpoint),
-        "checkpoint_uuid": point.checkpoint.as_ref().map(|checkpoint| checkpoint.uuid),
-        "committed": finished.is_committed,
-        "vouched": point.origin.vouched,
-        "guest_held_us": point.held_us,
-        "time_ms": finished.time.as_millis() as u64,
-        "disks": disks,
-    })
+    let name = |of: &'a Option<Identity>| of.as_ref().map(|of| of.name.as_str());
+    Line::Result(Box::new(PullResult {
+        folder: folder.to_string_lossy(),
+        point: point.number,
+        instant: time_text(point.instant),
+        backup: name(&point.backup),
+        checkpoint: name(&point.checkpoint),
+        checkpoint_uuid: point.checkpoint.as_ref().map(|of| of.uuid),
+        committed: finished.is_committed,
+        vouched: point.origin.vouched,
+        guest_held_us: point.held_us,
+        time_ms: finished.time.as_millis() as u64,
+        disks: disks.collect(),
+    }))
 }
 
 fn say(text: &mut String, line: std::fmt::Arguments<'_>) {

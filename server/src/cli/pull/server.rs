@@ -6,6 +6,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::cli::client::{self, Client};
+use crate::cli::hooks::{Held, HookArgs};
 use crate::cli::problem::Problem;
 use crate::cli::{NONE, pick};
 use crate::control::answers::{BackupAnswer, CheckpointAnswer, DiskAnswer};
@@ -70,8 +71,21 @@ impl Server {
         found.map(|backup| client::parse(&backup)).transpose()
     }
 
-    pub(super) fn begin(&mut self, beginning: &Beginning<'_>) -> Result<BackupAnswer, Problem> {
-        client::parse(&self.client.execute("backup-begin", beginning)?)
+    /// Begins a backup of a guest that is held meanwhile, if hooks say so. What is wrong about the
+    /// thaw costs nobody the instant.
+    pub(super) fn begin(
+        &mut self,
+        beginning: &Beginning<'_>,
+        hooks: &HookArgs,
+    ) -> Result<(BackupAnswer, Option<Held>), Problem> {
+        let disks = Some(beginning.disks);
+        let mut occasion = hooks.occasion("pull", &mut self.client, disks)?;
+        occasion.backup = Some(beginning.id.to_owned());
+        let (answer, held) = hooks.around(occasion, || {
+            let answer = self.client.execute("backup-begin", beginning)?;
+            Ok((answer, Some(beginning.id.to_owned())))
+        })?;
+        Ok((client::parse(&answer)?, held))
     }
 
     pub(super) fn commit(&mut self, id: &str) -> Result<(), Problem> {

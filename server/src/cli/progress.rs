@@ -174,8 +174,10 @@ enum Way {
 struct Bars {
     /// What draws them together.
     _all: MultiProgress,
+    /// One for each disk while it is being copied.
     disks: Vec<ProgressBar>,
-    checked: ProgressBar,
+    /// How much has been read back, when all is copied.
+    checked: Option<ProgressBar>,
 }
 
 impl Display {
@@ -236,8 +238,7 @@ impl Display {
     pub(super) fn close(self, watch: &Watch) {
         if let Way::Bars(bars) = self.way {
             bars.show(watch);
-            bars.checked.finish_and_clear();
-            for bar in &bars.disks {
+            for bar in bars.disks.iter().chain(&bars.checked) {
                 bar.abandon();
             }
         }
@@ -247,29 +248,27 @@ impl Display {
 impl Bars {
     fn new(watch: &Watch) -> Self {
         let all = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
-        let width = watch
-            .disks
-            .iter()
-            .map(|disk| disk.disk.len())
-            .max()
-            .unwrap_or(0);
-        let bar = |total: u64, prefix: &str, template: &str| {
+        let names = watch.disks.iter().map(|disk| disk.disk.len());
+        let width = names.max().unwrap_or(0).max(VERIFYING.len());
+        let bar = |total: u64, done: u64, prefix: &str| {
             let bar = all.add(ProgressBar::new(total));
-            let style = ProgressStyle::with_template(template).expect("our own template");
+            let style = ProgressStyle::with_template(BAR).expect("our own template");
             bar.set_style(style.progress_chars("=> "));
             bar.set_prefix(format!("{prefix:width$}"));
-            bar
-        };
-        let disks = watch.disks.iter().map(|disk| {
-            let bar = bar(disk.total, &disk.disk, DISK);
             // What was there before says nothing about the pace.
-            bar.set_position(disk.before);
+            bar.set_position(done);
             bar.reset_eta();
             bar
-        });
-        let disks = disks.collect();
-        let (total, ..) = watch.sums();
-        let checked = bar(total, "", CHECKED);
+        };
+        let (total, _, done) = watch.sums();
+        let (mut disks, mut checked) = (Vec::new(), None);
+        if done < total {
+            let bars = watch.disks.iter();
+            let bars = bars.map(|disk| bar(disk.total, disk.before, &disk.disk));
+            disks = bars.collect();
+        } else {
+            checked = Some(bar(total, 0, VERIFYING));
+        }
         Self {
             _all: all,
             disks,
@@ -285,8 +284,9 @@ impl Bars {
         if let (Some(first), Some(server)) = (self.disks.first(), state.server) {
             first.set_message(server.words());
         }
-        self.checked
-            .set_position(watch.checked.load(Ordering::Relaxed));
+        if let Some(bar) = &self.checked {
+            bar.set_position(watch.checked.load(Ordering::Relaxed));
+        }
     }
 }
 
@@ -329,8 +329,8 @@ fn line(watch: &Watch) -> String {
     text
 }
 
-const DISK: &str = "{prefix} [{bar:30}] {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} to go  {msg}";
-const CHECKED: &str = "{prefix} verified {binary_bytes}";
+const BAR: &str = "{prefix}  [{bar:30}] {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} to go  {msg}";
+const VERIFYING: &str = "verified";
 
 /// So often a log is told.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);

@@ -12,13 +12,11 @@ use tokio::time::sleep;
 use uuid::Uuid;
 
 use super::base::{self, Base, Coming};
-use super::report::Row;
+use super::dry_run::dry_run;
 use super::server::{Beginning, Server};
 use super::stop::Stop;
 use super::{Common, Failed, Ready, broken, source_problem, stopped};
-use crate::archive::{
-    Archive, ArchiveError, DiskPlan, Identity, Interrupted, Leftover, Mode, Origin, Plan, Point,
-};
+use crate::archive::{Archive, ArchiveError, DiskPlan, Identity, Mode, Origin, Plan, Point};
 use crate::cli::Done;
 use crate::cli::problem::{Problem, exit};
 use crate::cli::progress::{ServerSide, Watch};
@@ -35,19 +33,19 @@ pub(super) async fn pull(
     run_dir: &Path,
     stop: &mut Stop,
 ) -> Result<Done, Problem> {
-    let server = Server::connect(run_dir)?;
+    let mut server = Server::connect(run_dir)?;
+    let disks = server.disks(&common.args.disks)?;
+    if common.args.dry_run {
+        return dry_run(common, &mut server, &disks);
+    }
     let archive = common.archive()?;
+    refuse_others(&common.args.to, archive.points(), &disks)?;
     let mut local = Local {
         common,
         server,
         archive,
         thaw_failed: false,
     };
-    let disks = local.server.disks(&common.args.disks)?;
-    local.refuse_others(&disks)?;
-    if common.args.dry_run {
-        return local.dry_run(&disks);
-    }
     local.commit_published()?;
     let ready = match local.go_on(&disks, stop).await? {
         Some(ready) => ready,
@@ -56,144 +54,22 @@ pub(super) async fn pull(
     local.complete(ready, stop).await
 }
 
-struct Local<'a> {
-    common: &'a Common<'a>,
-    server: Server,
-    archive: Archive,
+/// One pull, and where it is from and goes to.
+pub(super) struct Local<'a> {
+    pub(super) common: &'a Common<'a>,
+    pub(super) server: Server,
+    pub(super) archive: Archive,
     /// The guest may still stand still.
     thaw_failed: bool,
 }
 
 impl Local<'_> {
-    /// Refuses a folder that has other disks under these names, before anything is done.
-    fn refuse_others(&self, disks: &[DiskAnswer]) -> Result<(), Problem> {
-        for disk in disks {
-            let name = disk.disk.as_str();
-            let Some((_, entry)) = self.archive.last_of(name) else {
-                continue;
-            };
-            if entry.uuid != Some(disk.uuid) {
-                return Err(ArchiveError::OtherDisk {
-                    path: self.archive.path().to_owned(),
-                    disk: name.to_owned(),
-                }
-                .into());
-            }
-        }
-        Ok(())
-    }
-
-    /// Ends what earlier runs have left on the server: commits the backups of points that were
-    /// published, and aborts those that nobody knows of.
-    fn commit_published(&mut self) -> Result<(), Problem> {
-        let ours = self.prefix()?;
-        let draft = match self.archive.leftover()? {
-            Leftover::Interrupted(draft) => draft.plan().backup.clone(),
-            Leftover::Removed(why) => {
-                self.common
-                    .report
-                    .note(&format!("what an interrupted run left is gone: {why}"));
-                None
-            }
-            Leftover::Nothing => None,
-        };
-        for backup in self.server.backups()? {
-            let is = |of: &Option<Identity>| of.as_ref().is_some_and(|of| of.uuid == backup.uuid);
-            let id = backup.id.as_str();
-            let published = self.archive.points().iter().find(|point| is(&point.backup));
-            if let Some(point) = published {
-                self.commit_late(point.number, &backup)?;
-            } else if id.starts_with(&ours) && !is(&draft) {
-                self.server.abort(id)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn commit_late(&mut self, point: u64, backup: &BackupAnswer) -> Result<(), Problem> {
-        let id = backup.id.as_str();
-        match self.server.commit(id) {
-            Ok(()) => {
-                let note = format!("point {point} was complete: its backup {id} is committed now");
-                self.common.report.note(&note);
-                Ok(())
-            }
-            Err(problem) if problem.code() == BROKEN => {
-                let note = format!(
-                    "point {point} is complete, but its backup {id} broke before it was committed: \
-                     the next changes are known since the point before"
-                );
-                self.common.report.note(&note);
-                self.server.abort(id)
-            }
-            Err(problem) => Err(problem),
-        }
-    }
-
-    /// Goes on with what an interrupted run has left, if that is what is asked for and the instant
-    /// is still there.
-    async fn go_on(
-        &mut self,
-        disks: &[DiskAnswer],
-        stop: &mut Stop,
-    ) -> Result<Option<Ready>, Problem> {
-        let Leftover::Interrupted(interrupted) = self.archive.leftover()? else {
-            return Ok(None);
-        };
-        let Some(identity) = interrupted.plan().backup.clone() else {
-            self.give_up(interrupted, "it was pulled from elsewhere")?;
-            return Ok(None);
-        };
-        let id = &identity.name;
-        let Some(backup) = self.server.backup(identity.uuid)? else {
-            self.give_up(interrupted, &format!("its backup {id} has ended"))?;
-            return Ok(None);
-        };
-        if backup.state == BackupState::Broken {
-            let reason = backup.broken_reason.unwrap_or_default();
-            self.server.abort(id)?;
-            interrupted.discard()?;
-            return Err(broken(id, &reason));
-        }
-        if !self.is_asked_for(interrupted.plan(), disks) {
-            self.server.abort(id)?;
-            self.give_up(interrupted, "something else is asked for now")?;
-            return Ok(None);
-        }
-        let sources = self.sources(interrupted.plan(), &backup).await;
-        let sources = match sources {
-            Ok(sources) => sources,
-            Err(error) => return Err(source_problem(&error)),
-        };
-        let draft = self.common.go_on(interrupted, stop).await?;
-        let note = format!("going on with backup {id} of {}", backup.frozen_at);
-        self.common.report.note(&note);
-        Ok(Some(Ready { draft, sources }))
-    }
-
-    fn give_up(&self, interrupted: Interrupted, why: &str) -> Result<(), Problem> {
-        interrupted.discard()?;
-        let note = format!("what an interrupted run left is of no use, as {why}: beginning anew");
-        self.common.report.note(&note);
-        Ok(())
-    }
-
-    fn is_asked_for(&self, plan: &Plan, disks: &[DiskAnswer]) -> bool {
-        let is_full = plan.disks.iter().all(|disk| disk.mode == Mode::Full);
-        let has = |disk: &DiskAnswer| {
-            let mut planned = plan.disks.iter();
-            planned.any(|of| of.name == disk.disk.as_str() && of.uuid == Some(disk.uuid))
-        };
-        (is_full || !self.common.args.full)
-            && plan.disks.len() == disks.len()
-            && disks.iter().all(has)
-    }
-
     /// Freezes an instant of these disks and makes a draft of it. If that fails, it is as if nothing
     /// had begun.
     async fn begin(&mut self, disks: &[DiskAnswer], stop: &mut Stop) -> Result<Ready, Problem> {
         let known = self.server.checkpoints()?;
-        let bases: Vec<Base> = disks.iter().map(|disk| self.base(disk, &known)).collect();
+        let base = |disk| base_of(self.common, self.archive.points(), disk, &known);
+        let bases: Vec<Base> = disks.iter().map(base).collect();
         let names: Vec<String> = disks.iter().map(|disk| disk.disk.to_string()).collect();
         let id = format!("{}{}", self.prefix()?, short(Uuid::new_v4()));
         let beginning = Beginning {
@@ -281,7 +157,7 @@ impl Local<'_> {
     async fn complete(mut self, ready: Ready, stop: &mut Stop) -> Result<Done, Problem> {
         let identity = ready.draft.plan().backup.clone();
         let identity = identity.expect("drafts of a server's disks have a backup");
-        let rows = self.common.announce(&self.archive, &ready.draft);
+        let rows = self.common.announce(&ready.draft);
         let watch = Arc::new(Watch::of(&ready.draft));
         let telling = self.tell(&watch, identity.uuid);
         let outcome = self.common.fetch(&ready, &watch, stop).await;
@@ -300,7 +176,7 @@ impl Local<'_> {
         let next = self.next_bytes(&point);
         let mut done = self
             .common
-            .finished(&self.archive, &point, &rows, Some(next));
+            .finished(self.archive.points(), &point, &rows, Some(next));
         if self.thaw_failed {
             done.exit = exit::FAILED;
         }
@@ -387,61 +263,7 @@ impl Local<'_> {
             .collect()
     }
 
-    /// What a pull would do, as far as it can be known without an instant.
-    fn dry_run(&mut self, disks: &[DiskAnswer]) -> Result<Done, Problem> {
-        let known = self.server.checkpoints()?;
-        let rows = disks.iter().map(|disk| {
-            let base = self.base(disk, &known);
-            let (checkpoint, parent) =
-                match &base {
-                    Base::Checkpoint(uuid) => (
-                        known.iter().find(|checkpoint| checkpoint.uuid == *uuid),
-                        self.archive.points().iter().rev().find(|point| {
-                            point.checkpoint.as_ref().is_some_and(|of| of.uuid == *uuid)
-                        }),
-                    ),
-                    Base::None(_) => (None, None),
-                };
-            let part = checkpoint.and_then(|checkpoint| {
-                checkpoint
-                    .disks
-                    .iter()
-                    .find(|part| part.disk_uuid == disk.uuid)
-            });
-            let changed = part.map_or(disk.size, |part| part.dirty_bytes);
-            Row {
-                disk: disk.disk.to_string(),
-                size: disk.size,
-                mode: part.map_or(Mode::Full, |_| Mode::Incremental),
-                reason: match base {
-                    Base::None(reason) => Some(reason),
-                    Base::Checkpoint(_) => None,
-                },
-                since: checkpoint.map(|checkpoint| checkpoint.name.to_string()),
-                since_uuid: checkpoint.map(|checkpoint| checkpoint.uuid),
-                parent: parent.map(|point| point.number),
-                changed_bytes: changed,
-                zero_bytes: None,
-                copy_bytes: changed,
-                copied_bytes: 0,
-            }
-        });
-        let rows: Vec<Row> = rows.collect();
-        Ok(self.common.dry_run(&self.archive, &rows))
-    }
-
-    fn base(&self, disk: &DiskAnswer, known: &[CheckpointAnswer]) -> Base {
-        if self.common.args.full {
-            return Base::None(ASKED_FOR.to_owned());
-        }
-        base::find(
-            self.archive.points(),
-            (disk.disk.as_str(), disk.uuid),
-            known,
-        )
-    }
-
-    async fn sources(
+    pub(super) async fn sources(
         &self,
         plan: &Plan,
         backup: &BackupAnswer,
@@ -476,7 +298,7 @@ impl Local<'_> {
 
 impl Local<'_> {
     /// What the ids of backups begin with that are begun for this folder.
-    fn prefix(&self) -> Result<String, Problem> {
+    pub(super) fn prefix(&self) -> Result<String, Problem> {
         Ok(format!("pull-{}-", short(self.archive.identity()?)))
     }
 
@@ -505,6 +327,40 @@ impl Local<'_> {
             }
         })
     }
+}
+
+/// Refuses a folder that has other disks under these names, before anything is done.
+pub(super) fn refuse_others(
+    folder: &Path,
+    points: &[Point],
+    disks: &[DiskAnswer],
+) -> Result<(), Problem> {
+    for disk in disks {
+        let name = disk.disk.as_str();
+        let mut newest_first = points.iter().rev();
+        let last = newest_first.find_map(|point| point.disk(name));
+        if last.is_some_and(|entry| entry.uuid != Some(disk.uuid)) {
+            return Err(ArchiveError::OtherDisk {
+                path: folder.to_owned(),
+                disk: name.to_owned(),
+            }
+            .into());
+        }
+    }
+    Ok(())
+}
+
+/// What a disk's changes could be relative to.
+pub(super) fn base_of(
+    common: &Common<'_>,
+    points: &[Point],
+    disk: &DiskAnswer,
+    known: &[CheckpointAnswer],
+) -> Base {
+    if common.args.full {
+        return Base::None(ASKED_FOR.to_owned());
+    }
+    base::find(points, (disk.disk.as_str(), disk.uuid), known)
 }
 
 /// Enough of a uuid to tell some apart.
@@ -542,7 +398,7 @@ fn ended(id: &str) -> Problem {
 const ASKED_FOR: &str = "a full was asked for";
 
 /// What a failure of a broken backup is called.
-const BROKEN: &str = "backup-broken";
+pub(super) const BROKEN: &str = "backup-broken";
 
 /// Between two questions to the server: often enough for people.
 const INTERVAL: Duration = Duration::from_secs(1);

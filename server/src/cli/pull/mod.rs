@@ -4,11 +4,16 @@
 //! published point whose backup is still open, and commits it: the server never takes for a base what
 //! the folder does not hold.
 
-mod base;
 mod local;
-mod remote;
-mod report;
+
+mod base;
+mod dry_run;
+mod leftover;
 mod server;
+
+mod remote;
+
+mod report;
 mod stop;
 
 use std::path::{Path, PathBuf};
@@ -129,6 +134,15 @@ impl Common<'_> {
         Ok(Archive::open_for_writing(&self.args.to)?)
     }
 
+    /// The points of a folder that is only looked at; none if it is not there.
+    fn points(&self) -> Result<Vec<Point>, Problem> {
+        match Archive::open(&self.args.to) {
+            Ok(archive) => Ok(archive.points().to_vec()),
+            Err(ArchiveError::NoFolder(_)) => Ok(Vec::new()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Goes on with what an interrupted run has left, as far as it is right.
     async fn go_on(&self, interrupted: Interrupted, stop: &mut Stop) -> Result<Draft, Problem> {
         let watch = Arc::new(Watch::nothing());
@@ -138,10 +152,10 @@ impl Common<'_> {
     }
 
     /// Says what is to be copied.
-    fn announce(&self, archive: &Archive, draft: &Draft) -> Vec<Row> {
+    fn announce(&self, draft: &Draft) -> Vec<Row> {
         let rows = rows(draft);
-        self.report
-            .plan(archive.path(), Some(draft.number()), &rows);
+        let number = Some(draft.number());
+        self.report.plan(&self.args.to, number, &rows);
         rows
     }
 
@@ -196,16 +210,16 @@ impl Common<'_> {
         outcome
     }
 
-    /// Says what has come of it, and how to exit.
+    /// Says what has come of it, and how to exit, by the points that there were before.
     fn finished(
         &self,
-        archive: &Archive,
+        before: &[Point],
         point: &Point,
         rows: &[Row],
         next: Option<Vec<(String, u64)>>,
     ) -> Done {
         let finished = Finished {
-            folder: archive.path(),
+            folder: &self.args.to,
             point,
             rows,
             time: self.begun.elapsed(),
@@ -214,22 +228,22 @@ impl Common<'_> {
         };
         Done {
             text: self.report.finished(&finished),
-            exit: self.exit(archive, rows),
+            exit: self.exit(before, rows),
         }
     }
 
     /// Says what would be done.
-    fn dry_run(&self, archive: &Archive, rows: &[Row]) -> Done {
-        self.report.plan(archive.path(), None, rows);
+    fn dry_run(&self, points: &[Point], rows: &[Row]) -> Done {
+        self.report.plan(&self.args.to, None, rows);
         Done {
             text: self.report.nothing_done(),
-            exit: self.exit(archive, rows),
+            exit: self.exit(points, rows),
         }
     }
 
     /// How to exit when all is well: whoever has points of a disk and asks for no full, expects none.
-    fn exit(&self, archive: &Archive, rows: &[Row]) -> u8 {
-        let is_surprise = |row: &Row| is_surprise(archive.points(), &row.disk, row.mode);
+    fn exit(&self, before: &[Point], rows: &[Row]) -> u8 {
+        let is_surprise = |row: &Row| is_surprise(before, &row.disk, row.mode);
         if !self.args.full && rows.iter().any(is_surprise) {
             exit::FULL
         } else {

@@ -9,7 +9,7 @@ use super::base::FIRST;
 use super::report::Row;
 use super::stop::Stop;
 use super::{Common, Failed, Ready, source_problem, stopped};
-use crate::archive::{Archive, DiskPlan, Leftover, Mode, Origin, Plan, Since};
+use crate::archive::{DiskPlan, Leftover, Mode, Origin, Plan, Point, Since};
 use crate::cli::Done;
 use crate::cli::problem::Problem;
 use crate::cli::progress::Watch;
@@ -28,13 +28,13 @@ pub(super) async fn pull(
         return Err(Problem::usage(message));
     }
     let name = disk_name(&common.args.disks, uri)?;
-    let archive = common.archive()?;
-    let planning = plan(common, &archive, uri, name);
-    let planned = stop.unless_stopped(planning).await.ok_or_else(stopped)?;
-    let (source, disk) = planned.map_err(|error| source_problem(&error))?;
     if common.args.dry_run {
-        return Ok(common.dry_run(&archive, &[row(&disk)]));
+        let points = common.points()?;
+        let (_, disk) = plan(common, &points, uri, name, stop).await?;
+        return Ok(common.dry_run(&points, &[row(&disk)]));
     }
+    let archive = common.archive()?;
+    let (source, disk) = plan(common, archive.points(), uri, name, stop).await?;
 
     // Nobody can say whether what is served now is what was being copied then.
     if let Leftover::Interrupted(interrupted) = archive.leftover()? {
@@ -55,7 +55,7 @@ pub(super) async fn pull(
         held_us: None,
         disks: vec![disk],
     })?;
-    let rows = common.announce(&archive, &draft);
+    let rows = common.announce(&draft);
     let watch = Arc::new(Watch::of(&draft));
     let ready = Ready {
         draft,
@@ -68,16 +68,30 @@ pub(super) async fn pull(
         Err(Failed::Copy(error)) => return Err(error.into()),
     }
     let point = common.finish(ready, &watch, stop).await?;
-    Ok(common.finished(&archive, &point, &rows, None))
+    Ok(common.finished(archive.points(), &point, &rows, None))
 }
 
+/// Enters the export, and says how it comes.
 async fn plan(
     common: &Common<'_>,
-    archive: &Archive,
+    points: &[Point],
+    uri: &NbdUri,
+    name: String,
+    stop: &mut Stop,
+) -> Result<(NbdSource, DiskPlan), Problem> {
+    let planning = open(common, points, uri, name);
+    let planned = stop.unless_stopped(planning).await.ok_or_else(stopped)?;
+    planned.map_err(|error| source_problem(&error))
+}
+
+async fn open(
+    common: &Common<'_>,
+    points: &[Point],
     uri: &NbdUri,
     name: String,
 ) -> Result<(NbdSource, DiskPlan), SourceError> {
-    let last = archive.last_of(&name);
+    let mut newest_first = points.iter().rev();
+    let last = newest_first.find_map(|point| Some((point, point.disk(&name)?)));
     let bitmap = common.args.bitmap.as_deref();
     let tls = common.tls.as_ref();
     let source = NbdSource::open(uri, tls, bitmap).await?;

@@ -11,6 +11,7 @@ pub mod attacks;
 pub mod bitmap;
 pub mod control;
 pub mod guest;
+pub mod guest_agent;
 pub mod killer;
 pub mod loop_device;
 pub mod mount;
@@ -30,6 +31,7 @@ pub mod simulation;
 
 pub use control::Qmp;
 pub use guest::Guest;
+pub use guest_agent::GuestAgent;
 pub use loop_device::LoopDevice;
 pub use mount::Mount;
 pub use process::Output;

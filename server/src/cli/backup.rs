@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use clap::Subcommand;
 use serde::Serialize;
+use serde_json::value::RawValue;
 
 use super::client::{self, Client};
+use super::hooks::{Held, HookArgs};
 use super::problem::{Problem, exit};
 use super::show;
 use super::units::{parse_duration, parse_size};
@@ -44,6 +46,8 @@ pub(super) enum BackupCommand {
         /// exceeded [default: `serve --backup-scratch-limit`].
         #[arg(long, value_name = "SIZE", value_parser = parse_size)]
         scratch_limit: Option<u64>,
+        #[command(flatten)]
+        hooks: Box<HookArgs>,
     },
     /// Show all open backups.
     List,
@@ -88,6 +92,7 @@ impl BackupCommand {
                 consumer,
                 expires,
                 scratch_limit,
+                hooks,
             } => {
                 if let Some(since @ ("last" | "latest")) = since.as_deref()
                     && consumer.is_none()
@@ -108,14 +113,14 @@ impl BackupCommand {
                     expires_s: expires.map(|time| time.as_millis().div_ceil(1000) as u64),
                     scratch_limit,
                 };
-                let answer = client.execute("backup-begin", &arguments)?;
-                let mut done = answers.show(&answer, show::backup_begun)?;
+                let (answer, held) = begin(client, &arguments, &hooks)?;
+                let mut done = answers.show_held(&answer, held.as_ref(), show::backup_begun)?;
                 let backup: BackupAnswer = client::parse(&answer)?;
                 // That a first backup is full is no surprise.
                 let is_surprise = |disk: &BackupDisk| {
                     disk.mode == Mode::Full && disk.reason.as_deref() != Some(FIRST_BACKUP)
                 };
-                if is_incremental_wanted && backup.disks.iter().any(is_surprise) {
+                if is_incremental_wanted && done.exit == 0 && backup.disks.iter().any(is_surprise) {
                     done.exit = exit::FULL;
                 }
                 Ok(done)
@@ -147,6 +152,22 @@ impl BackupCommand {
             }
         }
     }
+}
+
+/// Begins a backup of a guest that is held meanwhile, if hooks say so.
+fn begin(
+    client: &mut Client,
+    arguments: &Beginning,
+    hooks: &HookArgs,
+) -> Result<(Box<RawValue>, Option<Held>), Problem> {
+    let mut occasion = hooks.occasion("backup begin", client, arguments.disks.as_deref())?;
+    occasion.backup.clone_from(&arguments.id);
+    occasion.checkpoint.clone_from(&arguments.checkpoint);
+    hooks.around(occasion, || {
+        let answer = client.execute("backup-begin", arguments)?;
+        let backup: BackupAnswer = client::parse(&answer)?;
+        Ok((answer, Some(backup.id.to_string())))
+    })
 }
 
 #[derive(Serialize)]

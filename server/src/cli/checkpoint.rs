@@ -4,6 +4,7 @@ use clap::Subcommand;
 use serde::Serialize;
 
 use super::client::Client;
+use super::hooks::HookArgs;
 use super::problem::Problem;
 use super::show;
 use super::{Answers, Disks, Done, NONE, pick};
@@ -17,6 +18,8 @@ pub(super) enum CheckpointCommand {
         name: String,
         #[command(flatten)]
         disks: Disks,
+        #[command(flatten)]
+        hooks: Box<HookArgs>,
     },
     /// Show all checkpoints, with how much has changed since each.
     List,
@@ -49,11 +52,15 @@ impl CheckpointCommand {
 impl CheckpointCommand {
     pub(super) fn run(self, client: &mut Client, answers: &Answers) -> Result<Done, Problem> {
         match self {
-            Self::Create { name, disks } => {
+            Self::Create { name, disks, hooks } => {
                 let disks = disks.arguments();
+                let mut occasion = hooks.occasion("checkpoint create", client, disks.as_deref())?;
+                occasion.checkpoint = Some(name.clone());
                 let arguments = Named { name: &name, disks };
-                let answer = client.execute("checkpoint-create", &arguments)?;
-                answers.show(&answer, show::checkpoint_created)
+                let (answer, held) = hooks.around(occasion, || {
+                    Ok((client.execute("checkpoint-create", &arguments)?, None))
+                })?;
+                answers.show_held(&answer, held.as_ref(), show::checkpoint_created)
             }
             Self::List => {
                 let answer = client.execute("query-checkpoints", &NONE)?;

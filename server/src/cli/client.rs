@@ -76,6 +76,11 @@ impl Client {
         Ok(client)
     }
 
+    /// Where its server's sockets are.
+    pub(super) fn run_dir(&self) -> &Path {
+        self.path.parent().unwrap_or(&self.path)
+    }
+
     /// Executes a command and returns its answer as it came.
     pub(super) fn execute(
         &mut self,

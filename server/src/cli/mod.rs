@@ -10,6 +10,7 @@ mod client;
 mod consumer;
 mod disk;
 mod disk_option;
+mod hooks;
 mod limit_options;
 mod problem;
 mod run_dir;
@@ -36,7 +37,8 @@ use checkpoint::CheckpointCommand;
 use client::Client;
 use consumer::ConsumerCommand;
 use disk::DiskCommand;
-use problem::Problem;
+use hooks::Held;
+use problem::{Problem, exit};
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
@@ -90,6 +92,7 @@ impl Command {
             Self::Consumer(command) => command.name(),
             Self::Disk(command) => command.name(),
             Self::Qmp { .. } => "qmp",
+            Self::HookGuardian => hooks::guardian::COMMAND,
         }
     }
 }
@@ -125,6 +128,9 @@ enum Command {
         #[arg(value_name = "JSON")]
         command: String,
     },
+    /// What runs around an instant, and what undoes it; started by other commands.
+    #[command(hide = true)]
+    HookGuardian,
 }
 
 #[derive(Args, Debug)]
@@ -169,6 +175,10 @@ impl Cli {
                 let answer = Client::connect(&run_dir)?.execute_raw(&command)?;
                 Ok(Answers::raw(&answer))
             }
+            Command::HookGuardian => {
+                hooks::guardian::guard()?;
+                Ok(Done::default())
+            }
         }
     }
 }
@@ -197,6 +207,29 @@ impl Answers {
         Ok(Done { text, exit: 0 })
     }
 
+    /// The same for an answer around whose instant the guest was held, or was not.
+    fn show_held<T: DeserializeOwned>(
+        &self,
+        answer: &RawValue,
+        held: Option<&Held>,
+        human: impl FnOnce(&T) -> String,
+    ) -> Result<Done, Problem> {
+        let Some(held) = held else {
+            return self.show(answer, human);
+        };
+        let mut done = if self.is_json {
+            Self::raw(&with_member(answer, "hooks", held)?)
+        } else {
+            let mut done = self.show(answer, human)?;
+            done.text += &held.text();
+            done
+        };
+        if held.error.is_some() {
+            done.exit = exit::FAILED;
+        }
+        Ok(done)
+    }
+
     fn confirm(&self, answer: &RawValue, text: &str) -> Done {
         if self.is_json {
             return Self::raw(answer);
@@ -223,6 +256,24 @@ fn pick<T: DeserializeOwned>(
         }
     }
     Ok(None)
+}
+
+/// An object with one more member behind what it has.
+fn with_member(
+    object: &RawValue,
+    name: &str,
+    value: &impl Serialize,
+) -> Result<Box<RawValue>, Problem> {
+    let value = serde_json::to_string(value).expect("texts and numbers");
+    let more = match object.get().trim_end().strip_suffix('}') {
+        None => None,
+        Some(first) if first.trim_end().ends_with('{') => {
+            Some(format!("{first}\"{name}\":{value}}}"))
+        }
+        Some(first) => Some(format!("{first},\"{name}\":{value}}}")),
+    };
+    let more = more.and_then(|text| RawValue::from_string(text).ok());
+    more.ok_or_else(|| Problem::new("bad-server", "the answer is no JSON object"))
 }
 
 fn print(text: &str) -> ExitCode {

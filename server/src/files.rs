@@ -14,12 +14,13 @@ use scratch::{Durable, Snapshot, SnapshotFiles, World};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::hooks::Hooks;
+use crate::image::Image;
 
-/// Files and block devices.
+/// Images of every kind, with scratch and state in files.
 pub(crate) struct Files;
 
 impl World for Files {
-    type Image = FileStorage;
+    type Image = Image;
     type Scratch = FileStorage;
     type Pages = CellPages;
     type Pace = Hooks;

@@ -28,6 +28,7 @@ pub mod disk;
 mod failure;
 mod files;
 mod hooks;
+mod image;
 mod io_engine;
 mod lock_file;
 mod lookups;

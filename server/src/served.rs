@@ -1,15 +1,14 @@
 //! A disk under its name: image, lock, and where its state lies.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bitmap::{Era, Granularity};
-use block::{Engine, FileStorage, ImageLock, Storage};
-use rustix::fs::OFlags;
+use block::Engine;
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
@@ -17,6 +16,7 @@ use crate::disk::{Disk, Durability, Ending, Growth, GrowthRecord, LossRecord, On
 use crate::failure::Failure;
 use crate::files::Files;
 use crate::hooks::Hooks;
+use crate::image::{Image, cannot_open};
 use crate::lock_file::LockFile;
 use crate::lookups::Lookups;
 use crate::names::Name;
@@ -85,6 +85,8 @@ pub(crate) struct ServedDisk {
     pub(crate) durability: Durability,
     /// Whether it is read and written through the page cache.
     pub(crate) cache: Cache,
+    /// What does what waits for a device.
+    pub(crate) engine: Engine,
     /// The disk itself.
     pub(crate) disk: Arc<Disk<Files>>,
     /// The eras in which nothing was written, but presumed.
@@ -280,20 +282,8 @@ async fn open_disk(
     (policy, engine): (OnTrackingError, Engine),
     enlarged: Option<NewSize>,
 ) -> Result<(ServedDisk, Past), Failure> {
-    let file = open_image(spec)?;
-    ImageLock::take(&file).map_err(|error| {
-        Failure::new(
-            "image-locked",
-            format!("cannot use '{}': {error}", spec.path.display()),
-        )
-    })?;
-    let image = FileStorage::new(file, engine).map_err(|error| cannot_open(&spec.path, &error))?;
-    check_size(&spec.path, &image)?;
-    if !spec.raw {
-        refuse_other_formats(&spec.path, &image).await?;
-    }
-
-    let state = state_dir(spec, image.file())?;
+    let image = Image::open(spec, engine).await?;
+    let state = state_dir(spec, &image)?;
     let mut locks = vec![claim_folder(&state, "state")?];
     let scratch_dir = match scratch_root {
         Some(root) => {
@@ -318,6 +308,7 @@ async fn open_disk(
         read_only: spec.read_only,
         durability: spec.durability,
         cache: spec.cache,
+        engine,
         disk: Arc::new(disk),
         presumed: opened.presumed,
         lost_before: opened.lost,
@@ -338,92 +329,11 @@ async fn open_disk(
     ))
 }
 
-fn open_image(spec: &DiskSpec) -> Result<File, Failure> {
-    let path = &spec.path;
-    let kind = fs::metadata(path)
-        .map_err(|error| cannot_open(path, &error))?
-        .file_type();
-    if kind.is_dir() {
-        let message = format!("'{}' is a directory, not an image", path.display());
-        return Err(Failure::new("bad-image", message));
-    }
-    if !kind.is_file() && !kind.is_block_device() {
-        let message = format!("'{}' is neither a file nor a block device", path.display());
-        return Err(Failure::new("bad-image", message));
-    }
-    let mut options = File::options();
-    options.read(true).write(!spec.read_only);
-    if spec.cache == Cache::None {
-        options.custom_flags(OFlags::DIRECT.bits().cast_signed());
-    }
-    options.open(path).map_err(|error| match error.kind() {
-        io::ErrorKind::InvalidInput if spec.cache == Cache::None => {
-            let message = format!(
-                "'{}' is on a file system without direct I/O",
-                path.display()
-            );
-            Failure::new("no-direct-io", message).hint("serve it with cache=writeback")
-        }
-        _ => cannot_open(path, &error),
-    })
-}
-
-fn check_size(path: &Path, image: &FileStorage) -> Result<(), Failure> {
-    let size = image.size();
-    if size == 0 {
-        let failure = Failure::new("bad-image", format!("'{}' has size zero", path.display()));
-        return Err(failure.hint("make it as large as the disk is to be: truncate --size"));
-    }
-    if !size.is_multiple_of(SECTOR) {
-        let message = format!(
-            "the size of '{}', {size} bytes, is no multiple of {SECTOR}",
-            path.display()
-        );
-        return Err(Failure::new("bad-image", message));
-    }
-    if let Some(block) = image.block()
-        && !size.is_multiple_of(block)
-    {
-        let message = format!(
-            "the size of '{}', {size} bytes, is no multiple of {block}, of which direct I/O is made",
-            path.display()
-        );
-        return Err(Failure::new("bad-image", message).hint("serve it with cache=writeback"));
-    }
-    Ok(())
-}
-
-/// A guest can write any header into a raw disk, so a format is never guessed: it is refused, or
-/// the user says that the image is raw.
-async fn refuse_other_formats(path: &Path, image: &FileStorage) -> Result<(), Failure> {
-    let mut head = [0; 512];
-    let read = image.read(0, &mut head).await;
-    read.map_err(|error| cannot_open(path, &error))?;
-    let found = OTHER_FORMATS
-        .iter()
-        .find(|(at, magic, _)| head[*at..].starts_with(magic));
-    let Some((_, _, format)) = found else {
-        return Ok(());
-    };
-    let message = format!(
-        "'{}' looks like a {format} image, and no format was given",
-        path.display()
-    );
-    let hint = "add ,format=raw if the bytes of the file are the disk; \
-                serve other formats through qemu-nbd or convert them with qemu-img";
-    Err(Failure::new("unknown-format", message).hint(hint))
-}
-
-fn state_dir(spec: &DiskSpec, image: &File) -> Result<PathBuf, Failure> {
+fn state_dir(spec: &DiskSpec, image: &Image) -> Result<PathBuf, Failure> {
     if let Some(dir) = &spec.state {
         return Ok(dir.clone());
     }
-    let is_device = image
-        .metadata()
-        .map_err(|e| cannot_open(&spec.path, &e))?
-        .file_type()
-        .is_block_device();
-    if !is_device {
+    if !image.is_device() {
         let mut dir = fs::canonicalize(&spec.path)
             .map_err(|error| cannot_open(&spec.path, &error))?
             .into_os_string();
@@ -493,13 +403,6 @@ fn refuse_foreign_folder(dir: &Path, lock: &Path, what: &str) -> Result<(), Fail
     Err(Failure::new("foreign-directory", message).hint("name an empty directory, or a new one"))
 }
 
-fn cannot_open(path: &Path, error: &io::Error) -> Failure {
-    Failure::new(
-        "cannot-open",
-        format!("cannot open '{}': {error}", path.display()),
-    )
-}
-
 fn cannot_write(path: &Path, error: &io::Error) -> Failure {
     Failure::new(
         "cannot-write",
@@ -516,20 +419,3 @@ const FOLDER_LOCK: &str = "stillpoint.lock";
 
 /// Of tmpfs, which devtmpfs is as well, and of ramfs (Linux `magic.h`).
 const MEMORY_MAGICS: [i128; 2] = [0x0102_1994, 0x8584_58f6];
-
-/// What the sizes of disks are made of.
-pub(crate) const SECTOR: u64 = 512;
-
-/// Where in an image a format's magic stands, what it is, and the format.
-const OTHER_FORMATS: [(usize, &[u8], &str); 10] = [
-    (0, b"QFI\xfb", "qcow2"),
-    (0, b"QED\0", "QED"),
-    (0, b"KDMV", "VMDK"),
-    (0, b"COWD", "VMDK"),
-    (0, b"# Disk DescriptorFile", "VMDK"),
-    (0, b"vhdxfile", "VHDX"),
-    (0, b"conectix", "VHD"),
-    (0x40, b"\x7f\x10\xda\xbe", "VDI"),
-    (0, b"WithoutFreeSpace", "Parallels"),
-    (0, b"WithouFreSpacExt", "Parallels"),
-];

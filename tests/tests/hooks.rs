@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 
 use rustix::process::{Pid, Signal, kill_process_group};
-use serde_json::Value;
+use serde_json::{Value, json};
 use stillpoint_tests::guest_agent::{Manner, Manners};
 use stillpoint_tests::process::{self, KilledOnDrop, Output};
 use stillpoint_tests::server::names;
@@ -33,7 +33,7 @@ impl Scene {
     fn agent(&self, manners: Manners) -> GuestAgent {
         let control = self.server.control();
         GuestAgent::start(&self.server.path("agent"), manners, &self.log, move || {
-            let open = Qmp::connect(&control).execute("query-backups", &Value::Null);
+            let open = Qmp::connect(&control).execute("query-backups", &json!({}));
             format!("{:?}", names(&open, "backups", "id"))
         })
     }

@@ -25,6 +25,35 @@ pub(crate) fn greeted(flags: u16) -> Handshake {
     handshake
 }
 
+/// The same, with structured replies agreed on.
+pub(crate) fn structured() -> Handshake {
+    let mut handshake = greeted(FIXED | NO_ZEROES);
+    let question = Question::Agree(Headers::Structured);
+    handshake.ask(question, &mut BytesMut::new()).unwrap();
+    hear(&mut handshake, &answer(STRUCTURED_REPLY, ACK, b"")).unwrap();
+    handshake
+}
+
+/// The answers to a GO of an export with these flags.
+pub(crate) fn entered(flags: u16) -> Vec<u8> {
+    [info_export(GO, 4096, flags), answer(GO, ACK, b"")].concat()
+}
+
+/// Enters an export without contexts.
+pub(crate) fn enter(export: &str) -> Question {
+    Question::Enter {
+        export: export.into(),
+        contexts: vec![],
+    }
+}
+
+/// Asks about an export.
+pub(crate) fn info_of(export: &str) -> Question {
+    Question::Info {
+        export: export.into(),
+    }
+}
+
 /// Hands in bytes, all of which have to be needed.
 pub(crate) fn hear(handshake: &mut Handshake, server: &[u8]) -> Result<Answer, ServerViolation> {
     let mut input = BytesMut::from(server);

@@ -8,6 +8,7 @@ use stillpoint_proto as proto;
 mod both_ends;
 mod extended;
 mod handshake;
+mod information;
 mod reads;
 mod replies;
 mod states;

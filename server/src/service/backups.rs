@@ -375,7 +375,7 @@ impl Service {
             let message = format!("cannot make scratch files in '{}': {error}", path.display());
             Failure::new("scratch", message)
         };
-        let (size, engine) = (disk.disk.size(), disk.disk.image().engine());
+        let (size, engine) = (disk.disk.size(), disk.engine);
         let (dir, files) = SnapshotDir::create(path.clone(), size, engine).map_err(failed)?;
         let terms = self.space.terms(budget, dir.parent()).map_err(failed)?;
         self.space

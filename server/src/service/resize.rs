@@ -8,9 +8,10 @@ use super::{Service, next_era, refuse_untrusted};
 use crate::disk::{Ending, Freeze, Growth, NotGrown, OnTrackingError, freeze};
 use crate::failure::Failure;
 use crate::files::Files;
+use crate::image::SECTOR;
 use crate::names::Name;
 use crate::new_size::NewSize;
-use crate::served::{DiskSpec, SECTOR, ServedDisk};
+use crate::served::{DiskSpec, ServedDisk};
 
 /// How large a disk was, and is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

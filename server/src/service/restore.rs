@@ -181,7 +181,7 @@ fn reopen_disk(
     let opened = match gone.or_else(|| dir.recorded_break()) {
         Some(why) => Err(why),
         None => dir
-            .open(size, disk.disk.image().engine())
+            .open(size, disk.engine)
             .and_then(|files| Snapshot::reopen(live(), era, files, terms(&dir)?))
             .map_err(|error| format!("its scratch cannot be used: {error}"))
             .and_then(|snapshot| Ok((snapshot, reopen_bitmaps(&dir, &part.bitmaps)?))),

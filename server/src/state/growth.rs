@@ -4,13 +4,14 @@ use std::io;
 use std::path::Path;
 
 use bitmap::{Era, PageTable};
-use block::{FileStorage, Storage};
+use block::Storage;
 
 use super::header::{Format, Life};
 use super::identity::ImageIdentity;
 use super::{ERAS, PAGES, State, eras_bytes, open_or_create, pages_of};
 use crate::disk::Growth;
 use crate::files::CellPages;
+use crate::image::Image;
 use crate::new_size::NewSize;
 
 impl State {
@@ -29,11 +30,11 @@ impl State {
     }
 
     /// Records that the disk has grown, in era `era`: its image is as it should be.
-    pub(crate) async fn record_grown(&mut self, era: Era, image: &FileStorage) -> io::Result<()> {
+    pub(crate) async fn record_grown(&mut self, era: Era, image: &Image) -> io::Result<()> {
         let life = Life {
             growth: None,
             era_high: self.life.era_high.max(era.number()),
-            image: ImageIdentity::of(image.file(), image.size())?,
+            image: ImageIdentity::of(image)?,
             ..self.life.clone()
         };
         self.replace(life).await
@@ -49,7 +50,7 @@ pub(super) async fn admit_enlarged(
     dir: &Path,
     life: &mut Life,
     format: &Format,
-    image: &FileStorage,
+    image: &Image,
     enlarged: Option<NewSize>,
 ) -> io::Result<()> {
     let (from, to) = (life.image.size(), image.size());

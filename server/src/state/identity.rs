@@ -4,7 +4,10 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
+use block::Storage;
 use rustix::fs::{AtFlags, StatxFlags, statx};
+
+use crate::image::Image;
 
 /// What identifies an image, and the state that it is in.
 ///
@@ -24,8 +27,14 @@ pub(crate) struct ImageIdentity {
 }
 
 impl ImageIdentity {
-    /// As it is now, for an image of `size` bytes.
-    pub(crate) fn of(image: &File, size: u64) -> io::Result<Self> {
+    /// As it is now.
+    pub(crate) fn of(image: &Image) -> io::Result<Self> {
+        match image {
+            Image::File(file) => Self::of_file(file.file(), file.size()),
+        }
+    }
+
+    fn of_file(image: &File, size: u64) -> io::Result<Self> {
         let found = image.metadata()?;
         if found.file_type().is_block_device() {
             let (number, change) = device_counters(found.rdev());
@@ -161,6 +170,13 @@ pub(crate) fn boot() -> io::Result<[u8; 16]> {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
     let id = uuid::Uuid::try_parse(text.trim()).map_err(io::Error::other)?;
     Ok(id.into_bytes())
+}
+
+/// Which mount an image is reached through.
+pub(crate) fn mount_of(image: &Image) -> io::Result<u64> {
+    match image {
+        Image::File(file) => mount(file.file()),
+    }
 }
 
 /// Which mount a file is reached through, by a number that is not used twice within a boot; on

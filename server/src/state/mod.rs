@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bitmap::{Era, EraMap, Granularity, PAGE_BYTES, PageTable, Salt};
-use block::{Cells, FileStorage, Storage};
+use block::{Cells, Storage};
 use uuid::Uuid;
 
 pub(crate) use bits::{BitsFolder, BitsId, read as read_bits, write as write_bits};
@@ -36,6 +36,7 @@ use crate::disk::{
 };
 use crate::failure::Failure;
 use crate::files::{CellPages, Files};
+use crate::image::Image;
 use crate::new_size::NewSize;
 use growth::admit_enlarged;
 use header::{Format, Header, HeaderError, Life};
@@ -102,7 +103,7 @@ impl State {
         dir: &Path,
         granularity: Option<Granularity>,
         (durability, policy): (Durability, OnTrackingError),
-        image: &FileStorage,
+        image: &Image,
         enlarged: Option<NewSize>,
     ) -> Result<Opened, Failure> {
         let mut lost = None;
@@ -171,11 +172,11 @@ impl State {
     }
 
     /// Records a clean end, after which nothing is written. All else has been synced before.
-    pub(crate) async fn close(&mut self, era: Era, image: &FileStorage) -> io::Result<()> {
+    pub(crate) async fn close(&mut self, era: Era, image: &Image) -> io::Result<()> {
         self.journal.settle().await?;
         self.life.clean = true;
         self.life.era_high = era.number();
-        self.life.image = ImageIdentity::of(image.file(), image.size())?;
+        self.life.image = ImageIdentity::of(image)?;
         self.header.store(&self.life)?;
         self.header.sync().await
     }
@@ -218,7 +219,7 @@ fn find(dir: &Path) -> Result<Result<Option<Found>, String>, Failure> {
 async fn create(
     dir: &Path,
     granularity: Option<Granularity>,
-    image: &FileStorage,
+    image: &Image,
 ) -> Result<Found, Failure> {
     let granularity = granularity.unwrap_or(Granularity::DEFAULT);
     let made = async {
@@ -237,7 +238,7 @@ async fn create(
         let aside = dir.join(HEADER_ASIDE);
         let mut header = Header::create(Cells::create(&aside)?, &format)?;
         let life = Life {
-            image: ImageIdentity::of(image.file(), image.size())?,
+            image: ImageIdentity::of(image)?,
             ..Life::default()
         };
         let life = Life {
@@ -262,7 +263,7 @@ async fn begin(
     dir: &Path,
     found: Found,
     (durability, policy): (Durability, OnTrackingError),
-    image: &FileStorage,
+    image: &Image,
     mut lost: Option<String>,
 ) -> io::Result<Opened> {
     let Found {
@@ -379,7 +380,7 @@ fn fit_eras(dir: &Path, whole: u64) -> io::Result<()> {
     eras.cut(whole)
 }
 
-async fn ending_of(life: Option<&Life>, here: &Life, image: &FileStorage) -> Ending {
+async fn ending_of(life: Option<&Life>, here: &Life, image: &Image) -> Ending {
     let Some(life) = life else {
         return Ending::PowerCut;
     };
@@ -405,14 +406,14 @@ fn load_map(
 }
 
 /// This machine, these mounts, and the image as it is.
-fn life_here(dir: &Path, image: &FileStorage) -> io::Result<Life> {
+fn life_here(dir: &Path, image: &Image) -> io::Result<Life> {
     Ok(Life {
         boot: identity::boot()?,
         mounts: [
-            identity::mount(image.file())?,
+            identity::mount_of(image)?,
             identity::mount(&File::open(dir)?)?,
         ],
-        image: ImageIdentity::of(image.file(), image.size())?,
+        image: ImageIdentity::of(image)?,
         ..Life::default()
     })
 }
@@ -429,7 +430,7 @@ struct Start {
 impl Start {
     /// Everything that may have changed is marked, durably: what says so otherwise goes, and a
     /// damaged record of loss, unless it is whole.
-    async fn recovered(&mut self, has_record: bool, image: &FileStorage) -> io::Result<()> {
+    async fn recovered(&mut self, has_record: bool, image: &Image) -> io::Result<()> {
         if self.life.growth.take().is_some() {
             // Whoever was killed may not have lived to make its size durable.
             image.sync().await?;

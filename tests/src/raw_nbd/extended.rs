@@ -4,8 +4,11 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 
-use super::{Answer, Chunk, RawNbd, Receiver, Sender};
-use super::{EXTENDED_REQUEST_MAGIC, chunk, command, flag, option, u32_at, u64_at};
+use super::RawNbd;
+use super::constants::{chunk, command, flag, option};
+use super::transmission::{
+    Answer, Chunk, EXTENDED_REQUEST_MAGIC, Receiver, Sender, u32_at, u64_at,
+};
 
 /// What each context says, by its id: lengths and flags.
 pub type Extents = BTreeMap<u32, Vec<(u64, u64)>>;

@@ -308,14 +308,5 @@ fn place_of(test: &str) -> (PathBuf, &str) {
         panic!("{test} is not in a module of a binary")
     };
     let tests = repository().join("tests/tests");
-    let of_module = tests.join(binary).join(format!("{module}.rs"));
-    let of_binary = tests.join(format!("{binary}.rs"));
-    (
-        if of_module.exists() {
-            of_module
-        } else {
-            of_binary
-        },
-        name,
-    )
+    (tests.join(binary).join(format!("{module}.rs")), name)
 }

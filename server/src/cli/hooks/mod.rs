@@ -220,12 +220,11 @@ impl Guard {
             Some(Answer::Failed(trouble)) => Err(trouble.into()),
             Some(Answer::Thawed(_)) | None => {
                 // Killed halfway, it may have left the guest anyhow.
-                let end = guard.thaw(&Instance::Failed);
-                let why = end.error.map(|trouble| format!("; {}", trouble.message));
-                Err(no_guardian(&format!(
-                    "was killed{}",
-                    why.unwrap_or_default()
-                )))
+                let gone = no_guardian("was killed");
+                Err(match guard.thaw(&Instance::Failed).error {
+                    None => gone.into(),
+                    Some(worse) => gone.and(&worse).into(),
+                })
             }
         }
     }
@@ -310,7 +309,10 @@ impl Occasion {
     }
 }
 
-fn no_guardian(why: &str) -> Problem {
-    let message = format!("the process that is to thaw the guest {why}");
-    Problem::new("freeze-failed", message).hint("nothing was begun")
+fn no_guardian(why: &str) -> Trouble {
+    Trouble {
+        code: "freeze-failed".to_owned(),
+        message: format!("the process that is to thaw the guest {why}"),
+        hint: Some("nothing was begun".to_owned()),
+    }
 }

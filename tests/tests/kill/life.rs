@@ -1,11 +1,7 @@
-//! The server is killed at moments drawn from a seed, and the next one knows everything.
-//!
-//! `STILLPOINT_KILL_ROUNDS` sets how many kills there are; `STILLPOINT_SEED` picks one life.
+//! A server that is killed again and again.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::env;
 use std::fs;
-use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
@@ -14,35 +10,23 @@ use std::time::Duration;
 use rand::{Rng as _, seq::IteratorRandom as _};
 use rustix::process::Signal;
 use serde_json::Value;
-use stillpoint_tests::process::KilledOnDrop;
 use stillpoint_tests::raw_nbd::{command, flag};
 use stillpoint_tests::seeds::{self, Rng};
 use stillpoint_tests::server::names;
-use stillpoint_tests::shadow::{Change, Event, Instant, SECTOR};
+use stillpoint_tests::shadow::{Change, Event, SECTOR};
 use stillpoint_tests::tools::sha256;
-use stillpoint_tests::{CHUNK, Extent, KIB, MIB, RawNbd, Server, Shadow};
+use stillpoint_tests::{CHUNK, KIB, MIB, RawNbd, Server, Shadow};
+
+use crate::known::{Known, Seen, Sure, Told, begin, control, tick};
 
 /// With chunks of 4 KiB a region is 256 KiB, so that regions are retired under way.
 const DISKS: [(&str, u64, u64); 2] = [("vda", 32 * MIB, 4 * KIB), ("vdb", 8 * MIB, CHUNK)];
 const WRITERS: u64 = 4;
 /// Each belongs to one writer.
 const UNIT: u64 = 16 * KIB;
-const ROUNDS_PER_LIFE: u64 = 5;
-
-#[test]
-fn whenever_a_server_is_killed_the_next_one_knows_everything() {
-    let rounds = env::var("STILLPOINT_KILL_ROUNDS").map_or(10, |n| n.parse().expect("a number"));
-    let lives: Vec<u64> = (1..=u64::div_ceil(rounds, ROUNDS_PER_LIFE)).collect();
-    for seed in seeds::seeds(&lives) {
-        let mut life = Life::new(seed);
-        for round in 0..ROUNDS_PER_LIFE {
-            life.round(round);
-        }
-    }
-}
 
 /// A server that is killed again and again, and all that its clients know.
-struct Life {
+pub(crate) struct Life {
     seed: u64,
     rng: Rng,
     server: Server,
@@ -51,49 +35,8 @@ struct Life {
     known: Mutex<Known>,
 }
 
-/// What the controller was told.
-#[derive(Default)]
-struct Known {
-    checkpoints: BTreeMap<String, Told>,
-    backups: BTreeMap<String, Backup>,
-    used: u64,
-}
-
-/// A checkpoint, and whether it must be there.
-#[derive(Clone, Copy, Debug)]
-struct Told {
-    taken: Instant,
-    there: Sure,
-}
-
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Sure {
-    Yes,
-    No,
-    /// The answer was lost.
-    Unknown,
-}
-
-#[derive(Clone, Debug)]
-struct Backup {
-    taken: Instant,
-    since: Option<String>,
-    checkpoint: String,
-    open: Sure,
-    committed: Sure,
-    /// What its exports served when it was looked at first.
-    seen: BTreeMap<&'static str, Seen>,
-}
-
-#[derive(Clone, Debug, Eq, PartialEq)]
-struct Seen {
-    sha256: String,
-    allocation: Vec<Extent>,
-    dirty: Option<Vec<Extent>>,
-}
-
 impl Life {
-    fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         let mut builder = Server::builder();
         let mut shadows = BTreeMap::new();
         for (name, size, chunk) in DISKS {
@@ -113,7 +56,7 @@ impl Life {
         }
     }
 
-    fn round(&mut self, round: u64) {
+    pub(crate) fn round(&mut self, round: u64) {
         let what = format!("seed {}, round {round}", self.seed);
         if self.rng.random_bool(0.7) {
             // One that is open before the load begins, and has been looked at.
@@ -434,182 +377,8 @@ impl Writer<'_> {
     }
 }
 
-/// One command, drawn.
-fn control(server: &Server, known: &mut Known, clock: &AtomicU64, rng: &mut Rng) {
-    let open: Vec<String> = known
-        .backups
-        .iter()
-        .filter(|(_, backup)| backup.open == Sure::Yes)
-        .map(|(id, _)| id.clone())
-        .collect();
-    match rng.random_range(0..10) {
-        0..3 => checkpoint(server, known, clock),
-        3 if known.checkpoints.len() > 4 => delete(server, known, rng),
-        4..7 if open.len() < 3 => {
-            begin(server, known, clock, rng);
-        }
-        what => {
-            if let Some(id) = open.iter().choose(rng) {
-                end(server, known, id, what % 2 == 0);
-            }
-        }
-    }
-}
-
-fn checkpoint(server: &Server, known: &mut Known, clock: &AtomicU64) {
-    known.used += 1;
-    let name = format!("cp{}", known.used);
-    let before = tick(clock);
-    let there = asked(server, &["checkpoint", "create", &name]);
-    let taken = (before, instant_end(clock, there));
-    known.checkpoints.insert(name, Told { taken, there });
-}
-
-fn delete(server: &Server, known: &mut Known, rng: &mut Rng) {
-    let in_use = |name: &str| {
-        let uses = |b: &Backup| b.open != Sure::No && b.since.as_deref() == Some(name);
-        known.backups.values().any(uses)
-    };
-    let names = known.checkpoints.keys().filter(|name| !in_use(name));
-    let Some(name) = names.choose(rng).cloned() else {
-        return;
-    };
-    let told = known.checkpoints.get_mut(&name).expect("one of them");
-    told.there = match asked(server, &["checkpoint", "delete", &name]) {
-        Sure::Yes => Sure::No,
-        other => other,
-    };
-    if told.there == Sure::No {
-        known.checkpoints.remove(&name);
-    }
-}
-
-/// Says whether there was an answer.
-fn begin(server: &Server, known: &mut Known, clock: &AtomicU64, rng: &mut Rng) -> bool {
-    known.used += 1;
-    let (id, checkpoint) = (format!("n{}", known.used), format!("n{}-cp", known.used));
-    let sure = |told: &&Told| told.there == Sure::Yes;
-    let bases = known.checkpoints.iter().filter(|(_, told)| sure(told));
-    let since = bases.map(|(name, _)| name.clone()).choose(rng);
-    let mut args = vec!["backup", "begin", "--id", &id, "--checkpoint", &checkpoint];
-    if let Some(since) = &since {
-        args.extend(["--since", since]);
-    }
-    let before = tick(clock);
-    let open = asked(server, &args);
-    let taken = (before, instant_end(clock, open));
-    let backup = Backup {
-        taken,
-        since: since.clone(),
-        checkpoint: checkpoint.clone(),
-        open,
-        committed: if open == Sure::Yes {
-            Sure::No
-        } else {
-            Sure::Unknown
-        },
-        seen: BTreeMap::new(),
-    };
-    known.backups.insert(id, backup);
-    open == Sure::Yes
-}
-
-fn end(server: &Server, known: &mut Known, id: &str, commit: bool) {
-    let verb = if commit { "commit" } else { "abort" };
-    let answer = asked(server, &["backup", verb, id]);
-    let backup = known.backups.get_mut(id).expect("an open one");
-    let told = Told {
-        taken: backup.taken,
-        there: Sure::Yes,
-    };
-    match (answer, commit) {
-        (Sure::Yes, true) => {
-            (backup.open, backup.committed) = (Sure::No, Sure::Yes);
-            known.checkpoints.insert(backup.checkpoint.clone(), told);
-        }
-        (Sure::Yes, false) => (backup.open, backup.committed) = (Sure::No, Sure::No),
-        (_, true) => (backup.open, backup.committed) = (Sure::Unknown, Sure::Unknown),
-        (_, false) => backup.open = Sure::Unknown,
-    }
-}
-
-/// Whether it was done; unknown if the server was killed meanwhile.
-fn asked(server: &Server, args: &[&str]) -> Sure {
-    let output = server.cli(args);
-    if output.code() == 0 {
-        return Sure::Yes;
-    }
-    let gone = [
-        "no server",
-        "hung up",
-        "ended",
-        "closed",
-        "stopping",
-        "reset",
-        "Connection",
-    ];
-    assert!(
-        gone.iter().any(|text| output.stderr.contains(text)),
-        "neither done nor killed: {output}"
-    );
-    Sure::Unknown
-}
-
-/// An instant whose answer was lost was taken before the kill, whenever that is.
-fn instant_end(clock: &AtomicU64, answer: Sure) -> u64 {
-    match answer {
-        Sure::Yes => tick(clock),
-        _ => u64::MAX,
-    }
-}
-
-fn tick(clock: &AtomicU64) -> u64 {
-    clock.fetch_add(1, Ordering::SeqCst)
-}
-
 #[track_caller]
 fn assert_sane(server: &Server, what: &str) {
     let log = server.stderr();
     assert!(!log.contains("panicked"), "{what}: {log}");
-}
-
-#[test]
-fn a_guest_that_reconnects_notices_nothing_of_a_kill() {
-    let mut server = Server::with_disk(16 * MIB);
-    server.checkpoint("cp1");
-    let options = format!(
-        "driver=nbd,server.type=unix,server.path={},export=vda,reconnect-delay=20",
-        server.live().display()
-    );
-    let mut command = Command::new("qemu-io");
-    command
-        .args(["--image-opts", &options])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped());
-    let mut guest = KilledOnDrop::spawn(&mut command);
-    let mut input = guest.child.stdin.take().expect("piped");
-    let mut output = std::io::BufReader::new(guest.child.stdout.take().expect("piped"));
-    let mut tell = |line: &str| std::io::Write::write_all(&mut input, line.as_bytes()).unwrap();
-    let mut hear = |wanted: &str| {
-        let mut text = String::new();
-        while !text.ends_with('\n') || !text.contains(wanted) {
-            let length = std::io::BufRead::read_line(&mut output, &mut text).unwrap();
-            assert!(length > 0, "qemu-io ended: {text}");
-            assert!(!text.contains("failed") && !text.contains("rror"), "{text}");
-        }
-    };
-    for round in 1..=3_u64 {
-        tell(&format!("write -P {round} {} 64k\n", round * CHUNK));
-        hear("wrote 65536/65536");
-        server.kill();
-        // Asked while nobody is there to answer.
-        tell(&format!("write -P {round} {} 64k\n", (round + 4) * CHUNK));
-        server.start();
-        hear("wrote 65536/65536");
-        tell(&format!("read -P {round} {} 64k\nflush\n", round * CHUNK));
-        hear("read 65536/65536");
-    }
-    assert_eq!(server.dirty_bytes("cp1", "vda"), 6 * CHUNK);
-    tell("quit\n");
-    assert!(guest.child.wait().unwrap().success());
 }

@@ -1,6 +1,7 @@
 //! Where an NBD export is, as the URIs of libnbd, QEMU and nbdkit say it.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use percent_encoding::percent_decode_str;
@@ -15,6 +16,8 @@ pub(crate) struct NbdUri {
     pub(crate) address: Address,
     /// Whether to insist on TLS.
     pub(crate) with_tls: bool,
+    /// A directory with what TLS takes, as libnbd has it.
+    pub(crate) tls_creds: Option<PathBuf>,
     /// Whom the server's certificate is to name.
     pub(crate) server_name: String,
     /// What to enter there; the empty name is the default export.
@@ -64,12 +67,13 @@ fn parse(text: &str) -> Result<NbdUri, String> {
     }
     let export = decode(export)?;
 
-    let (mut socket, mut tls_name) = (None, None);
+    let (mut socket, mut tls_name, mut tls_creds) = (None, None, None);
     for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
         match name {
             "socket" => socket = Some(decode(value)?),
             "tls-hostname" => tls_name = Some(decode(value)?),
+            "tls-certificates" => tls_creds = Some(decode(value)?.into()),
             _ => return Err(format!("has a parameter '{name}', which is not known here")),
         }
     }
@@ -92,6 +96,7 @@ fn parse(text: &str) -> Result<NbdUri, String> {
     Ok(NbdUri {
         address,
         with_tls,
+        tls_creds,
         server_name: tls_name.unwrap_or_else(|| otherwise.to_owned()),
         export,
         text: text.to_owned(),
@@ -147,6 +152,8 @@ mod tests {
             .parse()
             .unwrap();
         assert_eq!(uri.server_name, "disks");
+        let uri: NbdUri = "nbds://h/x?tls-certificates=/etc/a%20b".parse().unwrap();
+        assert_eq!(uri.tls_creds, Some("/etc/a b".into()));
         let uri: NbdUri = "nbds://example:7".parse().unwrap();
         assert_eq!(uri.server_name, "example");
         let uri: NbdUri = "nbds+unix:///x?socket=/s".parse().unwrap();

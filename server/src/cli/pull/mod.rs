@@ -92,7 +92,9 @@ impl PullArgs {
 
     async fn pull(&self, run_dir: &Path, report: &Report) -> Result<Done, Problem> {
         let mut stop = Stop::listen()?;
-        let tls = self.tls_creds.as_deref().map(ClientTls::read).transpose()?;
+        let creds = self.uri.as_ref().and_then(|uri| uri.tls_creds.as_deref());
+        let creds = self.tls_creds.as_deref().or(creds);
+        let tls = creds.map(ClientTls::read).transpose()?;
         let common = Common {
             args: self,
             tls,

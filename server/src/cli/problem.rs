@@ -1,10 +1,13 @@
 //! How a command says that it failed.
 
+use std::error::Error;
+use std::fmt::Write as _;
 use std::io::Write;
 use std::process::ExitCode;
 
 use serde::Serialize;
 
+use crate::archive::ArchiveError;
 use crate::control::answers::Fault;
 use crate::failure::Failure;
 
@@ -18,6 +21,8 @@ pub(super) mod exit {
     pub(crate) const FULL: u8 = 3;
     /// The backup is broken; its base is intact.
     pub(crate) const BROKEN: u8 = 4;
+    /// What is stored is not what it should be.
+    pub(crate) const DAMAGED: u8 = 5;
 }
 
 /// Why a command failed, for whoever typed it.
@@ -49,6 +54,7 @@ impl Problem {
         };
         let exit = match fault.code.as_str() {
             "backup-broken" => exit::BROKEN,
+            "verification-failed" => exit::DAMAGED,
             _ => exit::FAILED,
         };
         Self { fault, exit }
@@ -115,12 +121,34 @@ impl From<Failure> for Problem {
     }
 }
 
+impl From<ArchiveError> for Problem {
+    fn from(error: ArchiveError) -> Self {
+        let mut problem = Self::new(error.code(), error_chain(&error));
+        problem.fault.hint = error.hint().map(Into::into);
+        if error.is_damage() {
+            problem.exit = exit::DAMAGED;
+        }
+        problem
+    }
+}
+
 impl From<Fault> for Problem {
     fn from(fault: Fault) -> Self {
         let mut problem = Self::new(fault.code, fault.desc);
         problem.fault.hint = fault.hint;
         problem
     }
+}
+
+/// An error with all its causes, which its own text leaves out.
+pub(super) fn error_chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let _ = write!(text, ": {error}");
+        cause = error.source();
+    }
+    text
 }
 
 #[cfg(test)]

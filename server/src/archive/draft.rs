@@ -15,7 +15,6 @@ use std::sync::Arc;
 
 use block::qcow2::Layout;
 use bytes::Bytes;
-use rustix::fs::{FallocateFlags, fallocate};
 use serde::{Deserialize, Serialize};
 
 use super::chunk::{self, Chunk, chunk_size};
@@ -27,6 +26,7 @@ use super::plan::{self, DiskPlan, Plan};
 use super::progress::{Progress, step};
 use super::records::Records;
 use super::sealed::{self, Unsound};
+use super::zeroes::{self, Space};
 use super::{publish, runs};
 
 /// A point that is being made: all disks of one instant, or, until it is finished, none.
@@ -258,7 +258,9 @@ impl DiskDraft {
                 Piece::Data(bytes) => self.file.write_all_at(bytes, offset)?,
                 // A new file is all zeroes where nothing was written.
                 Piece::Zero(_) if !self.is_resumed => {}
-                Piece::Zero(length) => zero(&self.file, offset, *length)?,
+                Piece::Zero(length) => {
+                    zeroes::fill(&self.file, offset, *length, Space::GivenBack)?;
+                }
             }
             offset += piece.length();
         }
@@ -510,33 +512,13 @@ fn hash(data: &[Piece]) -> Digest {
                 hasher.update(bytes);
             }
             Piece::Zero(length) => {
-                let mut left = *length;
-                while left > 0 {
-                    let now = left.min(ZEROES.len() as u64);
-                    hasher.update(&ZEROES[..now as usize]);
-                    left -= now;
+                for zeroes in zeroes::pieces(*length) {
+                    hasher.update(zeroes);
                 }
             }
         }
     }
     Digest(hasher.finalize())
-}
-
-/// Makes a stretch of a file zeroes, without space where the file system can.
-fn zero(file: &File, offset: u64, length: u64) -> io::Result<()> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    match fallocate(file, flags, offset, length) {
-        Err(rustix::io::Errno::OPNOTSUPP) => {
-            let mut at = offset;
-            while at < offset + length {
-                let now = (offset + length - at).min(ZEROES.len() as u64);
-                file.write_all_at(&ZEROES[..now as usize], at)?;
-                at += now;
-            }
-            Ok(())
-        }
-        done => Ok(done?),
-    }
 }
 
 fn records_name(disk: &str) -> String {
@@ -574,5 +556,3 @@ const VERSION: u64 = 1;
 
 /// Some ten disks of the most runs.
 const PLAN_MAX: u64 = 1 << 30;
-
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];

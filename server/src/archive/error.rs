@@ -26,7 +26,7 @@ pub enum ArchiveError {
         holder: String,
     },
     /// It cannot be written.
-    #[error("cannot write '{}': {source}", path.display())]
+    #[error("cannot write '{}'", path.display())]
     NotWritable {
         /// What cannot be written.
         path: PathBuf,
@@ -67,6 +67,30 @@ pub enum ArchiveError {
         /// The one that is not.
         missing: u64,
     },
+    /// What a point builds on is not what it was when the point was made.
+    #[error("point {point} builds on another file of {disk} than point {parent} has")]
+    OtherParent {
+        /// The point.
+        point: u64,
+        /// Its disk.
+        disk: String,
+        /// What it builds on.
+        parent: u64,
+    },
+    /// There is no such point, or no such disk in it.
+    #[error("{0}")]
+    Unknown(String),
+    /// Something lies where contents are to be restored to.
+    #[error("'{}' is there already", .0.display())]
+    Exists(PathBuf),
+    /// Contents cannot be restored to what is there.
+    #[error("'{}' {reason}", path.display())]
+    Output {
+        /// What is there.
+        path: PathBuf,
+        /// Why it cannot take them.
+        reason: String,
+    },
     /// A manifest is not what was written.
     #[error("'{}' is damaged: {reason}", path.display())]
     Manifest {
@@ -92,7 +116,7 @@ pub enum ArchiveError {
     #[error("stopped")]
     Stopped,
     /// Anything else that a file system can meet.
-    #[error("'{}': {source}", path.display())]
+    #[error("cannot access '{}'", path.display())]
     Io {
         /// What was accessed.
         path: PathBuf,
@@ -119,6 +143,14 @@ impl ArchiveError {
         Self::Io { path, source }
     }
 
+    /// What it says, and what the system said.
+    pub(super) fn with_cause(&self) -> String {
+        match std::error::Error::source(self) {
+            None => self.to_string(),
+            Some(cause) => format!("{self}: {cause}"),
+        }
+    }
+
     /// A word that scripts can compare.
     pub fn code(&self) -> &'static str {
         match self {
@@ -130,6 +162,10 @@ impl ArchiveError {
             Self::OtherDisk { .. } => "other-disk",
             Self::Newer { .. } => "newer-version",
             Self::MissingLink { .. } => "missing-point",
+            Self::OtherParent { .. } => "other-parent",
+            Self::Unknown(_) => "unknown-point",
+            Self::Exists(_) => "output-exists",
+            Self::Output { .. } => "unusable-output",
             Self::Manifest { .. } => "damaged-manifest",
             Self::Differs { .. } => "verification-failed",
             Self::Plan(_) => "impossible-point",
@@ -144,10 +180,12 @@ impl ArchiveError {
             Self::NotOurs(_) => Some("give the path of a new or an empty folder"),
             Self::Locked { .. } => Some("wait until the other one is done"),
             Self::NotWritable { .. } => Some("give a folder that you may write"),
-            Self::NoSpace(_) => Some("make room, and run it again: it goes on where it was"),
+            Self::NoSpace(_) => Some("make room, and run it again"),
             Self::OtherDisk { .. } => Some("give another folder, or another name to the disk"),
             Self::Newer { .. } => Some("use a newer stillpoint"),
             Self::MissingLink { .. } => Some("put the folder of that point back where it was"),
+            Self::Unknown(_) => Some("stillpoint list shows what there is"),
+            Self::Exists(_) => Some("give another path, or --force to replace it"),
             Self::Manifest { .. } => Some("stillpoint verify tells what is sound"),
             Self::Differs { .. } => {
                 Some("run it again: what differs is copied anew; then suspect the storage")
@@ -160,14 +198,17 @@ impl ArchiveError {
     pub fn is_damage(&self) -> bool {
         matches!(
             self,
-            Self::MissingLink { .. } | Self::Manifest { .. } | Self::Differs { .. }
+            Self::MissingLink { .. }
+                | Self::OtherParent { .. }
+                | Self::Manifest { .. }
+                | Self::Differs { .. }
         )
     }
 }
 
 impl From<ArchiveError> for Failure {
     fn from(error: ArchiveError) -> Self {
-        let failure = Self::new(error.code(), error.to_string());
+        let failure = Self::new(error.code(), error.with_cause());
         match error.hint() {
             None => failure,
             Some(hint) => failure.hint(hint),

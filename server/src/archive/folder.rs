@@ -193,7 +193,7 @@ impl Archive {
     }
 
     /// The points of which no manifest can be believed, and why.
-    pub(super) fn unsound(&self) -> &[(u64, ArchiveError)] {
+    pub fn unsound(&self) -> &[(u64, ArchiveError)] {
         &self.unsound
     }
 

@@ -65,22 +65,35 @@ pub(super) fn inspect(
             file,
             full,
             emptied,
-            faults: Vec::new(),
-            more: 0,
+            faults: Faults::default(),
             at: 0,
         };
         let read = reader.read(expected, progress);
-        let (faults, more) = (reader.faults, reader.more);
-        drop(reader.full);
+        let Reader { faults, full, .. } = reader;
+        // There is no more to hash.
+        drop(full);
         let hash = hasher.join().expect("hashing does not panic");
-        (read.map(|()| (faults, more)), hash)
+        (read.map(|()| faults), hash)
     });
-    let (faults, more) = inspected?;
+    let Faults { list, more } = inspected?;
     Ok(Inspection {
         blake3: Digest(hash),
-        faults,
+        faults: list,
         more,
     })
+}
+
+/// Reads what is before the data.
+pub(super) fn inspect_tables(file: &File, layout: &Layout, cluster_size: u64) -> Vec<Fault> {
+    let mut faults = Faults::default();
+    let mut expected = vec![0; cluster_size as usize];
+    let mut found = expected.clone();
+    for offset in layout.metadata_offsets() {
+        let error = read(file, &mut found, offset);
+        layout.fill(offset, &mut expected);
+        faults.compare(layout, offset, &found, &expected, error.as_deref());
+    }
+    faults.list
 }
 
 fn hash_all(filled: &Receiver<Vec<u8>>, empty: &SyncSender<Vec<u8>>) -> blake3::Hash {
@@ -97,10 +110,15 @@ struct Reader<'a> {
     file: &'a File,
     full: SyncSender<Vec<u8>>,
     emptied: Receiver<Vec<u8>>,
-    faults: Vec<Fault>,
-    more: u64,
+    faults: Faults,
     /// How far it has read.
     at: u64,
+}
+
+#[derive(Default)]
+struct Faults {
+    list: Vec<Fault>,
+    more: u64,
 }
 
 impl Reader<'_> {
@@ -118,25 +136,21 @@ impl Reader<'_> {
         for offset in layout.metadata_offsets() {
             let (buffer, error) = self.next(cluster_size);
             layout.fill(offset, &mut cluster);
-            self.compare(layout, &buffer, &cluster, error);
+            let error = error.as_deref();
+            self.faults
+                .compare(layout, offset, &buffer, &cluster, error);
             self.done(buffer, progress)?;
         }
         for (chunk, hash) in chunks {
             let bytes = chunk.bytes();
             let (buffer, error) = self.next(bytes.next_multiple_of(cluster_size));
             let (data, padding) = buffer.split_at(bytes as usize);
-            if error.is_some() || Digest::of(data) != hash {
-                let first = chunk.runs[0].start;
-                self.fault(Fault {
-                    offset: self.at,
-                    length: bytes,
-                    part: Part::Data(first),
-                    guest: chunk.runs,
-                    error: error.clone(),
-                });
+            let is_sound = error.is_none();
+            if !is_sound || Digest::of(data) != hash {
+                self.faults.add(Fault::of_data(self.at, chunk, error));
             }
-            if error.is_none() && !block::is_zero(padding) {
-                self.fault(Fault {
+            if is_sound && !block::is_zero(padding) {
+                self.faults.add(Fault {
                     offset: self.at + bytes,
                     length: padding.len() as u64,
                     part: Part::Padding,
@@ -153,17 +167,8 @@ impl Reader<'_> {
     fn next(&mut self, length: u64) -> (Vec<u8>, Option<String>) {
         let mut buffer = self.emptied.recv().expect("the hasher gives them back");
         buffer.resize(length as usize, 0);
-        match self.file.read_exact_at(&mut buffer, self.at) {
-            Ok(()) => (buffer, None),
-            Err(error) => {
-                buffer.fill(0);
-                let what = match error.kind() {
-                    io::ErrorKind::UnexpectedEof => "the file ends before".to_owned(),
-                    _ => error.to_string(),
-                };
-                (buffer, Some(what))
-            }
-        }
+        let error = read(self.file, &mut buffer, self.at);
+        (buffer, error)
     }
 
     fn done(&mut self, buffer: Vec<u8>, progress: &dyn Progress) -> Result<(), ArchiveError> {
@@ -174,40 +179,57 @@ impl Reader<'_> {
         self.full.send(buffer).expect("the hasher takes all");
         step(progress, length)
     }
+}
 
-    /// Notes where a cluster of tables differs: a stretch for each part of it.
-    fn compare(&mut self, layout: &Layout, found: &[u8], expected: &[u8], error: Option<String>) {
+/// Fills the buffer, with zeroes if it cannot be read, and says why not.
+pub(super) fn read(file: &File, buffer: &mut [u8], offset: u64) -> Option<String> {
+    let error = file.read_exact_at(buffer, offset).err()?;
+    buffer.fill(0);
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => Some("the file ends before".to_owned()),
+        _ => Some(error.to_string()),
+    }
+}
+
+impl Faults {
+    /// Notes where the cluster of tables at `base` differs: a stretch for each part of it.
+    fn compare(
+        &mut self,
+        layout: &Layout,
+        base: u64,
+        found: &[u8],
+        expected: &[u8],
+        error: Option<&str>,
+    ) {
         if error.is_none() && found == expected {
             return;
         }
-        let base = self.at;
         let differs = |at: &usize| error.is_some() || found[*at] != expected[*at];
         let mut at = 0;
         while let Some(first) = (at..found.len()).find(differs) {
             let part = layout.part_at(base + first as u64);
-            let is_here = |at: usize| layout.part_at(base + at as u64) == part;
-            let end = (first..found.len()).find(|at| !is_here(*at));
-            let end = end.unwrap_or(found.len());
+            let is_other = |at: &usize| layout.part_at(base + *at as u64) != part;
+            let end = (first..found.len()).find(is_other).unwrap_or(found.len());
             let last = (first..end).rev().find(differs).unwrap_or(first);
-            self.fault(Fault {
+            self.add(Fault {
                 offset: base + first as u64,
                 length: (last - first + 1) as u64,
                 part,
                 guest: Vec::new(),
-                error: error.clone(),
+                error: error.map(str::to_owned),
             });
             at = end;
         }
     }
 
-    fn fault(&mut self, fault: Fault) {
-        if let Some(last) = self.faults.last_mut()
+    fn add(&mut self, fault: Fault) {
+        if let Some(last) = self.list.last_mut()
             && last.try_join(&fault)
         {
             return;
         }
-        if self.faults.len() < FAULTS_MAX {
-            self.faults.push(fault);
+        if self.list.len() < FAULTS_MAX {
+            self.list.push(fault);
         } else {
             self.more += 1;
         }
@@ -215,6 +237,17 @@ impl Reader<'_> {
 }
 
 impl Fault {
+    /// Of a chunk that lies at `offset`.
+    pub(super) fn of_data(offset: u64, chunk: Chunk, error: Option<String>) -> Self {
+        Self {
+            offset,
+            length: chunk.bytes(),
+            part: Part::Data(chunk.runs[0].start),
+            guest: chunk.runs,
+            error,
+        }
+    }
+
     /// Takes in what follows it, if it is more of the same.
     fn try_join(&mut self, next: &Self) -> bool {
         let is_data = |fault: &Self| matches!(fault.part, Part::Data(_));

@@ -16,6 +16,14 @@ mod records;
 mod manifest;
 mod sealed;
 
+mod chain;
+mod damage;
+mod find;
+mod output;
+mod prune;
+mod restore;
+mod verify;
+
 mod inspect;
 mod progress;
 
@@ -24,12 +32,18 @@ mod chunk;
 mod digest;
 mod error;
 mod runs;
+mod zeroes;
 
 pub use chunk::Chunk;
+pub use damage::{Damage, Watch};
 pub use digest::Digest;
 pub use draft::{DiskDraft, Draft, Interrupted, Leftover, Piece};
 pub use error::ArchiveError;
 pub use folder::Archive;
 pub use manifest::{DiskEntry, Parent, Point};
+pub use output::{Existing, Format};
 pub use plan::{DiskPlan, Identity, Mode, Origin, Plan, Since};
 pub use progress::Progress;
+pub use prune::{Fate, Keep, fates};
+pub use restore::{OnDamage, Restoration, Restored, restore};
+pub use verify::{Scope, Verified, verify};

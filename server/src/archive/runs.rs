@@ -52,6 +52,24 @@ pub(super) fn difference(runs: &[Range<u64>], others: &[Range<u64>]) -> Vec<Rang
     left
 }
 
+/// What is in `runs` and in `others`.
+pub(super) fn intersection(runs: &[Range<u64>], others: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut both = Vec::new();
+    let (mut one, mut other) = (0, 0);
+    while let (Some(run), Some(next)) = (runs.get(one), others.get(other)) {
+        let (start, end) = (run.start.max(next.start), run.end.min(next.end));
+        if start < end {
+            both.push(start..end);
+        }
+        if run.end <= next.end {
+            one += 1;
+        } else {
+            other += 1;
+        }
+    }
+    both
+}
+
 /// What is in `runs` within `range`.
 pub(super) fn within<'a>(
     runs: &'a [Range<u64>],
@@ -140,6 +158,9 @@ mod tests {
                 let left = difference(&runs, &others);
                 assert!(are_runs(&left, 8), "{left:?}");
                 assert_eq!(set_of(&left), one & !other, "{runs:?} without {others:?}");
+                let both = intersection(&runs, &others);
+                assert!(are_runs(&both, 8), "{both:?}");
+                assert_eq!(set_of(&both), one & other, "{runs:?} and {others:?}");
             }
             for (start, end) in [(0, 8), (2, 5), (3, 3), (7, 8)] {
                 let clipped: Vec<_> = within(&runs, &(start..end)).collect();

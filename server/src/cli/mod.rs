@@ -1,21 +1,25 @@
 //! The command line.
 //!
 //! `serve` is the server. Every other command is a client of its control socket, and of nothing
-//! else; except that a disk can be resized that no server has, and that `pull` is a client of NBD
-//! servers too, and writes folders of backups.
+//! else; except that a disk can be resized that no server has, that `pull` is a client of NBD servers
+//! too, and that folders of backups are looked at, restored from and pruned without one.
 
 mod backup;
 mod bitmap;
 mod checkpoint;
 mod client;
 mod consumer;
+mod damage;
 mod disk;
 mod disk_option;
 mod hooks;
 mod limit_options;
+mod list;
 mod problem;
 mod progress;
+mod prune;
 mod pull;
+mod restore;
 mod run_dir;
 mod scratch_options;
 mod serve;
@@ -23,6 +27,7 @@ mod show;
 mod table;
 mod tls_options;
 mod units;
+mod verify;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -95,6 +100,10 @@ impl Command {
             Self::Consumer(command) => command.name(),
             Self::Disk(command) => command.name(),
             Self::Pull(_) => "pull",
+            Self::List(_) => "list",
+            Self::Verify(_) => "verify",
+            Self::Restore(_) => "restore",
+            Self::Prune(_) => "prune",
             Self::Qmp { .. } => "qmp",
             Self::HookGuardian => hooks::guardian::COMMAND,
         }
@@ -128,6 +137,14 @@ enum Command {
     Disk(DiskCommand),
     /// Copy what has changed into a folder of backups: begin, copy, verify, commit.
     Pull(pull::PullArgs),
+    /// Show the points in a folder of backups.
+    List(list::ListArgs),
+    /// Read everything in a folder of backups, and tell what is not what was written.
+    Verify(verify::VerifyArgs),
+    /// Write disks as they were at a point of a folder of backups.
+    Restore(restore::RestoreArgs),
+    /// Remove points of a folder of backups that nobody wants to keep.
+    Prune(prune::PruneArgs),
     /// Execute one control command and print what it returns.
     Qmp {
         /// The command, such as '{"execute":"query-status"}'.
@@ -156,36 +173,43 @@ struct Done {
 
 impl Cli {
     fn run(self) -> Result<Done, Problem> {
-        let run_dir = run_dir::find(self.run_dir)?;
         let answers = Answers { is_json: self.json };
+        // Not every command needs one.
+        let run_dir = || run_dir::find(self.run_dir);
         match self.command {
             Command::Serve(args) => {
-                serve::serve(args, run_dir)?;
+                serve::serve(args, run_dir()?)?;
                 Ok(Done::default())
             }
             Command::Status { wait } => {
                 let mut client = match wait {
-                    None => Client::connect(&run_dir)?,
-                    Some(patience) => Client::wait_for(&run_dir, patience)?,
+                    None => Client::connect(&run_dir()?)?,
+                    Some(patience) => Client::wait_for(&run_dir()?, patience)?,
                 };
                 answers.show(&client.execute("query-status", &NONE)?, show::status)
             }
-            Command::Checkpoint(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
-            Command::Backup(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
-            Command::Bitmap(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
-            Command::Consumer(command) => command.run(&mut Client::connect(&run_dir)?, &answers),
-            Command::Disk(command) => command.run(&run_dir, &answers),
-            Command::Pull(args) => args.run(&run_dir, &answers),
+            Command::Checkpoint(command) => {
+                command.run(&mut Client::connect(&run_dir()?)?, &answers)
+            }
+            Command::Backup(command) => command.run(&mut Client::connect(&run_dir()?)?, &answers),
+            Command::Bitmap(command) => command.run(&mut Client::connect(&run_dir()?)?, &answers),
+            Command::Consumer(command) => command.run(&mut Client::connect(&run_dir()?)?, &answers),
+            Command::Disk(command) => command.run(&run_dir()?, &answers),
+            Command::Pull(args) => args.run(run_dir, &answers),
             Command::Qmp { command } => {
                 let command: Box<RawValue> = serde_json::from_str(&command)
                     .map_err(|error| Problem::usage(format!("the command is no JSON: {error}")))?;
-                let answer = Client::connect(&run_dir)?.execute_raw(&command)?;
+                let answer = Client::connect(&run_dir()?)?.execute_raw(&command)?;
                 Ok(Answers::raw(&answer))
             }
             Command::HookGuardian => {
                 hooks::guardian::guard()?;
                 Ok(Done::default())
             }
+            Command::List(args) => args.run(&answers),
+            Command::Verify(args) => args.run(&answers),
+            Command::Restore(args) => args.run(&answers),
+            Command::Prune(args) => args.run(&answers),
         }
     }
 }

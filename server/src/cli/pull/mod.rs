@@ -16,7 +16,7 @@ mod remote;
 mod report;
 mod stop;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -79,7 +79,11 @@ fn parse_uri(text: &str) -> Result<NbdUri, String> {
 }
 
 impl PullArgs {
-    pub(super) fn run(self, run_dir: &Path, answers: &Answers) -> Result<Done, Problem> {
+    pub(super) fn run(
+        self,
+        run_dir: impl FnOnce() -> Result<PathBuf, Problem>,
+        answers: &Answers,
+    ) -> Result<Done, Problem> {
         let report = Report::new(answers.is_json, self.quiet);
         let runtime = Builder::new_current_thread().enable_all().build();
         let runtime = runtime
@@ -90,7 +94,11 @@ impl PullArgs {
         done
     }
 
-    async fn pull(&self, run_dir: &Path, report: &Report) -> Result<Done, Problem> {
+    async fn pull(
+        &self,
+        run_dir: impl FnOnce() -> Result<PathBuf, Problem>,
+        report: &Report,
+    ) -> Result<Done, Problem> {
         let mut stop = Stop::listen()?;
         let creds = self.uri.as_ref().and_then(|uri| uri.tls_creds.as_deref());
         let creds = self.tls_creds.as_deref().or(creds);
@@ -102,7 +110,7 @@ impl PullArgs {
             begun: Instant::now(),
         };
         match &self.uri {
-            None => local::pull(&common, run_dir, &mut stop).await,
+            None => local::pull(&common, &run_dir()?, &mut stop).await,
             Some(uri) => remote::pull(&common, uri, &mut stop).await,
         }
     }

@@ -1,0 +1,79 @@
+//! `stillpoint verify`: whether everything in a folder of backups is still what was written.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::damage::{Event, Finder, damages};
+use super::problem::{Problem, exit};
+use super::units::size;
+use super::{Answers, Done};
+use crate::archive::{Archive, Scope, verify};
+
+#[derive(Args, Debug)]
+pub(super) struct VerifyArgs {
+    /// The folder of backups.
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+    /// Only this disk.
+    #[arg(long, value_name = "DISK")]
+    disk: Option<String>,
+    /// Only this point and what it builds on: a number, a checkpoint, a time (the last point not after
+    /// it), or `latest`.
+    #[arg(long, value_name = "POINT")]
+    at: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Outcome {
+    outcome: &'static str,
+    points: u64,
+    files: u64,
+    bytes: u64,
+    damages: u64,
+}
+
+impl VerifyArgs {
+    pub(super) fn run(self, answers: &Answers) -> Result<Done, Problem> {
+        let archive = Archive::open(&self.folder)?;
+        let disk = self.disk.as_deref();
+        let point = match &self.at {
+            Some(at) => Some(archive.find(at, disk)?.number),
+            None => None,
+        };
+        if let Some(disk) = disk
+            && archive.last_of(disk).is_none()
+        {
+            let folder = self.folder.display();
+            let message = format!("'{folder}' has no disk '{disk}'");
+            return Err(Problem::new("unknown-disk", message));
+        }
+        let disk = self.disk;
+        let verified = verify(&archive, &Scope { disk, point }, &Finder::new(answers))?;
+        let is_sound = verified.damages == 0;
+        let exit = if is_sound { 0 } else { exit::DAMAGED };
+        if answers.is_json {
+            let text = Event::result(Outcome {
+                outcome: if is_sound { "sound" } else { "damaged" },
+                points: verified.points,
+                files: verified.files,
+                bytes: verified.bytes,
+                damages: verified.damages,
+            });
+            return Ok(Done { text, exit });
+        }
+        if !is_sound {
+            let message = format!("{} found", damages(verified.damages));
+            let hint = "stillpoint restore --keep-going restores what there is";
+            return Err(Problem::new("verification-failed", message).hint(hint));
+        }
+        let text = format!(
+            "sound: {} points, {} files, {}\n",
+            verified.points,
+            verified.files,
+            size(verified.bytes)
+        );
+        Ok(Done { text, exit })
+    }
+}

@@ -1,13 +1,15 @@
 //! What the tests share: a running server, and other people's tools.
 //!
 //! Nothing here uses the server's own crates: what a test believes about the protocol it has from
-//! the protocol's documents, not from the code under test. The one exception is [`simulation`], which
-//! runs the server's own types on storage of its making. (`tests/client` is about a crate, not about the
+//! the protocol's documents, not from the code under test. The exceptions are [`simulation`], which
+//! runs the server's own types on storage of its making, and [`backup_folder`], which has them write
+//! folders of backups that no server was asked for. (`tests/client` is about a crate, not about the
 //! server.)
 
 pub mod server;
 
 pub mod attacks;
+pub mod backup_folder;
 pub mod bitmap;
 pub mod control;
 pub mod guest;

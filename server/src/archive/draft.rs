@@ -78,6 +78,7 @@ pub enum Piece {
 
 /// What an interrupted run has left in a folder.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one in a run")]
 pub enum Leftover {
     /// Nothing.
     Nothing,

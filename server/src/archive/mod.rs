@@ -45,5 +45,5 @@ pub use output::{Existing, Format};
 pub use plan::{DiskPlan, Identity, Mode, Origin, Plan, Since};
 pub use progress::Progress;
 pub use prune::{Fate, Keep, fates};
-pub use restore::{OnDamage, Restoration, Restored, restore};
+pub use restore::{OnDamage, Restoration, Restored, read_through, restore};
 pub use verify::{Scope, Verified, verify};

@@ -142,9 +142,10 @@ impl Disk {
                 let (piece, rest) = bytes.split_at(rng.random_range(1..=bytes.len()));
                 bytes = rest;
                 let is_zero = piece.iter().all(|byte| *byte == 0);
-                pieces.push(match is_zero && rng.random() {
-                    true => Piece::Zero(piece.len() as u64),
-                    false => Piece::Data(Bytes::copy_from_slice(piece)),
+                pieces.push(if is_zero && rng.random() {
+                    Piece::Zero(piece.len() as u64)
+                } else {
+                    Piece::Data(Bytes::copy_from_slice(piece))
                 });
             }
         }

@@ -34,6 +34,9 @@ mod error;
 mod runs;
 mod zeroes;
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
+
 pub use chunk::Chunk;
 pub use damage::{Damage, Watch};
 pub use digest::Digest;

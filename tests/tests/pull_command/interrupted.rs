@@ -157,6 +157,27 @@ fn killed_at_nine_tenths_it_reads_little_anew() {
 }
 
 #[test]
+fn killed_between_the_instant_and_the_first_byte_it_leaves_no_backup_to_the_next_run() {
+    let (server, guest) = full_disk(4 * MIB, &[]);
+    let folder = Folder::new();
+    folder.pull(&server, &[]).result(0);
+    // The folder of a draft is made when the instant is there.
+    folder.pull_killed_at(&server, "mkdir,mkdirat", 1);
+    let left = open_backups(&server);
+    assert_eq!(left.as_array().map(Vec::len), Some(1), "{left}");
+
+    // Somebody else's is none of ours.
+    server.begin("others", &[]);
+    let next = folder.pull(&server, &[]);
+    assert_eq!(next.disk(0, "vda")["parent"], 1);
+    assert_eq!(
+        stillpoint_tests::server::names(&open_backups(&server), "", "id"),
+        ["others"]
+    );
+    folder.holds(2, "vda", &guest.disk, "after a backup that nobody copied");
+}
+
+#[test]
 fn killed_between_publishing_and_commit_the_next_run_commits_what_is_there() {
     let (server, mut guest) = full_disk(4 * MIB, &[]);
     let folder = Folder::new();

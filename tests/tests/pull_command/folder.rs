@@ -62,8 +62,14 @@ impl Folder {
     /// Pulls, and is killed when all is copied and verified and nothing published.
     #[track_caller]
     pub(crate) fn pull_up_to_publishing(&self, server: &Server) {
+        self.pull_killed_at(server, "renameat2", 1);
+    }
+
+    /// Pulls, and is killed at the `n`th of these system calls.
+    #[track_caller]
+    pub(crate) fn pull_killed_at(&self, server: &Server, calls: &str, n: usize) {
         let pull = self.command(server, &[]);
-        let mut killed = killing("renameat2", 1);
+        let mut killed = killing(calls, n);
         killed.arg(pull.get_program()).args(pull.get_args());
         run(&mut killed).exits(137);
     }

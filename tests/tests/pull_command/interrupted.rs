@@ -157,6 +157,49 @@ fn killed_at_nine_tenths_it_reads_little_anew() {
 }
 
 #[test]
+fn killed_between_the_instant_and_the_first_byte_it_leaves_no_backup_to_the_next_run() {
+    let (server, guest) = full_disk(4 * MIB, &[]);
+    let folder = Folder::new();
+    folder.pull(&server, &[]).result(0);
+    // The folder of a draft is made when the instant is there.
+    folder.pull_killed_at(&server, "mkdir,mkdirat", 1);
+    let left = open_backups(&server);
+    assert_eq!(left.as_array().map(Vec::len), Some(1), "{left}");
+
+    // Somebody else's is none of ours.
+    server.begin("others", &[]);
+    let next = folder.pull(&server, &[]);
+    assert_eq!(next.disk(0, "vda")["parent"], 1);
+    assert_eq!(
+        stillpoint_tests::server::names(&open_backups(&server), "", "id"),
+        ["others"]
+    );
+    folder.holds(2, "vda", &guest.disk, "after a backup that nobody copied");
+}
+
+#[test]
+fn killed_between_publishing_and_commit_the_next_run_commits_what_is_there() {
+    let (server, mut guest) = full_disk(4 * MIB, &[]);
+    let folder = Folder::new();
+    // What a point needs only until it is whole is removed when it is published.
+    folder.pull_killed_at(&server, "unlink,unlinkat", 1);
+    assert_eq!(folder.points(), [1]);
+    let open = open_backups(&server);
+    assert_eq!(open.as_array().map(Vec::len), Some(1), "{open}");
+    folder.holds(1, "vda", &guest.disk, "published");
+
+    guest.write(0, &[9; 512]);
+    let next = folder.pull(&server, &[]);
+    let disk = next.disk(0, "vda");
+    assert_eq!(
+        (&disk["mode"], &disk["parent"]),
+        (&json!("incremental"), &json!(1))
+    );
+    assert_eq!(open_backups(&server), json!([]));
+    folder.holds(2, "vda", &guest.disk, "on top of what was committed late");
+}
+
+#[test]
 fn a_backup_that_breaks_meanwhile_is_aborted_and_its_base_stays() {
     let (server, mut guest) = full_disk(64 * MIB, &["--backup-scratch-limit=1M"]);
     let folder = Folder::new();

@@ -121,6 +121,36 @@ fn a_consumer_that_moved_on_elsewhere_makes_a_full_not_a_wrong_incremental() {
 }
 
 #[test]
+fn what_the_consumer_has_elsewhere_is_no_base_here() {
+    let server = Server::builder()
+        .disk("vda", SIZE)
+        .disk("vdb", SIZE)
+        .start();
+    let mut guest = Guest::new(&server, "vda");
+    let (folder, other) = (Folder::new(), Folder::new());
+    let pull = |folder: &Folder, disk: &str| {
+        let pulled = folder.pull(&server, &[disk, "--consumer", "nightly"]);
+        pulled.result(0)["checkpoint_uuid"]
+            .as_str()
+            .expect("a uuid")
+            .to_owned()
+    };
+    let first = pull(&folder, "vda");
+    pull(&folder, "vdb");
+    // Something still needs the checkpoint that is left.
+    server.begin("keeper", &["--disk", "vda", "--since", &first]);
+    guest.write(0, &[1; 4096]);
+    pull(&other, "vda");
+    guest.write(CHUNK, &[2; 4096]);
+
+    // Asked for what is since the last of each disk, the server answers with the other folder's.
+    let both = folder.pull(&server, &["--consumer", "nightly"]);
+    is_full(&both, 3, "vda", "no point here is of checkpoint");
+    assert_eq!(both.disk(3, "vdb")["mode"], "incremental");
+    folder.holds(3, "vda", &guest.disk, "a full after all");
+}
+
+#[test]
 fn two_folders_have_chains_of_their_own() {
     let server = Server::with_disk(SIZE);
     let mut guest = Guest::new(&server, "vda");

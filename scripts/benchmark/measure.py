@@ -8,11 +8,11 @@ import shlex
 import signal
 import statistics
 import subprocess
-import threading
 import time
 
 from benchmark import processes
 from benchmark.processes import family, output, pinned
+from benchmark.repeated import Repeated
 
 TICKS = os.sysconf("SC_CLK_TCK")
 GIB = 1 << 30
@@ -168,45 +168,26 @@ class Guest:
         self.measure = None if kind else fio_measure(text, "write", self.command)
 
 
-class Puller:
-    """A client that pulls a frozen export over and over, until told to stop."""
+class Puller(Repeated):
+    """Pulls a frozen export over and over."""
 
     def __init__(self, client, uri, size):
+        super().__init__()
         self.client, self.uri, self.size = client, uri, size
         self.hundredths = 0
-        self.process = self.error = None
-        self.stopping = threading.Event()
-        self.thread = threading.Thread(target=self.run)
 
     def command(self, progress):
         return pinned(["nbdcopy", f"--progress={progress}", self.uri, "null:"], self.client.core)
 
-    def run(self):
-        while not self.stopping.is_set() and not self.error:
-            reader, writer = os.pipe()
-            self.process = processes.spawn(self.command(writer), stdin=subprocess.DEVNULL,
-                                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                           pass_fds=[writer])
-            os.close(writer)
-            with open(reader) as progress:
-                # `N/100`, a line each.
-                lines = progress.read().split()
-            complaint = self.process.communicate()[1].decode()
-            self.hundredths += int(lines[-1].split("/")[0]) if lines else 0
-            if self.process.returncode and not self.stopping.is_set():
-                self.error = RuntimeError(f"{shlex.join(self.command(3))}: {complaint}")
-
-    def __enter__(self):
-        self.begun = time.monotonic()
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.seconds = time.monotonic() - self.begun
-        self.stopping.set()
-        if self.process:
-            self.process.terminate()
-        self.thread.join()
+    def once(self):
+        reader, writer = os.pipe()
+        self.spawn(self.command(writer), pass_fds=[writer])
+        os.close(writer)
+        with open(reader) as progress:
+            # `N/100`, a line each.
+            lines = progress.read().split()
+        self.wait(self.command(3))
+        self.hundredths += int(lines[-1].split("/")[0]) if lines else 0
 
     def pulled(self):
         """Bytes, to a hundredth of a pull."""

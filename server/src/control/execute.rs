@@ -13,9 +13,10 @@ use super::Control;
 use super::answers::{
     BackupAnswer, BackupDisk, BackupState, CheckpointAnswer, CheckpointDisk, CommandName,
     ConsumerAnswer, ConsumerDisk, Difference, DiskAnswer, ExportUse, Mode, ResizeAnswer, Sockets,
-    Status, Version, path_text, time_text, uris,
+    Status, path_text, time_text, uris,
 };
 use super::bitmaps;
+use super::messages::Version;
 use super::request::{COMMANDS, Command};
 use crate::export::{Export, difference_name, frozen_name};
 use crate::failure::Failure;

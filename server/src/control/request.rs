@@ -2,9 +2,9 @@
 
 use serde_json::{Map, Value};
 
-use super::answers::Reply;
 use super::arguments::{Arguments, bad_request, shortened};
 use super::bitmaps;
+use super::messages::Reply;
 use crate::failure::Failure;
 use crate::names::Name;
 use crate::service::{Action, BeginRequest};

@@ -277,7 +277,7 @@ class Throttled(Condition):
     def disturb(self, field, server):
         begin = field.scale.size
         command = field.client.fio_command(
-            server.uri, "write", "1m", self.image_size(field.scale) - begin, seed=1, depth=8,
+            server, "write", "1m", self.image_size(field.scale) - begin, seed=1, depth=8,
             extra=[f"--offset={begin}", "--time_based", "--runtime=3600"])
         return Writer(field, command)
 

@@ -8,6 +8,7 @@
 pub mod server;
 
 pub mod attacks;
+pub mod base;
 pub mod bitmap;
 pub mod control;
 pub mod guest;
@@ -19,6 +20,7 @@ pub mod peers;
 pub mod process;
 pub mod qemu;
 pub mod raw_nbd;
+pub mod relay;
 pub mod rude;
 pub mod seeds;
 pub mod shadow;
@@ -29,6 +31,7 @@ pub mod tools;
 
 pub mod simulation;
 
+pub use base::NbdBase;
 pub use control::Qmp;
 pub use guest::Guest;
 pub use guest_agent::GuestAgent;

@@ -16,6 +16,7 @@ pub mod qcow2;
 mod ring;
 mod storage;
 mod sync;
+mod unreachable;
 
 pub use buffer::Buffer;
 pub use cells::Cells;
@@ -24,3 +25,4 @@ pub use file::FileStorage;
 pub use lock::{ImageLock, LockError};
 pub use storage::{Extent, Storage, Zeroing, is_zero};
 pub use sync::SharedSync;
+pub use unreachable::Unreachable;

@@ -10,6 +10,7 @@ pub mod server;
 
 pub mod attacks;
 pub mod backup_folder;
+pub mod base;
 pub mod bitmap;
 pub mod control;
 pub mod guest;
@@ -21,6 +22,7 @@ pub mod peers;
 pub mod process;
 pub mod qemu;
 pub mod raw_nbd;
+pub mod relay;
 pub mod rude;
 pub mod seeds;
 pub mod shadow;
@@ -31,6 +33,7 @@ pub mod tools;
 
 pub mod simulation;
 
+pub use base::NbdBase;
 pub use control::Qmp;
 pub use guest::Guest;
 pub use guest_agent::GuestAgent;

@@ -86,6 +86,8 @@ pub(crate) struct DiskAnswer {
     pub(crate) uncertain_bytes: u64,
     /// How much would be after a power cut now, besides that.
     pub(crate) active_bytes: u64,
+    /// How much another server may still change that was given up, and so is in every backup.
+    pub(crate) unsettled_bytes: u64,
     /// The name of its live export.
     pub(crate) live_export: String,
     /// One for each listener.

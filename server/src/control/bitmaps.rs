@@ -208,7 +208,7 @@ fn node(service: &Service, disk: &ServedDisk) -> Node {
             inconsistent: dirty.is_err(),
         }
     };
-    let filename = path_text(&std::path::absolute(&disk.path).unwrap_or(disk.path.clone()));
+    let filename = path_text(&disk.path);
     Node {
         disk: disk.name.clone(),
         drv: "raw".to_owned(),

@@ -29,6 +29,11 @@ pub(crate) enum Command {
         /// In bytes.
         size: u64,
     },
+    /// `disk-settle`.
+    SettleDisk {
+        /// Which.
+        disk: Name,
+    },
     /// `query-checkpoints`.
     Checkpoints {
         /// Only those of this disk.
@@ -137,6 +142,7 @@ pub(crate) const COMMANDS: &[&str] = &[
     "query-status",
     "query-disks",
     "disk-resize",
+    "disk-settle",
     "query-checkpoints",
     "query-backups",
     "checkpoint-create",
@@ -197,6 +203,9 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
         "disk-resize" => Command::ResizeDisk {
             disk: arguments.required_name("disk")?,
             size: arguments.required_number("size", u64::MAX)?,
+        },
+        "disk-settle" => Command::SettleDisk {
+            disk: arguments.required_name("disk")?,
         },
         "query-checkpoints" => Command::Checkpoints {
             disk: arguments.name("disk")?,

@@ -86,7 +86,7 @@ fn check_size(path: &Path, image: &FileStorage) -> Result<(), Failure> {
 
 /// A guest can write any header into a raw disk, so a format is never guessed: it is refused, or
 /// the user says that the image is raw.
-async fn refuse_other_formats(path: &Path, image: &FileStorage) -> Result<(), Failure> {
+pub(super) async fn refuse_other_formats(path: &Path, image: &impl Storage) -> Result<(), Failure> {
     let mut head = [0; 512];
     let read = image.read(0, &mut head).await;
     read.map_err(|error| cannot_open(path, &error))?;

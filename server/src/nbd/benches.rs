@@ -77,6 +77,7 @@ async fn serve(folder: &Path, chunks: u64) -> Arc<Service> {
     let spec = DiskSpec {
         name: Name::parse("vda").expect("letters are a name"),
         path,
+        remote: None,
         raw: true,
         granularity: None,
         state: None,

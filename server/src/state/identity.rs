@@ -31,6 +31,12 @@ impl ImageIdentity {
     pub(crate) fn of(image: &Image) -> io::Result<Self> {
         match image {
             Image::File(file) => Self::of_file(file.file(), file.size()),
+            // Nothing else of it can be told, but by its [fingerprint](super::fingerprint).
+            Image::Nbd(_) => Ok(Self {
+                device: ELSEWHERE,
+                size: image.size(),
+                ..Self::default()
+            }),
         }
     }
 
@@ -176,6 +182,7 @@ pub(crate) fn boot() -> io::Result<[u8; 16]> {
 pub(crate) fn mount_of(image: &Image) -> io::Result<u64> {
     match image {
         Image::File(file) => mount(file.file()),
+        Image::Nbd(_) => Ok(0),
     }
 }
 
@@ -187,6 +194,9 @@ pub(crate) fn mount(file: &File) -> io::Result<u64> {
     let found = ask(unique).or_else(|_| ask(StatxFlags::MNT_ID))?;
     Ok(found.stx_mnt_id)
 }
+
+/// No device has this number.
+const ELSEWHERE: u64 = u64::MAX;
 
 /// Linux 6.8; newer than the constants of the system call crate.
 const STATX_MNT_ID_UNIQUE: u32 = 0x4000;

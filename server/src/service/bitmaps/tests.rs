@@ -165,6 +165,7 @@ impl<'a> Life<'a> {
         let spec = DiskSpec {
             name: name.clone(),
             path: image.to_path_buf(),
+            remote: None,
             raw: true,
             granularity: Some(Granularity::new(CHUNK).unwrap()),
             state: None,

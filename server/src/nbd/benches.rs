@@ -77,7 +77,8 @@ async fn serve(folder: &Path, chunks: u64) -> Arc<Service> {
     let spec = DiskSpec {
         name: Name::parse("vda").expect("letters are a name"),
         path,
-        raw: true,
+        format: None,
+        allow_backing: Vec::new(),
         granularity: None,
         state: None,
         read_only: false,

@@ -8,3 +8,4 @@ mod chains;
 mod reads;
 mod refused;
 
+mod served;

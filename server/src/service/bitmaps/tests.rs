@@ -165,7 +165,8 @@ impl<'a> Life<'a> {
         let spec = DiskSpec {
             name: name.clone(),
             path: image.to_path_buf(),
-            raw: true,
+            format: None,
+            allow_backing: Vec::new(),
             granularity: Some(Granularity::new(CHUNK).unwrap()),
             state: None,
             read_only: false,

@@ -1,4 +1,6 @@
-//! What the fuzz targets share: state files in memory.
+//! What the fuzz targets share: state files in memory, and images.
+
+pub mod images;
 
 use std::io;
 use std::ops::Range;

@@ -78,7 +78,7 @@ const BITMAPS: [&str; 7] = [
 
 #[test]
 fn bitmaps_that_qemu_made_are_served_all_at_once_and_no_byte_is_touched() {
-    let rounds: Vec<_> = (1..=number("STILLPOINT_QCOW2_HISTORIES", 2)).collect();
+    let rounds: Vec<_> = (1..=number("STILLPOINT_QCOW2_HISTORIES", 3)).collect();
     for seed in seeds(&rounds) {
         let images = Images::new();
         let base = images.create("base", "", &[], 8 * MIB);

@@ -2,7 +2,7 @@
 //!
 //! [`Storage`] is what a disk, or its scratch, is made of. [`FileStorage`] is a regular file or a
 //! block device; [`ImageLock`] keeps everyone else from writing it; [`Cells`] is a small file of
-//! bookkeeping that survives the process with every single store.
+//! bookkeeping that survives the process with every single store. [`qcow2`] reads images of that format.
 
 mod buffer;
 mod cells;

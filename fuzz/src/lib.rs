@@ -1,4 +1,6 @@
-//! What the fuzz targets share.
+//! What the fuzz targets share: state files in memory, and images.
+
+pub mod images;
 
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};

@@ -16,7 +16,7 @@ use crate::disk::{Disk, Durability, Ending, Growth, GrowthRecord, LossRecord, On
 use crate::failure::Failure;
 use crate::files::Files;
 use crate::hooks::Hooks;
-use crate::image::{Image, RemoteSpec, cannot_open};
+use crate::image::{Image, RemoteSpec, Stored, cannot_open};
 use crate::lock_file::LockFile;
 use crate::lookups::Lookups;
 use crate::names::Name;
@@ -32,8 +32,10 @@ pub(crate) struct DiskSpec {
     pub(crate) path: PathBuf,
     /// The export of another server that it is, if it is one.
     pub(crate) remote: Option<RemoteSpec>,
-    /// The user said that it is raw, whatever it looks like.
-    pub(crate) raw: bool,
+    /// What it is, if the user says so.
+    pub(crate) format: Option<Format>,
+    /// From where else than its own folder it may have the files that it names.
+    pub(crate) allow_backing: Vec<PathBuf>,
     /// The chunk size of the era map, if the user has one in mind.
     pub(crate) granularity: Option<Granularity>,
     /// Where its state goes, if not to the default place.
@@ -44,6 +46,15 @@ pub(crate) struct DiskSpec {
     pub(crate) durability: Durability,
     /// Whether it is read and written through the page cache.
     pub(crate) cache: Cache,
+}
+
+/// What the bytes of an image mean.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Format {
+    /// They are those of the disk, whatever they look like.
+    Raw,
+    /// They say where those of the disk are, and what was dirty.
+    Qcow2,
 }
 
 /// How an image is read and written.
@@ -102,6 +113,8 @@ pub(crate) struct ServedDisk {
     pub(crate) state: Mutex<State>,
     /// The bits of its dirty bitmaps.
     pub(crate) bits: BitsFolder,
+    /// The dirty bitmaps that are stored in its image.
+    pub(crate) stored: Vec<Stored>,
     /// How many ask at once what of it is where.
     pub(crate) lookups: Lookups,
     scratch_dir: PathBuf,
@@ -329,6 +342,7 @@ async fn open_disk(
     if let Some(Growth { from, to }) = opened.growth {
         tracing::info!(disk = %spec.name, from, to, "the disk has been enlarged: what is new is marked");
     }
+    let stored = image.stored_bitmaps(&spec.path).await;
     let disk = Disk::new(image, opened.map, Some(opened.intents), opened.era, Hooks)
         .with_loss(opened.loss);
     if let (Some(remote), Ending::PowerCut) = (disk.image().remote(), opened.ending) {
@@ -350,6 +364,7 @@ async fn open_disk(
         forgotten: opened.ledger.loss.clone(),
         state: Mutex::new(opened.state),
         bits: BitsFolder::of(&state),
+        stored,
         lookups: Lookups::default(),
         scratch_dir,
         was_killed: opened.ending == Ending::Killed,

@@ -11,7 +11,7 @@ use crate::disk::Durability;
 use crate::image::RemoteSpec;
 use crate::names::Name;
 use crate::nbd_uri::NbdUriError;
-use crate::served::{Cache, DiskSpec};
+use crate::served::{Cache, DiskSpec, Format};
 
 /// Reads it; an error says what is wrong.
 pub(super) fn parse(text: &OsStr) -> Result<DiskSpec, String> {
@@ -37,7 +37,8 @@ pub(super) fn parse(text: &OsStr) -> Result<DiskSpec, String> {
             tls_creds: None,
             patience: PATIENCE,
         }),
-        raw: false,
+        format: None,
+        allow_backing: Vec::new(),
         granularity: None,
         state: None,
         read_only: false,
@@ -65,9 +66,12 @@ fn set(spec: &mut DiskSpec, key: &str, value: Option<OsString>) -> Result<(), St
         .as_ref()
         .map(|value| value.to_string_lossy().into_owned());
     match (key, text.as_deref()) {
-        ("format", Some("raw")) => spec.raw = true,
+        ("format", Some("raw")) => spec.format = Some(Format::Raw),
+        ("format", Some("qcow2")) => spec.format = Some(Format::Qcow2),
         ("format", Some(other)) => {
-            return Err(format!("format '{other}' is not supported: only raw is"));
+            return Err(format!(
+                "format '{other}' is not supported: only raw and qcow2 are"
+            ));
         }
         ("granularity", Some(size)) => {
             let bytes = parse_size(size)?;
@@ -175,7 +179,7 @@ mod tests {
         assert_eq!(spec.path, Path::new("/a,b=c,"));
         assert_eq!(spec.granularity.map(Granularity::bytes), Some(4096));
         assert_eq!(spec.state.as_deref(), Some(Path::new("/s,t")));
-        assert!(!spec.raw && !spec.read_only);
+        assert!(spec.format.is_none() && !spec.read_only);
     }
 
     #[test]
@@ -192,7 +196,7 @@ mod tests {
     fn read_only_has_the_spellings_that_people_know() {
         for on in ["read-only", "readonly", "read-only=on", "readonly=on"] {
             let spec = parse(&format!("a=/a,format=raw,{on}")).unwrap();
-            assert!(spec.raw && spec.read_only, "{on}");
+            assert!(spec.format == Some(Format::Raw) && spec.read_only, "{on}");
         }
         assert!(!parse("a=/a,readonly=off").unwrap().read_only);
     }
@@ -205,7 +209,7 @@ mod tests {
             ("a/b=/a", "A-Z"),
             ("a=", "no path"),
             ("a=,format=raw", "no path"),
-            ("a=/a,format=qcow2", "only raw"),
+            ("a=/a,format=vmdk", "only raw and qcow2"),
             ("a=/a,format", "needs a value"),
             ("a=/a,state=", "needs a value"),
             (

@@ -23,7 +23,7 @@ pub(super) async fn open(spec: &DiskSpec, engine: Engine) -> Result<FileStorage,
     })?;
     let image = FileStorage::new(file, engine).map_err(|error| cannot_open(&spec.path, &error))?;
     check_size(&spec.path, &image)?;
-    if !spec.raw {
+    if spec.format.is_none() {
         refuse_other_formats(&spec.path, &image).await?;
     }
     Ok(image)
@@ -100,7 +100,7 @@ pub(super) async fn refuse_other_formats(path: &Path, image: &impl Storage) -> R
         "'{}' looks like a {format} image, and no format was given",
         path.display()
     );
-    let hint = "add ,format=raw if the bytes of the file are the disk; \
+    let hint = "add ,format=raw if the bytes of the file are the disk, or ,format=qcow2,read-only; \
                 serve other formats through qemu-nbd or convert them with qemu-img";
     Err(Failure::new("unknown-format", message).hint(hint))
 }

@@ -1,20 +1,23 @@
 //! What the bytes of a disk are in.
 
 mod file;
+mod qcow2;
 mod remote;
 
 use std::io;
 use std::ops::Range;
 use std::path::Path;
 
+use block::qcow2::{Depth, Qcow2Image};
 use block::{Engine, Extent, FileStorage, Storage, Zeroing};
 use bytes::Bytes;
 
 use crate::failure::Failure;
-
-use crate::served::DiskSpec;
+pub(crate) use qcow2::Stored;
 pub(crate) use remote::RemoteSpec;
 use remote::RemoteStorage;
+
+use crate::served::{DiskSpec, Format};
 
 /// The image of a disk. Of which kind it is was settled when it was opened.
 #[derive(Debug)]
@@ -23,22 +26,33 @@ pub(crate) enum Image {
     File(FileStorage),
     /// An export of another NBD server.
     Nbd(RemoteStorage),
+    /// A file that says where the bytes of the disk are.
+    Qcow2(Box<Qcow2Image>),
 }
 
 impl Image {
     /// Opens and locks the image of `spec`.
     pub(crate) async fn open(spec: &DiskSpec, engine: Engine) -> Result<Self, Failure> {
-        match &spec.remote {
-            None => file::open(spec, engine).await.map(Self::File),
-            Some(remote) => open_remote(spec, remote).await,
+        match (&spec.remote, spec.format) {
+            (Some(remote), None | Some(Format::Raw)) => open_remote(spec, remote).await,
+            (Some(_), Some(Format::Qcow2)) => {
+                let message = "what another server exports is taken as it is, raw";
+                let hint = "let qemu-nbd read the qcow2 image, and serve what it exports";
+                Err(Failure::new("bad-argument", message.to_owned()).hint(hint))
+            }
+            (None, None | Some(Format::Raw)) => file::open(spec, engine).await.map(Self::File),
+            (None, Some(Format::Qcow2)) => {
+                let image = qcow2::open(spec, engine).await?;
+                Ok(Self::Qcow2(Box::new(image)))
+            }
         }
     }
 
     /// The other server that has it, if one has.
     pub(crate) fn remote(&self) -> Option<&RemoteStorage> {
         match self {
-            Self::File(_) => None,
             Self::Nbd(remote) => Some(remote),
+            Self::File(_) | Self::Qcow2(_) => None,
         }
     }
 
@@ -48,6 +62,7 @@ impl Image {
         match self {
             Self::File(file) => file.length(),
             Self::Nbd(remote) => Ok(remote.size()),
+            Self::Qcow2(image) => Ok(image.size()),
         }
     }
 
@@ -55,7 +70,37 @@ impl Image {
     pub(crate) fn is_device(&self) -> bool {
         match self {
             Self::File(file) => file.is_device(),
-            Self::Nbd(_) => false,
+            Self::Nbd(_) | Self::Qcow2(_) => false,
+        }
+    }
+
+    /// Whether nobody ever writes it here, so that any change of it is another's.
+    pub(crate) fn is_constant(&self) -> bool {
+        matches!(self, Self::Qcow2(_))
+    }
+
+    /// As QEMU calls the format.
+    pub(crate) fn format(&self) -> &'static str {
+        match self {
+            Self::File(_) | Self::Nbd(_) => "raw",
+            Self::Qcow2(_) => "qcow2",
+        }
+    }
+
+    /// How deep in a chain of images `range` is, from its start on: at least one stretch and at most
+    /// `limit`, adjacent.
+    pub(crate) async fn depths(&self, range: Range<u64>, limit: usize) -> io::Result<Vec<Depth>> {
+        match self {
+            Self::File(_) | Self::Nbd(_) => Ok(vec![Depth { range, depth: 1 }]),
+            Self::Qcow2(image) => image.depths(range, limit).await,
+        }
+    }
+
+    /// The dirty bitmaps that are stored in it; it was opened at `path`.
+    pub(crate) async fn stored_bitmaps(&self, path: &Path) -> Vec<Stored> {
+        match self {
+            Self::File(_) | Self::Nbd(_) => Vec::new(),
+            Self::Qcow2(image) => qcow2::stored_bitmaps(path, image).await,
         }
     }
 }
@@ -65,6 +110,7 @@ impl Storage for Image {
         match self {
             Self::File(file) => file.size(),
             Self::Nbd(remote) => remote.size(),
+            Self::Qcow2(image) => image.size(),
         }
     }
 
@@ -72,6 +118,7 @@ impl Storage for Image {
         match self {
             Self::File(file) => file.grow(size).await,
             Self::Nbd(remote) => remote.grow(size).await,
+            Self::Qcow2(image) => image.grow(size).await,
         }
     }
 
@@ -79,6 +126,7 @@ impl Storage for Image {
         match self {
             Self::File(file) => file.read(offset, buffer).await,
             Self::Nbd(remote) => remote.read(offset, buffer).await,
+            Self::Qcow2(image) => image.read(offset, buffer).await,
         }
     }
 
@@ -86,6 +134,7 @@ impl Storage for Image {
         match self {
             Self::File(file) => file.write(offset, data).await,
             Self::Nbd(remote) => remote.write(offset, data).await,
+            Self::Qcow2(image) => image.write(offset, data).await,
         }
     }
 
@@ -93,6 +142,7 @@ impl Storage for Image {
         match self {
             Self::File(file) => file.zero(range, how).await,
             Self::Nbd(remote) => remote.zero(range, how).await,
+            Self::Qcow2(image) => image.zero(range, how).await,
         }
     }
 
@@ -100,6 +150,7 @@ impl Storage for Image {
         match self {
             Self::File(file) => file.sync().await,
             Self::Nbd(remote) => remote.sync().await,
+            Self::Qcow2(image) => image.sync().await,
         }
     }
 
@@ -107,6 +158,7 @@ impl Storage for Image {
         match self {
             Self::File(file) => file.extents(range).await,
             Self::Nbd(remote) => remote.extents(range).await,
+            Self::Qcow2(image) => image.extents(range).await,
         }
     }
 
@@ -139,7 +191,7 @@ async fn open_remote(spec: &DiskSpec, remote: &RemoteSpec) -> Result<Image, Fail
         );
     }
     let image = Image::Nbd(image);
-    if !spec.raw {
+    if spec.format.is_none() {
         file::refuse_other_formats(&spec.path, &image).await?;
     }
     Ok(image)

@@ -27,7 +27,7 @@ use time::OffsetDateTime;
 use tokio::sync::{Mutex, broadcast};
 
 pub(crate) use bases::FIRST_BACKUP;
-pub(crate) use bitmaps::{Action, Addition, Bitmap, Source};
+pub(crate) use bitmaps::{Action, Addition, Bitmap, InImage, Source};
 pub(crate) use book::{
     Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Last, Outcome, Usage,
 };

@@ -323,7 +323,9 @@ async fn begin(
     }
     let weakness = before.durability.why_lost(ending).map(str::to_owned);
     // Without a lease, what was our own change and what someone else's is not known either.
-    if let Some(why) = weakness.or_else(|| changed_image(&before, &here, ending, lease_record)) {
+    if let Some(why) =
+        weakness.or_else(|| changed_image(&before, &here, ending, lease_record, image))
+    {
         lost = Some(why);
     }
 
@@ -502,8 +504,15 @@ fn lost_before(life: &Life) -> Option<Lost> {
 }
 
 /// Why the image is not the one that was left, or not as it was left, if so.
-fn changed_image(before: &Life, here: &Life, ending: Ending, lease: LeaseRecord) -> Option<String> {
+fn changed_image(
+    before: &Life,
+    here: &Life,
+    ending: Ending,
+    lease: LeaseRecord,
+    image: &Image,
+) -> Option<String> {
     let recorded = match ending {
+        _ if image.is_constant() => None,
         Ending::Clean => None,
         Ending::Killed => Some(lease.clock.map(|clock| clock + CLOCK_SLACK_S)),
         Ending::PowerCut => Some(lease.end),

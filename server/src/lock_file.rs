@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 /// A lock that ends with the process, on a file that holds its pid.
 #[derive(Debug)]
-pub(crate) struct LockFile(#[expect(dead_code, reason = "held, not used")] File);
+pub(crate) struct LockFile(File);
 
 /// Who has the lock, as a text to append: ` (pid 17)`, or nothing where that is not known.
 #[derive(Debug)]
@@ -42,6 +42,13 @@ impl LockFile {
         file.set_len(0)?;
         writeln!(file, "{}", std::process::id())?;
         Ok(Ok(Self(file)))
+    }
+}
+
+impl Drop for LockFile {
+    fn drop(&mut self) {
+        // Closing alone would leave it to a child that was forked and has not closed its files yet.
+        let _ = flock(&self.0, FlockOperation::Unlock);
     }
 }
 

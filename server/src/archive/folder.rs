@@ -27,8 +27,12 @@ pub struct Archive {
     unsound: Vec<(u64, ArchiveError)>,
     writer: Option<Writer>,
     /// Keeps points from being removed meanwhile.
-    readers: Option<File>,
+    readers: Option<Reading>,
 }
+
+/// Says that points are being read.
+#[derive(Debug)]
+struct Reading(File);
 
 /// The right to add to a folder and to remove from it; held by one at a time, in all processes.
 #[derive(Clone, Debug)]
@@ -222,7 +226,7 @@ impl Archive {
 
     fn alone(&self) -> Result<Alone<'_>, ArchiveError> {
         if let Some(readers) = &self.readers {
-            flock(readers, FlockOperation::NonBlockingLockExclusive)
+            flock(&readers.0, FlockOperation::NonBlockingLockExclusive)
                 .map_err(|error| locked_or(&self.path, error.into(), ArchiveError::writing))?;
         }
         Ok(Alone(self.readers.as_ref()))
@@ -266,14 +270,21 @@ impl Archive {
 }
 
 /// Nobody else reads until it is dropped.
-struct Alone<'a>(Option<&'a File>);
+struct Alone<'a>(Option<&'a Reading>);
 
 impl Drop for Alone<'_> {
     fn drop(&mut self) {
         if let Some(readers) = self.0 {
             // What fails here keeps others out until this process ends.
-            let _ = flock(readers, FlockOperation::NonBlockingLockShared);
+            let _ = flock(&readers.0, FlockOperation::NonBlockingLockShared);
         }
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        // Closing alone would leave it to a child that was forked and has not closed its files yet.
+        let _ = flock(&self.0, FlockOperation::Unlock);
     }
 }
 
@@ -307,7 +318,7 @@ fn make_folder(path: &Path) -> io::Result<()> {
 
 /// Says to whoever would remove something that it is being read. Where the file of the lock cannot
 /// be made, nothing can be removed either.
-fn share(path: &Path) -> io::Result<Option<File>> {
+fn share(path: &Path) -> io::Result<Option<Reading>> {
     use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem, StorageFull};
     let mut options = File::options();
     let options = options.read(true).write(true).create(true).mode(0o600);
@@ -327,7 +338,7 @@ fn share(path: &Path) -> io::Result<Option<File>> {
         found => found?,
     };
     flock(&file, FlockOperation::NonBlockingLockShared)?;
-    Ok(Some(file))
+    Ok(Some(Reading(file)))
 }
 
 fn locked_or(

@@ -31,9 +31,7 @@ fn what_was_pulled_is_sound_is_what_is_served_and_is_restored() {
             for guest in &mut guests {
                 (0..rng.random_range(0..30)).for_each(|_| guest.do_something(&mut rng));
             }
-            let run_dir = server.run_directory();
-            let line = ["pull", "--to", path(&folder), "--run-dir", path(run_dir)];
-            stillpoint(&line).ok();
+            server.cli(&["pull", "--to", path(&folder)]).ok();
             past.insert(point, [guests[0].disk.clone(), guests[1].disk.clone()]);
 
             // Nothing was written meanwhile: an instant of now is the same.
@@ -45,7 +43,7 @@ fn what_was_pulled_is_sound_is_what_is_served_and_is_restored() {
                 let same = stillpoint(&line);
                 assert!(same.ok().starts_with("identical: "), "seed {seed}: {same}");
             }
-            server.stillpoint(&["backup", "abort", &id]).ok();
+            server.abort(&id);
         }
         stillpoint(&["verify", path(&folder)]).ok();
         for (point, disks) in past {

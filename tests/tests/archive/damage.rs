@@ -242,8 +242,8 @@ fn the_command_names_what_is_damaged_and_exits_with_5() {
     let lines = json_lines(lines.exits(5));
     let result = lines.last().unwrap();
     assert_eq!(result["event"], "result");
-    let lost = &result["disks"][0]["lost"];
-    let total: u64 = lost
+    let stretches = &result["disks"][0]["lost"];
+    let total: u64 = stretches
         .as_array()
         .unwrap()
         .iter()

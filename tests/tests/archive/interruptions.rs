@@ -153,7 +153,7 @@ fn what_cannot_go_on_is_removed_with_the_reason() {
     let partial = folder.path().join("1.partial");
     let damages: [(&str, &dyn Fn()); 4] = [
         ("had not begun", &|| {
-            fs::remove_file(partial.join("plan.json")).unwrap()
+            fs::remove_file(partial.join("plan.json")).unwrap();
         }),
         ("plan is damaged", &|| {
             let file = File::options()
@@ -163,10 +163,10 @@ fn what_cannot_go_on_is_removed_with_the_reason() {
             file.write_all_at(b"x", 30).unwrap();
         }),
         ("files of it are missing", &|| {
-            fs::remove_file(partial.join("vdb.qcow2")).unwrap()
+            fs::remove_file(partial.join("vdb.qcow2")).unwrap();
         }),
         ("files of it are missing", &|| {
-            fs::remove_file(partial.join("vda.done")).unwrap()
+            fs::remove_file(partial.join("vda.done")).unwrap();
         }),
     ];
     for (expected, damage) in damages {

@@ -11,7 +11,9 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::draft::{self, Draft, Leftover};
+use super::begin::{self, Leftover};
+use super::draft::Draft;
+use super::entries::{Entry, IDENTITY, LOCK, LOST_AND_FOUND, PARTIAL, PRUNED, READERS, entries};
 use super::error::ArchiveError;
 use super::manifest::{DiskEntry, Manifest, Point};
 use super::plan::Plan;
@@ -37,16 +39,6 @@ struct Reading(File);
 /// The right to add to a folder and to remove from it; held by one at a time, in all processes.
 #[derive(Clone, Debug)]
 pub(super) struct Writer(#[expect(dead_code, reason = "held, not used")] Arc<LockFile>);
-
-/// What a name in the folder means.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Entry {
-    Point(u64),
-    Partial(u64),
-    Pruned(u64),
-    Ours,
-    Foreign,
-}
 
 impl Archive {
     /// Opens a folder that is there, to read it. Others may read it too, and add points.
@@ -175,7 +167,7 @@ impl Archive {
         });
         match partial {
             None => Ok(Leftover::Nothing),
-            Some(number) => draft::found(self, number, writer),
+            Some(number) => begin::found(self, number, writer),
         }
     }
 
@@ -183,7 +175,7 @@ impl Archive {
     pub fn begin(&self, plan: Plan) -> Result<Draft, ArchiveError> {
         let writer = self.writer()?;
         let newest = self.points.last().map_or(0, |point| point.number);
-        draft::begin(self, newest + 1, plan, writer)
+        begin::begin(self, newest + 1, plan, writer)
     }
 
     /// The folder of a point.
@@ -261,7 +253,7 @@ impl Archive {
         for (entry, name) in entries(&self.path)? {
             match entry {
                 Entry::Pruned(_) => fs::remove_dir_all(self.path.join(name))?,
-                Entry::Point(number) => draft::sweep(&self.folder_of(number)),
+                Entry::Point(number) => begin::sweep(&self.folder_of(number)),
                 _ => {}
             }
         }
@@ -353,35 +345,6 @@ fn locked_or(
     otherwise(path, error)
 }
 
-fn entries(path: &Path) -> io::Result<Vec<(Entry, std::ffi::OsString)>> {
-    let entries = fs::read_dir(path)?.map(|entry| {
-        let name = entry?.file_name();
-        Ok((meaning(&name.to_string_lossy()), name))
-    });
-    entries.collect()
-}
-
-fn meaning(name: &str) -> Entry {
-    if [LOCK, READERS, IDENTITY].contains(&name) {
-        return Entry::Ours;
-    }
-    let number = |text: &str| {
-        let number = text.parse::<u64>().ok()?;
-        // As we write it, and not with a sign or zeroes before it.
-        (number > 0 && number.to_string() == text).then_some(number)
-    };
-    if let Some(number) = number(name) {
-        return Entry::Point(number);
-    }
-    if let Some(number) = name.strip_suffix(PARTIAL).and_then(number) {
-        return Entry::Partial(number);
-    }
-    if let Some(number) = name.strip_suffix(PRUNED).and_then(number) {
-        return Entry::Pruned(number);
-    }
-    Entry::Foreign
-}
-
 /// The shape of `folder.json`.
 #[derive(Deserialize, Serialize)]
 struct FolderDocument {
@@ -389,41 +352,5 @@ struct FolderDocument {
     uuid: Uuid,
 }
 
-/// Held, exclusively, by whoever changes the folder.
-const LOCK: &str = "lock";
-/// Held, shared, by whoever reads points; exclusively by whoever removes some.
-const READERS: &str = "readers";
-const IDENTITY: &str = "folder.json";
 const IDENTITY_MAX: u64 = 64 << 10;
 const VERSION: u64 = 1;
-
-const PARTIAL: &str = ".partial";
-const PRUNED: &str = ".pruned";
-
-/// What a new file system has in its root.
-const LOST_AND_FOUND: &str = "lost+found";
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_mean_what_we_write_and_nothing_else() {
-        for (name, expected) in [
-            ("1", Entry::Point(1)),
-            ("120", Entry::Point(120)),
-            ("3.partial", Entry::Partial(3)),
-            ("3.pruned", Entry::Pruned(3)),
-            ("lock", Entry::Ours),
-            ("0", Entry::Foreign),
-            ("01", Entry::Foreign),
-            ("+1", Entry::Foreign),
-            ("1.", Entry::Foreign),
-            ("1.old", Entry::Foreign),
-            ("x.partial", Entry::Foreign),
-            ("99999999999999999999", Entry::Foreign),
-        ] {
-            assert_eq!(meaning(name), expected, "{name}");
-        }
-    }
-}

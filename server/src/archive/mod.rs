@@ -6,9 +6,12 @@
 //!
 //! Everything here blocks. Whoever is async runs it on a blocking thread.
 
+mod entries;
 mod folder;
 
+mod begin;
 mod draft;
+mod map;
 mod plan;
 mod publish;
 mod records;
@@ -37,10 +40,11 @@ mod zeroes;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 
+pub use begin::{Interrupted, Leftover};
 pub use chunk::Chunk;
 pub use damage::{Damage, Watch};
 pub use digest::Digest;
-pub use draft::{DiskDraft, Draft, Interrupted, Leftover, Piece};
+pub use draft::{DiskDraft, Draft, Piece};
 pub use error::ArchiveError;
 pub use folder::Archive;
 pub use manifest::{DiskEntry, Parent, Point};

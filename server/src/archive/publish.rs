@@ -17,7 +17,8 @@ use std::fs;
 use rustix::fs::{Advice, CWD, RenameFlags, fadvise, renameat_with};
 use rustix::io::Errno;
 
-use super::draft::{self, DiskDraft, Draft};
+use super::begin::sweep;
+use super::draft::{DiskDraft, Draft};
 use super::error::ArchiveError;
 use super::folder::{sync_folder, write_aside};
 use super::inspect::{Expected, inspect};
@@ -58,7 +59,7 @@ pub(super) fn finish(draft: &Draft, progress: &dyn Progress) -> Result<Point, Ar
     };
     let published = published.and_then(|()| sync_folder(all));
     published.map_err(|error| ArchiveError::writing(place, error))?;
-    draft::sweep(place);
+    sweep(place);
     Ok(manifest.point)
 }
 

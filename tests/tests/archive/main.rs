@@ -3,6 +3,7 @@
 mod against;
 mod damage;
 mod interruptions;
+mod order;
 mod points;
 mod pruning;
 mod refusals;

@@ -68,7 +68,41 @@ impl ImageLock {
         }
         Ok(Self(()))
     }
+
+    /// Locks `file` against writers for as long as this descriptor is open anywhere. Others may read
+    /// it, and lock it likewise.
+    pub fn share(file: &File) -> Result<Self, LockError> {
+        let held = || LockError::Held {
+            pid: holder_of(file),
+        };
+        match flock(file, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => return Err(held()),
+            Err(error) => return Err(LockError::Io(error.into())),
+        }
+        for byte in [CONSISTENT_READ, NO_WRITE, NO_RESIZE] {
+            match ofd::lock_shared(file, byte) {
+                Ok(()) => {}
+                Err(Errno::AGAIN | Errno::ACCESS) => return Err(held()),
+                Err(error) => return Err(LockError::Io(error.into())),
+            }
+        }
+        for byte in [NO_CONSISTENT_READ, WRITE, RESIZE] {
+            if ofd::is_locked_by_another(file, byte).map_err(io::Error::from)? {
+                return Err(held());
+            }
+        }
+        Ok(Self(()))
+    }
 }
+
+/// Of [`qemu_bytes`] those that a reader needs, and those that it minds.
+const CONSISTENT_READ: i64 = 100;
+const WRITE: i64 = 101;
+const RESIZE: i64 = 103;
+const NO_CONSISTENT_READ: i64 = 200;
+const NO_WRITE: i64 = 201;
+const NO_RESIZE: i64 = 203;
 
 /// The bytes that QEMU locks (`block/file-posix.c`): from 100 on one for each permission that is
 /// held, from 200 on one for each that nobody else may have. We hold and exclude all of them:
@@ -167,6 +201,30 @@ mod tests {
         ));
         drop(first);
         ImageLock::take(&open()).unwrap();
+    }
+
+    #[test]
+    fn readers_share_an_image_and_keep_writers_out() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = || open(&file);
+        let (first, second) = (open(), open());
+        ImageLock::share(&first).unwrap();
+        ImageLock::share(&second).unwrap();
+        assert!(ImageLock::take(&open()).is_err());
+        drop((first, second));
+        for byte in [WRITE, RESIZE, NO_CONSISTENT_READ] {
+            let qemu = open();
+            ofd::lock_shared(&qemu, byte).unwrap();
+            assert!(ImageLock::share(&open()).is_err(), "byte {byte}");
+        }
+        // As a QEMU has it that reads.
+        let qemu = open();
+        for byte in [CONSISTENT_READ, NO_WRITE, NO_RESIZE] {
+            ofd::lock_shared(&qemu, byte).unwrap();
+        }
+        ImageLock::share(&open()).unwrap();
+        let writer = open();
+        ImageLock::take(&writer).unwrap_err();
     }
 
     #[test]

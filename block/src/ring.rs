@@ -129,17 +129,9 @@ impl Ring {
         buffer: Buffer,
     ) -> io::Result<Buffer> {
         let end = buffer.len();
-        let mut held = Held::of(file, Memory::Read(buffer));
-        let mut done = 0;
-        while done < end {
-            let read;
-            (read, held) = self.transfer(held, offset, done).await;
-            done += match read? {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                length => length,
-            };
-        }
-        match held.memory {
+        let held = Held::of(file, Memory::Read(buffer));
+        let held = self.all(held, offset, end, io::ErrorKind::UnexpectedEof);
+        match held.await?.memory {
             Memory::Read(buffer) => Ok(buffer),
             Memory::Write(_) => unreachable!("what is read into stays that"),
         }
@@ -148,17 +140,29 @@ impl Ring {
     /// Puts `data` at `offset`.
     pub(crate) async fn write(&self, file: &Arc<File>, offset: u64, data: Data) -> io::Result<()> {
         let end = data.len();
-        let mut held = Held::of(file, Memory::Write(data));
+        let held = Held::of(file, Memory::Write(data));
+        let held = self.all(held, offset, end, io::ErrorKind::WriteZero);
+        held.await.map(drop)
+    }
+
+    /// Moves all up to byte `end`; where the kernel moves nothing any more, that is `stuck`.
+    async fn all(
+        &self,
+        mut held: Held,
+        offset: u64,
+        end: usize,
+        stuck: io::ErrorKind,
+    ) -> io::Result<Held> {
         let mut done = 0;
         while done < end {
-            let written;
-            (written, held) = self.transfer(held, offset, done).await;
-            done += match written? {
-                0 => return Err(io::ErrorKind::WriteZero.into()),
+            let moved;
+            (moved, held) = self.transfer(held, offset, done).await;
+            done += match moved? {
+                0 => return Err(stuck.into()),
                 length => length,
             };
         }
-        Ok(())
+        Ok(held)
     }
 
     /// Goes on at byte `done`; returns how far that came.

@@ -28,7 +28,8 @@ pub trait Storage: 'static {
     /// Makes `range` read as zeroes.
     fn zero(&self, range: Range<u64>, how: Zeroing) -> impl Future<Output = io::Result<()>>;
 
-    /// Makes durable what was written before the call.
+    /// Makes durable what was written before the call. After an error a repeat that succeeds proves
+    /// nothing, unless it was [`Unreachable`](crate::Unreachable).
     fn sync(&self) -> impl Future<Output = io::Result<()>>;
 
     /// What of `range` takes space, from its start on: at least one extent, as many as are cheap to
@@ -37,6 +38,19 @@ pub trait Storage: 'static {
     /// A hole reads as zeroes, and stays one until something in it, or in the same block of the
     /// file system, is written.
     fn extents(&self, range: Range<u64>) -> impl Future<Output = io::Result<Vec<Extent>>>;
+
+    /// What may change although nobody writes it: storage elsewhere may still perform writes that were
+    /// given up, or that were repeated. A range that belongs here does so before the call that was
+    /// about it returns.
+    fn unsettled(&self) -> Vec<Range<u64>> {
+        Vec::new()
+    }
+
+    /// Whether it may lose, while it is used, what was written and not synced, as storage on another
+    /// machine does when that is killed together with this process.
+    fn is_elsewhere(&self) -> bool {
+        false
+    }
 }
 
 /// A stretch that is wholly a hole, or wholly not.

@@ -1,9 +1,9 @@
 //! Any bytes as a `lease`: a time is believed only with its sum.
 #![no_main]
 
+use bitmap::MemoryPages;
 use libfuzzer_sys::fuzz_target;
 use stillpoint::disk::Lease;
-use stillpoint_fuzz::Pages;
 
 fuzz_target!(|data: &[u8]| {
     check(data);
@@ -16,7 +16,7 @@ fuzz_target!(|data: &[u8]| {
 });
 
 fn check(data: &[u8]) {
-    let (_, record) = Lease::open(Pages::from(data.to_vec())).expect("memory does not fail");
+    let (_, record) = Lease::open(MemoryPages::from(data.to_vec())).expect("memory does not fail");
     assert_eq!(record.end, time(data, 0));
     assert_eq!(record.clock, time(data, 512));
 }

@@ -4,10 +4,10 @@
 
 use std::io;
 
-use bitmap::{ERAS_PER_PAGE, Era, Granularity, Salt};
+use bitmap::{ERAS_PER_PAGE, Era, Granularity, MemoryPages, Salt};
 use libfuzzer_sys::fuzz_target;
 use stillpoint::disk::{Before, Chronicle, Durability, Ending, Recovered, Recovery, Running};
-use stillpoint_fuzz::{Pages, now, sealed};
+use stillpoint_fuzz::{now, sealed};
 
 /// Two pages of the map, and a bit.
 const SIZE: u64 = (2 * ERAS_PER_PAGE + 7) * 4096 + 512;
@@ -37,10 +37,9 @@ fuzz_target!(|data: &[u8]| {
         sealed(pages)
     };
     let first = start(ending, Era::from_number(100), eras.to_vec(), pages);
-    let contents = |pages: &Pages| pages.0.contents();
     let (eras, table) = (
-        contents(&first.map.eras().store()),
-        contents(&first.regions.table().store()),
+        first.map.eras().store().contents(),
+        first.regions.table().store().contents(),
     );
     let second = start(Ending::Killed, first.eras.guests, eras, table);
     assert_eq!(second.damaged_bytes, 0, "marked, and damaged");
@@ -55,10 +54,10 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-fn start(ending: Ending, known: Era, eras: Vec<u8>, pages: Vec<u8>) -> Recovered<Pages> {
+fn start(ending: Ending, known: Era, eras: Vec<u8>, pages: Vec<u8>) -> Recovered<MemoryPages> {
     let granularity = Granularity::new(4096).expect("4 KiB is a granularity");
     let plausible = Era::from_number(known.number() + 1000);
-    let files = (Pages::from(eras), Pages::from(pages));
+    let files = (MemoryPages::from(eras), MemoryPages::from(pages));
     let recovery = Recovery::load(SIZE, granularity, SALT, files, plausible);
     let recovery = recovery.expect("memory does not fail");
     let before = Before {

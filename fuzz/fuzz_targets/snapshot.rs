@@ -8,12 +8,12 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use bitmap::{Era, EraMap, Granularity, Salt};
+use bitmap::{Era, EraMap, Granularity, MemoryPages, Salt};
 use block::{Extent, Storage, Zeroing};
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use scratch::{Frozen, Snapshot, SnapshotFiles, Terms, Unpaced, World};
-use stillpoint_fuzz::{Pages, now};
+use stillpoint_fuzz::now;
 
 const SIZE: u64 = 64 * 4096 + 512;
 
@@ -22,7 +22,7 @@ struct Memory;
 impl World for Memory {
     type Image = Filled;
     type Scratch = Filled;
-    type Pages = Pages;
+    type Pages = MemoryPages;
     type Pace = Unpaced;
 }
 
@@ -70,15 +70,20 @@ fuzz_target!(|data: &[u8]| {
         record[..4].copy_from_slice(&sum.to_le_bytes());
     }
     let granularity = Granularity::new(4096).expect("4 KiB is a granularity");
-    let live = EraMap::new(SIZE, granularity, Salt::from_number(7), Pages::default());
+    let live = EraMap::new(
+        SIZE,
+        granularity,
+        Salt::from_number(7),
+        MemoryPages::default(),
+    );
     let frozen_in = Era::from_number(3);
     let written = live.mark(&(8..40), frozen_in);
     written.expect("memory does not fail");
     let files = SnapshotFiles {
         scratch: Filled(SCRATCH),
-        states: Pages::from(states),
-        second: Pages::from(second.to_vec()),
-        eras: Pages::from(eras.to_vec()),
+        states: MemoryPages::from(states),
+        second: MemoryPages::from(second.to_vec()),
+        eras: MemoryPages::from(eras.to_vec()),
     };
     let terms = Terms::endless();
     let Ok(snapshot) = Snapshot::<Memory>::reopen(Arc::new(live), frozen_in, files, terms) else {

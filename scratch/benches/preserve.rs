@@ -10,7 +10,7 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-use bitmap::{Era, EraMap, Granularity, MemoryPages, PageStore, Salt};
+use bitmap::{Era, EraMap, Granularity, MemoryPages, Salt};
 use block::{Extent, Storage, Zeroing};
 use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
@@ -18,8 +18,7 @@ use rand::seq::SliceRandom as _;
 use rand::{RngCore as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use stillpoint_scratch::{
-    Claims, Durable, Frozen, GRANULE, Kept, Snapshot, SnapshotFiles, Terms, Unpaced, World,
-    preserve,
+    Claims, Frozen, GRANULE, Kept, Snapshot, SnapshotFiles, Terms, Unpaced, World, preserve,
 };
 
 criterion_group!(before_images, preserve_granules, read_frozen);
@@ -104,7 +103,7 @@ impl Disk {
 
     /// An instant of which nothing is kept yet.
     fn freeze(&self) -> Snapshots {
-        let pages = || Pages(MemoryPages::default());
+        let pages = MemoryPages::default;
         let map = EraMap::new(SIZE, Granularity::DEFAULT, Salt::default(), pages());
         let files = SnapshotFiles {
             scratch: self.scratch.clone(),
@@ -158,7 +157,7 @@ struct InMemory;
 impl World for InMemory {
     type Image = Memory;
     type Scratch = Memory;
-    type Pages = Pages;
+    type Pages = MemoryPages;
     type Pace = Unpaced;
 }
 
@@ -206,28 +205,6 @@ impl Storage for Memory {
 
     async fn extents(&self, range: Range<u64>) -> io::Result<Vec<Extent>> {
         Ok(vec![Extent { range, hole: false }])
-    }
-}
-
-struct Pages(MemoryPages);
-
-impl PageStore for Pages {
-    fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.0.store(offset, bytes)
-    }
-
-    fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        self.0.load(offset, bytes)
-    }
-
-    fn stored(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        self.0.stored(offset)
-    }
-}
-
-impl Durable for Pages {
-    async fn sync(&self) -> io::Result<()> {
-        Ok(())
     }
 }
 

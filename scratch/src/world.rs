@@ -1,6 +1,6 @@
 use std::io;
 
-use bitmap::PageStore;
+use bitmap::{MemoryPages, PageStore};
 use block::Storage;
 
 /// What a disk and its snapshots run on: one set of types for files, another for simulation.
@@ -37,6 +37,25 @@ pub trait Durable: PageStore {
     /// Makes durable which pages are found.
     fn sync_place(&self) -> impl Future<Output = io::Result<()>> {
         std::future::ready(Err(io::ErrorKind::Unsupported.into()))
+    }
+}
+
+/// Nothing there outlives the process, so that all is as durable as it can be at once.
+impl Durable for MemoryPages {
+    async fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn successor(&self) -> io::Result<Self> {
+        Ok(Self::default())
+    }
+
+    fn succeed(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    async fn sync_place(&self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -9,12 +9,12 @@ import os
 import shlex
 import subprocess
 import sys
-import threading
 import time
 
 from benchmark import images, processes
 from benchmark.images import GIB, MIB
 from benchmark.processes import pinned
+from benchmark.repeated import Repeated
 from benchmark.servers import Stillpoint
 
 CHUNK = 64 << 10
@@ -104,35 +104,19 @@ class Beside:
         return {}
 
 
-class Looped:
-    """A client that is run again as often as it ends."""
+class Looped(Repeated):
+    """Counts how often the client ended."""
 
     def __init__(self, client, command, what):
+        super().__init__()
         self.command, self.what = pinned(command, client.core), what
         self.commands = [shlex.join(self.command)]
         self.times = 0
-        self.process = self.error = None
-        self.stopping = threading.Event()
-        self.thread = threading.Thread(target=self.run)
 
-    def run(self):
-        while not self.stopping.is_set() and not self.error:
-            self.process = processes.spawn(self.command, stdin=subprocess.DEVNULL,
-                                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            complaint = self.process.communicate()[1].decode()
-            if self.process.returncode and not self.stopping.is_set():
-                self.error = RuntimeError(f"{self.commands[0]}: {complaint}")
-            self.times += not self.process.returncode
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.stopping.set()
-        if self.process:
-            self.process.terminate()
-        self.thread.join()
+    def once(self):
+        self.spawn(self.command)
+        self.wait(self.command)
+        self.times += not self.process.returncode
 
     def notes(self):
         if self.error:
@@ -293,7 +277,7 @@ class Throttled(Condition):
     def disturb(self, field, server):
         begin = field.scale.size
         command = field.client.fio_command(
-            server.uri, "write", "1m", self.image_size(field.scale) - begin, seed=1, depth=8,
+            server, "write", "1m", self.image_size(field.scale) - begin, seed=1, depth=8,
             extra=[f"--offset={begin}", "--time_based", "--runtime=3600"])
         return Writer(field, command)
 

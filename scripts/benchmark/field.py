@@ -7,10 +7,11 @@ import shutil
 
 from benchmark import images
 from benchmark.measure import Client
-from benchmark.servers import NbdkitFile, NbdkitNull, QemuNbd, Stillpoint
+from benchmark.servers import NbdkitFile, NbdkitNull, NoServer, QemuNbd, Stillpoint
 from benchmark.storage_daemon import StorageDaemon
 
-KINDS = {kind.name: kind for kind in [Stillpoint, StorageDaemon, QemuNbd, NbdkitFile, NbdkitNull]}
+KINDS = {kind.name: kind for kind in [Stillpoint, StorageDaemon, QemuNbd, NbdkitFile, NbdkitNull,
+                                       NoServer]}
 
 # How much is measured: bytes of an image, seconds and rounds of a measurement, dirty runs, bytes of
 # a wide span, whether only a part of the variants, and whether images are locked into memory.

@@ -8,11 +8,11 @@ import shlex
 import signal
 import statistics
 import subprocess
-import threading
 import time
 
 from benchmark import processes
 from benchmark.processes import family, output, pinned
+from benchmark.repeated import Repeated
 
 TICKS = os.sysconf("SC_CLK_TCK")
 GIB = 1 << 30
@@ -40,8 +40,12 @@ class Watch:
     def __init__(self, server):
         self.server = server
 
+    def pids(self):
+        pid = self.server.pid()
+        return [] if pid is None else family(pid)
+
     def __enter__(self):
-        for pid in family(self.server.pid()):
+        for pid in self.pids():
             with open(f"/proc/{pid}/clear_refs", "w") as file:
                 # The peak starts anew.
                 file.write("5")
@@ -52,7 +56,7 @@ class Watch:
     def cpu_s(self):
         """With children that have ended, whose time is their parent's."""
         ticks = 0
-        for pid in family(self.server.pid()):
+        for pid in self.pids():
             with open(f"/proc/{pid}/stat") as file:
                 fields = file.read().rpartition(")")[2].split()
             ticks += sum(map(int, fields[11:15]))
@@ -60,7 +64,7 @@ class Watch:
 
     def kib(self, name):
         total = 0
-        for pid in family(self.server.pid()):
+        for pid in self.pids():
             with open(f"/proc/{pid}/status") as file:
                 total += int(re.search(rf"^{name}:\s+(\d+) kB$", file.read(), re.M).group(1))
         return total
@@ -89,10 +93,10 @@ class Client:
     def __init__(self, core=None):
         self.core = core
 
-    def fio_command(self, uri, pattern, block, size, seed, depth=1, jobs=1, extra=()):
+    def fio_command(self, server, pattern, block, size, seed, depth=1, jobs=1, extra=()):
         # Where it is to repeat itself, fio leaves the seed out of the offsets.
         return pinned([
-            "fio", "--name=guest", "--ioengine=nbd", f"--uri={uri}", f"--rw={pattern}",
+            "fio", "--name=guest", *server.fio_target(), f"--rw={pattern}",
             f"--bs={block}", f"--size={size}", f"--iodepth={depth}", f"--numjobs={jobs}",
             "--group_reporting", "--randrepeat=0", f"--randseed={seed}", "--thread",
             "--output-format=json", *extra,
@@ -103,7 +107,7 @@ class Client:
         extra = list(options.pop("extra", []))
         if seconds is not None:
             extra += ["--time_based", f"--runtime={round(seconds * 1000)}ms"]
-        command = self.fio_command(server.uri, extra=extra, **options)
+        command = self.fio_command(server, extra=extra, **options)
         with Watch(server) as watch:
             text = output(command)
         return watch.into(fio_measure(text, kind, command))
@@ -148,7 +152,7 @@ class Guest:
 
     def __init__(self, client, server, **options):
         extra = [*options.pop("extra", []), "--time_based", "--runtime=3600"]
-        self.command = client.fio_command(server.uri, extra=extra, **options)
+        self.command = client.fio_command(server, extra=extra, **options)
         self.image = server.image
 
     def __enter__(self):
@@ -168,45 +172,26 @@ class Guest:
         self.measure = None if kind else fio_measure(text, "write", self.command)
 
 
-class Puller:
-    """A client that pulls a frozen export over and over, until told to stop."""
+class Puller(Repeated):
+    """Pulls a frozen export over and over."""
 
     def __init__(self, client, uri, size):
+        super().__init__()
         self.client, self.uri, self.size = client, uri, size
         self.hundredths = 0
-        self.process = self.error = None
-        self.stopping = threading.Event()
-        self.thread = threading.Thread(target=self.run)
 
     def command(self, progress):
         return pinned(["nbdcopy", f"--progress={progress}", self.uri, "null:"], self.client.core)
 
-    def run(self):
-        while not self.stopping.is_set() and not self.error:
-            reader, writer = os.pipe()
-            self.process = processes.spawn(self.command(writer), stdin=subprocess.DEVNULL,
-                                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                           pass_fds=[writer])
-            os.close(writer)
-            with open(reader) as progress:
-                # `N/100`, a line each.
-                lines = progress.read().split()
-            complaint = self.process.communicate()[1].decode()
-            self.hundredths += int(lines[-1].split("/")[0]) if lines else 0
-            if self.process.returncode and not self.stopping.is_set():
-                self.error = RuntimeError(f"{shlex.join(self.command(3))}: {complaint}")
-
-    def __enter__(self):
-        self.begun = time.monotonic()
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.seconds = time.monotonic() - self.begun
-        self.stopping.set()
-        if self.process:
-            self.process.terminate()
-        self.thread.join()
+    def once(self):
+        reader, writer = os.pipe()
+        self.spawn(self.command(writer), pass_fds=[writer])
+        os.close(writer)
+        with open(reader) as progress:
+            # `N/100`, a line each.
+            lines = progress.read().split()
+        self.wait(self.command(3))
+        self.hundredths += int(lines[-1].split("/")[0]) if lines else 0
 
     def pulled(self):
         """Bytes, to a hundredth of a pull."""

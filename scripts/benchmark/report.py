@@ -123,6 +123,9 @@ def costs(table):
             if not measures:
                 line.append(absent(row, name))
                 continue
+            if name == "no-server":
+                line.append("")
+                continue
             cpu = spread(measures, lambda one: one.cpu_s / one.volume).median
             peak = spread(measures, lambda one: one.peak_kib / 1024).high
             line.append(f"{cpu:.2f} s, {peak:.0f} MiB")

@@ -44,6 +44,8 @@ class Row:
 class Plain(Row):
     """A guest alone with its disk."""
 
+    servers = [*EVERYONE, "no-server"]
+
     def __init__(self, name, says, kind, variants, unit="requests/s"):
         super().__init__(name, says, variants)
         self.kind, self.unit = kind, unit

@@ -48,6 +48,9 @@ class Server:
     def pid(self):
         return self.process.pid
 
+    def fio_target(self):
+        return ["--ioengine=nbd", f"--uri={self.uri}"]
+
     def stop(self):
         processes.stop(self.process)
         if os.path.exists(self.socket):
@@ -134,3 +137,22 @@ class NbdkitNull(Server):
     def start(self):
         self.launch([self.binary, "-f", "-U", self.socket, "null",
                      f"size={os.path.getsize(self.image)}"])
+
+
+class NoServer(Server):
+    """fio alone with the file, a thread for each client: what the page cache gives at most."""
+
+    name = "no-server"
+
+    def start(self):
+        self.uri = None
+
+    def pid(self):
+        return None
+
+    def fio_target(self):
+        # What the page cache has is quickest asked for one after the other. It stays there.
+        return ["--ioengine=psync", f"--filename={self.image}", "--invalidate=0"]
+
+    def stop(self):
+        """Nothing was started."""

@@ -31,6 +31,8 @@ def live(field, server):
     """What is written is read again on another connection, and is in the image."""
     if not server.has_image:
         return "nothing to verify: it keeps nothing"
+    if server.uri is None:
+        return "nothing to verify: there is none"
     pattern(server, field.scale.size, seed=11)
     same(pulled_digest(server.uri), file_digest(server.image), f"{server.name}, live export")
     return (f"{BLOCKS} blocks read back on another connection; "

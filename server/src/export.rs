@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 
 use bitmap::{DirtySet, Era, Run};
 use block::Extent;
+use block::qcow2::Depth;
 use proto::{DIRTY, STATE_HOLE, STATE_ZERO};
 use scratch::FrozenError;
 use thiserror::Error;
@@ -22,8 +23,17 @@ pub(crate) enum Export {
     Live(Arc<ServedDisk>),
     /// A disk as it was.
     Frozen(Arc<FrozenDisk>),
-    /// A disk as it was, seen as a difference from the checkpoint at which an era began.
-    Difference(Arc<FrozenDisk>, String, Era, Arc<Usage>),
+    /// A disk as it was, seen as a difference from what has this name.
+    Difference(Arc<FrozenDisk>, String, Since, Arc<Usage>),
+}
+
+/// What a disk can be seen as a difference from.
+#[derive(Clone, Debug)]
+pub(crate) enum Since {
+    /// The checkpoint at which this era began.
+    Era(Era),
+    /// The instant since which a dirty bitmap in the image knows what changed.
+    Bitmap(DirtySet),
 }
 
 /// A way of describing a disk, stretch by stretch.
@@ -116,16 +126,49 @@ fn find_frozen(service: &Service, name: &str) -> Option<Export> {
             .map(Export::Frozen)
             .next();
     };
-    let Some((checkpoint, id)) = instant.split_once("..") else {
+    // Names of bitmaps may have dots in them, and those of backups do not.
+    let Some((since, id)) = instant.rsplit_once("..") else {
         let part = book.backup(instant)?.disks.get(disk)?;
         return Some(Export::Frozen(Arc::clone(part)));
     };
     let part = book.backup(id)?.disks.get(disk)?;
-    let (name, era) = difference_bases(&book, part)
-        .into_iter()
-        .find(|b| b.0 == checkpoint)?;
-    let usage = part.differences.usage_of(&name);
-    Some(Export::Difference(Arc::clone(part), name, era, usage))
+    let mut checkpoints = difference_bases(&book, part).into_iter();
+    let known = match checkpoints.find(|(name, _)| name == since) {
+        Some((_, era)) => Since::Era(era),
+        None => Since::Bitmap(stored_bitmap(&book, part, since)?),
+    };
+    let usage = part.differences.usage_of(since);
+    Some(Export::Difference(
+        Arc::clone(part),
+        since.to_owned(),
+        known,
+        usage,
+    ))
+}
+
+/// The dirty bitmaps in the image of a frozen disk, which are served with every backup: those that can
+/// be believed, and whose name a client cannot take for something else.
+fn stored_bitmaps<'a>(
+    book: &'a Book,
+    part: &'a FrozenDisk,
+) -> impl Iterator<Item = (&'a str, DirtySet)> {
+    let bitmaps = part.disk.stored.iter();
+    let served = bitmaps.filter_map(|stored| {
+        let bits = Arc::clone(stored.bits.as_ref().ok()?);
+        let name = stored.name.as_str();
+        let is_taken = part.bitmaps.iter().any(|bitmap| bitmap.name == name)
+            || book.checkpoint(name).is_some()
+            || default_bitmap(part, name).is_some();
+        (!is_taken).then_some((name, DirtySet { bits, since: None }))
+    });
+    served
+}
+
+fn stored_bitmap(book: &Book, part: &FrozenDisk, name: &str) -> Option<DirtySet> {
+    let mut bitmaps = stored_bitmaps(book, part);
+    bitmaps
+        .find(|(found, _)| *found == name)
+        .map(|(_, set)| set)
 }
 
 /// The checkpoints for which a frozen disk can be seen as a difference.
@@ -233,6 +276,8 @@ impl Export {
                     Base::Unusable(_) => {}
                 }
                 names.extend(part.bitmaps.iter().map(|bitmap| dirty(&bitmap.name)));
+                let book = service.book();
+                names.extend(stored_bitmaps(&book, part).map(|(name, _)| dirty(name)));
             }
             Self::Difference(_, checkpoint, ..) => names.push(dirty(checkpoint.as_str())),
         }
@@ -256,16 +301,18 @@ impl Export {
                 }
                 let book = service.book();
                 let exact = book.bases(part).find(|(name, _)| name.as_str() == bitmap);
-                exact
-                    .map(|(_, era)| era)
-                    .or_else(|| default_bitmap(part, bitmap))
+                let era = exact.map(|(_, era)| era);
+                match era.or_else(|| default_bitmap(part, bitmap)) {
+                    Some(era) => Some(Context::Dirty(era)),
+                    None => stored_bitmap(&book, part, bitmap).map(Context::Bitmap),
+                }
             }
-            Self::Difference(part, checkpoint, era, _) => {
-                let exact = (checkpoint.as_str() == bitmap).then_some(*era);
-                exact.or_else(|| default_bitmap(part, bitmap))
-            }
+            Self::Difference(part, name, since, _) => match since {
+                _ if name != bitmap => default_bitmap(part, bitmap).map(Context::Dirty),
+                Since::Era(era) => Some(Context::Dirty(*era)),
+                Since::Bitmap(set) => Some(Context::Bitmap(set.clone())),
+            },
         }
-        .map(Context::Dirty)
     }
 
     /// Fills `buffer` with what is at `offset`, for a client.
@@ -301,12 +348,12 @@ impl Export {
         self.still_open()?;
         let length = range.end - range.start;
         let found = match (context, self) {
-            (Context::Depth, _) => vec![Status {
-                length,
-                flags: DEPTH_LOCAL,
-            }],
+            (Context::Depth, _) => {
+                let depths = self.disk().disk.image().depths(range, limit).await?;
+                depths.iter().map(depth_of).collect()
+            }
             (Context::Allocation, Self::Difference(part, _, since, _)) => {
-                difference(part, range, *since, limit).await?
+                difference(part, range, since, limit).await?
             }
             (Context::Allocation, Self::Live(disk)) => {
                 let extents = disk.disk.extents(range).await?;
@@ -356,6 +403,13 @@ impl Export {
         }
     }
 
+    fn disk(&self) -> &ServedDisk {
+        match self {
+            Self::Live(disk) => disk,
+            Self::Frozen(part) | Self::Difference(part, ..) => &part.disk,
+        }
+    }
+
     /// Whoever has one of its permits asks contexts of this disk.
     pub(crate) fn lookups(&self) -> &Semaphore {
         match self {
@@ -378,11 +432,15 @@ impl Export {
 async fn difference(
     part: &FrozenDisk,
     range: Range<u64>,
-    since: Era,
+    since: &Since,
     limit: usize,
 ) -> Result<Vec<Status>, ExportError> {
     let mut found: Vec<Status> = Vec::new();
-    for run in part.frozen.changes(range, since, limit)? {
+    let runs = match since {
+        Since::Era(era) => part.frozen.changes(range, *era, limit)?,
+        Since::Bitmap(set) => part.frozen.dirty(range, set, limit)?,
+    };
+    for run in runs {
         if !run.dirty {
             push(&mut found, run.range.end - run.range.start, STATE_HOLE);
         }
@@ -427,6 +485,13 @@ fn allocation_of(extent: &Extent) -> Status {
     }
 }
 
+fn depth_of(stretch: &Depth) -> Status {
+    Status {
+        length: stretch.range.end - stretch.range.start,
+        flags: stretch.depth,
+    }
+}
+
 fn dirty_of(run: &Run) -> Status {
     let flags = if run.dirty { DIRTY } else { 0 };
     Status {
@@ -445,9 +510,6 @@ fn push(found: &mut Vec<Status>, length: u64, flags: u32) {
 const ALLOCATION: &str = "base:allocation";
 const DEPTH: &str = "qemu:allocation-depth";
 const BITMAP: &str = "qemu:dirty-bitmap:";
-
-/// Of `qemu:allocation-depth`: in the image itself, which has nothing behind it.
-const DEPTH_LOCAL: u32 = 1;
 
 /// How many bitmaps a client is told of when none was asked for at begin; all can be asked for.
 const LISTED_BITMAPS_MAX: usize = 16;

@@ -47,6 +47,7 @@ pub mod benches {
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing {
+    pub use crate::archive::fuzzing::manifest;
     pub use crate::control::fuzzing::control;
     pub use crate::state::fuzzing::{bits, header, journal};
 }

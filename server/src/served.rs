@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bitmap::{Era, Granularity};
-use block::Engine;
+use block::{Engine, Storage};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
@@ -16,7 +16,7 @@ use crate::disk::{Disk, Durability, Ending, Growth, GrowthRecord, LossRecord, On
 use crate::failure::Failure;
 use crate::files::Files;
 use crate::hooks::Hooks;
-use crate::image::{Image, cannot_open};
+use crate::image::{Image, RemoteSpec, Stored, cannot_open};
 use crate::lock_file::LockFile;
 use crate::lookups::Lookups;
 use crate::names::Name;
@@ -28,10 +28,14 @@ use crate::state::{BitsFolder, Ledger, Lost, Record, State};
 pub(crate) struct DiskSpec {
     /// What clients call it.
     pub(crate) name: Name,
-    /// The image.
+    /// The image, or the URI that names it.
     pub(crate) path: PathBuf,
-    /// The user said that it is raw, whatever it looks like.
-    pub(crate) raw: bool,
+    /// The export of another server that it is, if it is one.
+    pub(crate) remote: Option<RemoteSpec>,
+    /// What it is, if the user says so.
+    pub(crate) format: Option<Format>,
+    /// From where else than its own folder it may have the files that it names.
+    pub(crate) allow_backing: Vec<PathBuf>,
     /// The chunk size of the era map, if the user has one in mind.
     pub(crate) granularity: Option<Granularity>,
     /// Where its state goes, if not to the default place.
@@ -42,6 +46,15 @@ pub(crate) struct DiskSpec {
     pub(crate) durability: Durability,
     /// Whether it is read and written through the page cache.
     pub(crate) cache: Cache,
+}
+
+/// What the bytes of an image mean.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Format {
+    /// They are those of the disk, whatever they look like.
+    Raw,
+    /// They say where those of the disk are, and what was dirty.
+    Qcow2,
 }
 
 /// How an image is read and written.
@@ -77,7 +90,7 @@ pub(crate) struct ServedDisk {
     pub(crate) name: Name,
     /// Made once and never reused.
     pub(crate) uuid: Uuid,
-    /// The image.
+    /// The image: an absolute path, if that can be told, or a URI.
     pub(crate) path: PathBuf,
     /// Nobody may write it.
     pub(crate) read_only: bool,
@@ -100,9 +113,13 @@ pub(crate) struct ServedDisk {
     pub(crate) state: Mutex<State>,
     /// The bits of its dirty bitmaps.
     pub(crate) bits: BitsFolder,
+    /// The dirty bitmaps that are stored in its image.
+    pub(crate) stored: Vec<Stored>,
     /// How many ask at once what of it is where.
     pub(crate) lookups: Lookups,
     scratch_dir: PathBuf,
+    /// Its last server was killed.
+    was_killed: bool,
     _locks: Vec<LockFile>,
 }
 
@@ -227,6 +244,27 @@ impl ServedDisk {
         }
     }
 
+    /// Marks what storage elsewhere may have lost with the last server. To be done when the instants
+    /// that were open are kept again, and before anything is written or made durable.
+    pub(crate) async fn catch_up(&self) -> io::Result<()> {
+        if self.was_killed && self.disk.image().is_elsewhere() {
+            self.disk.mark_active().await?;
+        }
+        Ok(())
+    }
+
+    /// Takes the user's word for it that the server which has the image has ended all that was given up.
+    pub(crate) fn settle_base(&self) -> Result<(), Failure> {
+        let Some(remote) = self.disk.image().remote() else {
+            let message = format!("the image of disk '{}' is on this machine", self.name);
+            return Err(Failure::new("bad-argument", message));
+        };
+        remote.settle().map_err(|error| {
+            let message = format!("disk '{}': its state cannot be written: {error}", self.name);
+            Failure::new("state", message)
+        })
+    }
+
     /// How it is growing, if it is, or was to be and could not.
     pub(crate) async fn growth(&self) -> Option<Growth> {
         self.state.lock().await.growth()
@@ -250,7 +288,8 @@ impl ServedDisk {
             }
         }
         let era = self.disk.tracking().era;
-        self.state.lock().await.close(era, self.disk.image()).await
+        let mut state = self.state.lock().await;
+        state.close(era, self.disk.image(), self.disk.map()).await
     }
 
     /// The folder for this disk's share of a backup.
@@ -294,17 +333,27 @@ async fn open_disk(
         None => state.join("backups"),
     };
     refuse_memory(spec, &state)?;
+    if let Some(remote) = image.remote() {
+        let kept = remote.keep_account_in(&state, !State::exists_in(&state));
+        kept.map_err(|error| cannot_write(&state, &error))?;
+    }
     let tracking = (spec.durability, policy);
     let opened = State::open(&state, spec.granularity, tracking, &image, enlarged).await?;
     if let Some(Growth { from, to }) = opened.growth {
         tracing::info!(disk = %spec.name, from, to, "the disk has been enlarged: what is new is marked");
     }
+    let stored = image.stored_bitmaps(&spec.path).await;
     let disk = Disk::new(image, opened.map, Some(opened.intents), opened.era, Hooks)
         .with_loss(opened.loss);
+    if let (Some(remote), Ending::PowerCut) = (disk.image().remote(), opened.ending) {
+        // Which writes were under way when the machine stopped is not known so exactly.
+        let added = remote.add_unsettled(disk.active_ranges());
+        added.map_err(|error| cannot_write(&state, &error))?;
+    }
     let served = ServedDisk {
         name: spec.name.clone(),
         uuid: opened.uuid,
-        path: spec.path.clone(),
+        path: shown_path(spec),
         read_only: spec.read_only,
         durability: spec.durability,
         cache: spec.cache,
@@ -315,8 +364,10 @@ async fn open_disk(
         forgotten: opened.ledger.loss.clone(),
         state: Mutex::new(opened.state),
         bits: BitsFolder::of(&state),
+        stored,
         lookups: Lookups::default(),
         scratch_dir,
+        was_killed: opened.ending == Ending::Killed,
         _locks: locks,
     };
     Ok((
@@ -329,11 +380,19 @@ async fn open_disk(
     ))
 }
 
+/// As people are told of it.
+fn shown_path(spec: &DiskSpec) -> PathBuf {
+    match &spec.remote {
+        Some(remote) => remote.uri.to_string().into(),
+        None => std::path::absolute(&spec.path).unwrap_or_else(|_| spec.path.clone()),
+    }
+}
+
 fn state_dir(spec: &DiskSpec, image: &Image) -> Result<PathBuf, Failure> {
     if let Some(dir) = &spec.state {
         return Ok(dir.clone());
     }
-    if !image.is_device() {
+    if !image.is_device() && image.remote().is_none() {
         let mut dir = fs::canonicalize(&spec.path)
             .map_err(|error| cannot_open(&spec.path, &error))?
             .into_os_string();
@@ -344,7 +403,7 @@ fn state_dir(spec: &DiskSpec, image: &Image) -> Result<PathBuf, Failure> {
         return Ok(Path::new("/var/lib/stillpoint/disks").join(spec.name.as_str()));
     }
     let message = format!(
-        "'{}' is a block device, and its state needs a place",
+        "'{}' is no file, and its state needs a place",
         spec.path.display()
     );
     Err(Failure::new("no-state-dir", message).hint("add ,state=DIR"))

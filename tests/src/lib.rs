@@ -1,13 +1,16 @@
 //! What the tests share: a running server, and other people's tools.
 //!
 //! Nothing here uses the server's own crates: what a test believes about the protocol it has from
-//! the protocol's documents, not from the code under test. The one exception is [`simulation`], which
-//! runs the server's own types on storage of its making. (`tests/client` is about a crate, not about the
+//! the protocol's documents, not from the code under test. The exceptions are [`simulation`], which
+//! runs the server's own types on storage of its making, and [`backup_folder`], which has them write
+//! folders of backups that no server was asked for. (`tests/client` is about a crate, not about the
 //! server.)
 
 pub mod server;
 
 pub mod attacks;
+pub mod backup_folder;
+pub mod base;
 pub mod bitmap;
 pub mod control;
 pub mod guest;
@@ -19,6 +22,7 @@ pub mod peers;
 pub mod process;
 pub mod qemu;
 pub mod raw_nbd;
+pub mod relay;
 pub mod rude;
 pub mod seeds;
 pub mod shadow;
@@ -29,6 +33,7 @@ pub mod tools;
 
 pub mod simulation;
 
+pub use base::NbdBase;
 pub use control::Qmp;
 pub use guest::Guest;
 pub use guest_agent::GuestAgent;

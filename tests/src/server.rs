@@ -12,6 +12,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::base::{self, Below};
 use crate::control::Qmp;
 use crate::process::{self, Output, PATIENCE, Woken, run};
 use crate::raw_nbd::RawNbd;
@@ -20,6 +21,8 @@ use crate::tools;
 /// Says how to start a server.
 #[derive(Debug)]
 pub struct Builder {
+    // Ended before its directory goes.
+    below: Vec<(String, Below)>,
     directory: TempDir,
     run_directory: PathBuf,
     binary: PathBuf,
@@ -43,7 +46,16 @@ impl Builder {
     pub fn disk_at(self, name: &str, path: &Path) -> Self {
         let cache = asked_for("STILLPOINT_TEST_CACHE");
         let cache = cache.map_or_else(String::new, |cache| format!(",cache={cache}"));
-        self.disk_as(&format!("{name}={}{cache}", path.display()))
+        self.disk_with(name, path, &cache)
+    }
+
+    /// Adds a disk on an image that is there, with options such as `,granularity=4k`.
+    #[must_use]
+    pub fn disk_with(mut self, name: &str, path: &Path, options: &str) -> Self {
+        let (disk, below) = base::disk_on(name, path, options);
+        self.below
+            .extend(below.map(|below| (name.to_owned(), below)));
+        self.disk_as(&disk)
     }
 
     /// Adds a disk as `--disk` takes it.
@@ -153,6 +165,7 @@ impl Server {
     pub fn builder() -> Builder {
         let directory = temporary_directory();
         Builder {
+            below: Vec::new(),
             run_directory: directory.path().join("run"),
             directory,
             binary: binary(),
@@ -351,6 +364,14 @@ impl Server {
     /// The image of a disk made with [`Builder::disk`].
     pub fn image(&self, disk: &str) -> PathBuf {
         self.path(&format!("{disk}.raw"))
+    }
+
+    /// What the image of a disk holds, as others on this machine see it now.
+    pub fn image_bytes(&self, disk: &str) -> Vec<u8> {
+        let below = self.builder.below.iter().find(|below| below.0 == disk);
+        let device = below.and_then(|(_, below)| below.device());
+        let path = device.map_or_else(|| self.image(disk), Path::to_owned);
+        fs::read(path).expect("an image")
     }
 
     /// The socket of the live exports.

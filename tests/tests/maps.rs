@@ -165,9 +165,7 @@ fn another_granularity_means_other_chunks() {
     let builder = Server::builder();
     let image = builder.path("vda.raw");
     stillpoint_tests::tools::sparse_file(&image, MIB);
-    let server = builder
-        .disk_as(&format!("vda={},granularity=4k", image.display()))
-        .start();
+    let server = builder.disk_with("vda", &image, ",granularity=4k").start();
     let mut guest = Guest::new(&server, "vda");
     server.checkpoint("cp1");
     guest.write(100 * KIB, &[1]);

@@ -119,7 +119,7 @@ impl Layout {
         let entries = self.cluster / ENTRY;
         let covered = index * entries..(index + 1) * entries;
         fill_entries(buffer, covered, &self.tables, |place| {
-            (self.first_table() + place) * self.cluster | COPIED
+            ((self.first_table() + place) * self.cluster) | COPIED
         });
     }
 
@@ -129,7 +129,7 @@ impl Layout {
         let covered = table * entries..(table + 1) * entries;
         let data = self.metadata_size();
         fill_entries(buffer, covered.clone(), &self.data, |place| {
-            data + place * self.cluster | COPIED
+            (data + place * self.cluster) | COPIED
         });
         fill_entries(buffer, covered, &self.zero, |_| ZERO);
     }

@@ -11,7 +11,7 @@ use bitmap::{Era, EraMap, Granularity, MemoryPages, Salt};
 use block::{Extent, Zeroing};
 
 use super::*;
-use crate::world::{Durable, Unpaced};
+use crate::world::Unpaced;
 use crate::{Frozen, SnapshotFiles, Terms};
 
 struct Checked;
@@ -19,7 +19,7 @@ struct Checked;
 impl World for Checked {
     type Image = Memory;
     type Scratch = Memory;
-    type Pages = Pages;
+    type Pages = MemoryPages;
     type Pace = Unpaced;
 }
 
@@ -28,8 +28,6 @@ struct Memory {
     granules: Vec<AtomicU8>,
     read: fn(&AtomicU8) -> u8,
 }
-
-struct Pages(MemoryPages);
 
 impl Memory {
     /// The checker knows of each byte only who was there last: that a guest reads what it is about to
@@ -83,26 +81,6 @@ impl Storage for Memory {
     }
 }
 
-impl bitmap::PageStore for Pages {
-    fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.0.store(offset, bytes)
-    }
-
-    fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        self.0.load(offset, bytes)
-    }
-
-    fn stored(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        self.0.stored(offset)
-    }
-}
-
-impl Durable for Pages {
-    async fn sync(&self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// Two to be written, and one that is kept from the beginning.
 const GRANULES: u64 = 3;
 const OLD: u8 = 1;
@@ -117,7 +95,7 @@ struct Scene {
 
 impl Scene {
     fn new() -> Arc<Self> {
-        let pages = || Pages(MemoryPages::default());
+        let pages = MemoryPages::default;
         let size = GRANULES * GRANULE;
         let live = EraMap::new(size, Granularity::DEFAULT, Salt::default(), pages());
         let files = SnapshotFiles {

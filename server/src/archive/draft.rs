@@ -78,6 +78,7 @@ pub enum Piece {
 
 /// What an interrupted run has left in a folder.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one in a run")]
 pub enum Leftover {
     /// Nothing.
     Nothing,
@@ -326,7 +327,15 @@ impl Map {
                 file.write_all_at(&expected, offset)?;
             }
         }
-        Ok(())
+        // After the end of the disk there is nothing.
+        match self.data.last() {
+            Some(last) if !last.end.is_multiple_of(self.cluster_size) => {
+                let end = self.layout.host_offset(last.end - 1).expect("it is data") + 1;
+                let length = self.layout.file_size() - end;
+                zeroes::fill(file, end, length, Space::Kept)
+            }
+            _ => Ok(()),
+        }
     }
 }
 

@@ -51,8 +51,8 @@ impl Archive {
     ) -> Result<&'a Point, ArchiveError> {
         let after = found.map_or(0, |point| point.number);
         let between = |number: &u64| (after + 1..before).contains(number);
-        let numbers = self.unsound().iter().map(|(number, _)| *number);
-        if let Some(number) = numbers.filter(between).next_back()
+        let mut numbers = self.unsound().iter().map(|(number, _)| *number);
+        if let Some(number) = numbers.rfind(between)
             && let Err(error) = self.manifest(number)
         {
             return Err(error);

@@ -1,7 +1,7 @@
 //! Reading a file of a point as a whole, and telling what in it is not what was written.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -89,6 +89,9 @@ pub(super) fn inspect_tables(file: &File, layout: &Layout, cluster_size: u64) ->
     let mut expected = vec![0; cluster_size as usize];
     let mut found = expected.clone();
     for offset in layout.metadata_offsets() {
+        if faults.end(file, layout, offset) {
+            break;
+        }
         let error = read(file, &mut found, offset);
         layout.fill(offset, &mut expected);
         faults.compare(layout, offset, &found, &expected, error.as_deref());
@@ -134,6 +137,10 @@ impl Reader<'_> {
         } = expected;
         let mut cluster = vec![0; cluster_size as usize];
         for offset in layout.metadata_offsets() {
+            if self.faults.end(self.file, layout, offset) {
+                self.at = layout.metadata_size();
+                break;
+            }
             let (buffer, error) = self.next(cluster_size);
             layout.fill(offset, &mut cluster);
             let error = error.as_deref();
@@ -186,12 +193,29 @@ pub(super) fn read(file: &File, buffer: &mut [u8], offset: u64) -> Option<String
     let error = file.read_exact_at(buffer, offset).err()?;
     buffer.fill(0);
     match error.kind() {
-        io::ErrorKind::UnexpectedEof => Some("the file ends before".to_owned()),
+        io::ErrorKind::UnexpectedEof => Some(ENDS.to_owned()),
         _ => Some(error.to_string()),
     }
 }
 
 impl Faults {
+    /// Whether the file ends at or before `offset`, which is before the data; notes it if so. A manifest can
+    /// say that tables are longer than anybody waits for.
+    fn end(&mut self, file: &File, layout: &Layout, offset: u64) -> bool {
+        let is_there = |found: Metadata| found.len() > offset;
+        if file.metadata().map_or(true, is_there) {
+            return false;
+        }
+        self.add(Fault {
+            offset,
+            length: layout.metadata_size() - offset,
+            part: layout.part_at(offset),
+            guest: Vec::new(),
+            error: Some(ENDS.to_owned()),
+        });
+        true
+    }
+
     /// Notes where the cluster of tables at `base` differs: a stretch for each part of it.
     fn compare(
         &mut self,
@@ -302,6 +326,9 @@ pub(super) fn part_name(part: &Part) -> &'static str {
         Part::Padding => "padding",
     }
 }
+
+/// Why what is beyond the end cannot be read.
+const ENDS: &str = "the file ends before";
 
 /// Of each file: more than anybody reads; and what is damaged beyond that is not to be patched up.
 pub(super) const FAULTS_MAX: usize = 1000;

@@ -34,6 +34,9 @@ mod error;
 mod runs;
 mod zeroes;
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
+
 pub use chunk::Chunk;
 pub use damage::{Damage, Watch};
 pub use digest::Digest;
@@ -45,5 +48,5 @@ pub use output::{Existing, Format};
 pub use plan::{DiskPlan, Identity, Mode, Origin, Plan, Since};
 pub use progress::Progress;
 pub use prune::{Fate, Keep, fates};
-pub use restore::{OnDamage, Restoration, Restored, restore};
+pub use restore::{OnDamage, Restoration, Restored, read_through, restore};
 pub use verify::{Scope, Verified, verify};

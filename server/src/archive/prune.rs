@@ -51,12 +51,7 @@ pub fn fates(points: &[Point], keep: &Keep) -> Vec<(u64, Fate)> {
             .take(keep.last as usize)
             .map(|point| point.number),
     );
-    keep_one_each(
-        points,
-        keep.daily,
-        |t| (t.year(), t.ordinal().into()),
-        &mut kept,
-    );
+    keep_one_each(points, keep.daily, |t| (t.year(), t.ordinal()), &mut kept);
     keep_one_each(
         points,
         keep.weekly,

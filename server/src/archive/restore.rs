@@ -98,10 +98,15 @@ pub fn restore(
             output.zero(&segment.range)?;
         }
     }
-    for window in windows(&segments) {
-        for (layer, wanted) in window {
-            restorer.restore_from(layer, &wanted, &output)?;
+    for (_, layers) in windows(&segments) {
+        for (layer, ranges) in layers {
+            restorer.restore_from(layer, &ranges, &mut |guest, bytes| {
+                output.write(guest, bytes)
+            })?;
         }
+    }
+    for lost in &restorer.lost {
+        output.zero(lost)?;
     }
     output.finish()?;
     Ok(Restored {
@@ -111,6 +116,9 @@ pub fn restore(
         damages: restorer.damages,
     })
 }
+
+/// Takes bytes of the disk, at an offset of it.
+type Take<'a> = dyn FnMut(u64, &[u8]) -> Result<(), ArchiveError> + 'a;
 
 struct Restorer<'a> {
     wanted: &'a Restoration<'a>,
@@ -130,15 +138,15 @@ impl Restorer<'_> {
         error: ArchiveError,
         segments: &[Segment],
     ) -> Result<(), ArchiveError> {
-        let last = self.chain.layers.last().expect("there is at least one");
-        let file = format!("{}/{MANIFEST}", last.point);
+        let lowest = self.chain.layers.last().expect("there is at least one");
+        let file = format!("{}/{MANIFEST}", lowest.point);
         let lost = segments
             .iter()
             .filter(|segment| segment.from == Source::Lost);
         let lost = lost.map(|segment| segment.range.clone()).collect();
         let damage = Damage {
             lost,
-            ..Damage::of(last.point, Path::new(&file), &error)
+            ..Damage::of(lowest.point, Path::new(&file), &error)
         };
         self.meet(damage, error)
     }
@@ -160,7 +168,12 @@ impl Restorer<'_> {
                     let (name, file) = (&entry.name, &entry.file);
                     let message = format!("cannot be read: {text}");
                     let damage = Damage::of_file(point, name, file, "the file", &message);
-                    self.meet(damage, ArchiveError::reading(&layer.path, error))?;
+                    let refusal = ArchiveError::Differs {
+                        path: layer.path.clone(),
+                        offset: 0,
+                        what: message,
+                    };
+                    self.meet(damage, refusal)?;
                     self.files.push(Err(text));
                 }
             }
@@ -173,7 +186,7 @@ impl Restorer<'_> {
         &mut self,
         number: usize,
         wanted: &[Range<u64>],
-        output: &Output,
+        take: &mut Take<'_>,
     ) -> Result<(), ArchiveError> {
         let chain = self.chain;
         let layer = &chain.layers[number];
@@ -189,7 +202,7 @@ impl Restorer<'_> {
                 for piece in &pieces {
                     let at = place_in(&chunk, piece.start);
                     let length = (piece.end - piece.start) as usize;
-                    output.write(piece.start, &buffer[at..at + length])?;
+                    take(piece.start, &buffer[at..at + length])?;
                 }
                 self.data_bytes += runs::bytes(&pieces);
             } else {
@@ -200,9 +213,6 @@ impl Restorer<'_> {
                     ..Damage::in_file(layer.point, name, file, &fault)
                 };
                 self.meet(damage, differs(layer, &fault))?;
-                for piece in &pieces {
-                    output.zero(piece)?;
-                }
             }
             step(self.watch, runs::bytes(&pieces))?;
         }
@@ -219,6 +229,61 @@ impl Restorer<'_> {
         self.lost.extend(damage.lost);
         Ok(())
     }
+}
+
+/// Reads a disk at a point from its beginning to its end, and gives away one stretch after the other;
+/// where there is no data, without bytes: it is zeroes. Damage ends it.
+pub fn read_through(
+    archive: &Archive,
+    point: u64,
+    disk: &str,
+    watch: &dyn Watch,
+    give: &mut dyn FnMut(Range<u64>, Option<Vec<u8>>) -> Result<(), ArchiveError>,
+) -> Result<(), ArchiveError> {
+    let wanted = Restoration {
+        disk,
+        point,
+        output: Path::new(""),
+        format: Format::Raw,
+        existing: Existing::Keep,
+        damage: OnDamage::Refuse,
+    };
+    let mut chain = Chain::of(archive, point, disk)?;
+    if let Some(error) = chain.broken.take() {
+        return Err(error);
+    }
+    let (segments, size) = (chain.segments(), chain.size());
+    let mut restorer = Restorer {
+        wanted: &wanted,
+        watch,
+        chain: &chain,
+        files: Vec::new(),
+        lost: Vec::new(),
+        damages: 0,
+        data_bytes: 0,
+    };
+    restorer.open_files()?;
+    let mut at = 0;
+    for (window, layers) in windows(&segments) {
+        if at < window.start {
+            give(at..window.start, None)?;
+        }
+        let range = window.start..window.end.min(size);
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        for (layer, ranges) in layers {
+            restorer.restore_from(layer, &ranges, &mut |guest, data| {
+                let place = (guest - range.start) as usize;
+                bytes[place..place + data.len()].copy_from_slice(data);
+                Ok(())
+            })?;
+        }
+        at = range.end;
+        give(range, Some(bytes))?;
+    }
+    if at < size {
+        give(at..size, None)?;
+    }
+    Ok(())
 }
 
 /// Where in the data of a chunk a byte of the disk is.
@@ -239,7 +304,7 @@ fn differs(layer: &Layer, fault: &Fault) -> ArchiveError {
 /// layer fit in each.
 fn windows(
     segments: &[Segment],
-) -> impl Iterator<Item = BTreeMap<usize, Vec<Range<u64>>>> + use<'_> {
+) -> impl Iterator<Item = (Range<u64>, BTreeMap<usize, Vec<Range<u64>>>)> + use<'_> {
     let mut at = 0;
     let mut next = 0;
     std::iter::from_fn(move || {
@@ -260,6 +325,6 @@ fn windows(
                 wanted.entry(*number).or_default().push(range);
             }
         }
-        Some(wanted)
+        Some((start..next, wanted))
     })
 }

@@ -145,7 +145,8 @@ mod tests {
         let runs_of = |set: u32| union((0..8).filter(|at| set >> at & 1 == 1).map(|at| at..at + 1));
         let set_of = |runs: &[Range<u64>]| {
             runs.iter()
-                .flat_map(|run| run.clone())
+                .cloned()
+                .flatten()
                 .fold(0, |set, at| set | 1u32 << at)
         };
         for one in 0..256 {
@@ -183,7 +184,7 @@ mod tests {
     fn what_is_no_run_is_told() {
         for wrong in [
             vec![0..0],
-            vec![4..2],
+            vec![Range { start: 4, end: 2 }],
             vec![0..9],
             vec![2..4, 0..1],
             vec![0..3, 2..4],

@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 
 use super::problem::Problem;
 use crate::control::SOCKET;
-use crate::control::answers::Fault;
+use crate::control::messages::Fault;
 
 /// A connection that is ready for commands.
 pub(super) struct Client {

@@ -32,6 +32,24 @@ impl Finder {
     }
 }
 
+impl Finder {
+    pub(super) fn is_json(&self) -> bool {
+        self.is_json
+    }
+
+    /// Prints one of them.
+    pub(super) fn tell<T: Serialize>(&self, event: &Event<T>, words: &str) {
+        let line = if self.is_json {
+            event.line()
+        } else {
+            format!("{words}\n")
+        };
+        let mut out = self.out.lock().expect("nobody panics with it");
+        // Whoever does not listen still hears the exit code.
+        let _ = out.write_all(line.as_bytes());
+    }
+}
+
 impl<T: Serialize> Event<T> {
     /// The last line of a command.
     pub(super) fn result(what: T) -> String {
@@ -51,16 +69,11 @@ impl Progress for Finder {}
 
 impl Watch for Finder {
     fn found(&self, damage: &Damage) {
-        let line = if self.is_json {
-            let event = "damage";
-            let what = damage;
-            Event { event, what }.line()
-        } else {
-            format!("damaged: {}\n", damage.message)
+        let event = Event {
+            event: "damage",
+            what: damage,
         };
-        let mut out = self.out.lock().expect("nobody panics with it");
-        // Whoever does not listen still hears the exit code.
-        let _ = out.write_all(line.as_bytes());
+        self.tell(&event, &format!("damaged: {}", damage.message));
     }
 }
 

@@ -35,22 +35,37 @@ pub(super) enum DiskCommand {
         #[arg(value_name = "[+]SIZE", value_parser = parse_new_size, allow_hyphen_values = true)]
         size: NewSize,
     },
+    /// Say that the server which has the image has ended everything that was given up: it was started
+    /// anew, say, and so was what it writes to. Else that is in every backup.
+    Settle {
+        /// The disk.
+        disk: String,
+    },
 }
 
 impl DiskCommand {
     pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Resize { .. } => "disk resize",
+            Self::Settle { .. } => "disk settle",
         }
     }
 
     pub(super) fn run(self, run_dir: &Path, answers: &Answers) -> Result<Done, Problem> {
-        let Self::Resize { image, disk, size } = self;
-        let answer = match image {
-            Some(image) => resize_image(&image, &disk, size)?,
-            None => resize_served(&mut Client::connect(run_dir)?, &disk, size)?,
-        };
-        answers.show(&answer, resized)
+        match self {
+            Self::Resize { image, disk, size } => {
+                let answer = match image {
+                    Some(image) => resize_image(&image, &disk, size)?,
+                    None => resize_served(&mut Client::connect(run_dir)?, &disk, size)?,
+                };
+                answers.show(&answer, resized)
+            }
+            Self::Settle { disk } => {
+                let mut client = Client::connect(run_dir)?;
+                let answer = client.execute("disk-settle", &Settle { disk: &disk })?;
+                Ok(answers.confirm(&answer, &format!("{disk} is settled\n")))
+            }
+        }
     }
 }
 
@@ -121,6 +136,11 @@ fn parse_new_size(text: &str) -> Result<NewSize, String> {
 struct Resize<'a> {
     disk: &'a str,
     size: u64,
+}
+
+#[derive(Serialize)]
+struct Settle<'a> {
+    disk: &'a str,
 }
 
 #[cfg(test)]

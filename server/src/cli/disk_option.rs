@@ -2,13 +2,16 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::time::Duration;
 
 use bitmap::Granularity;
 
-use super::units::parse_size;
+use super::units::{parse_duration, parse_size};
 use crate::disk::Durability;
+use crate::image::RemoteSpec;
 use crate::names::Name;
-use crate::served::{Cache, DiskSpec};
+use crate::nbd_uri::NbdUriError;
+use crate::served::{Cache, DiskSpec, Format};
 
 /// Reads it; an error says what is wrong.
 pub(super) fn parse(text: &OsStr) -> Result<DiskSpec, String> {
@@ -23,10 +26,19 @@ pub(super) fn parse(text: &OsStr) -> Result<DiskSpec, String> {
     if path.is_empty() {
         return Err("no path is given".to_owned());
     }
+    let remote = path.to_str().filter(|text| is_uri(text));
+    let remote = remote.map(str::parse).transpose();
+    let remote = remote.map_err(|error: NbdUriError| error.to_string())?;
     let mut spec = DiskSpec {
         name,
         path: path.into(),
-        raw: false,
+        remote: remote.map(|uri| RemoteSpec {
+            uri,
+            tls_creds: None,
+            patience: PATIENCE,
+        }),
+        format: None,
+        allow_backing: Vec::new(),
         granularity: None,
         state: None,
         read_only: false,
@@ -54,9 +66,12 @@ fn set(spec: &mut DiskSpec, key: &str, value: Option<OsString>) -> Result<(), St
         .as_ref()
         .map(|value| value.to_string_lossy().into_owned());
     match (key, text.as_deref()) {
-        ("format", Some("raw")) => spec.raw = true,
+        ("format", Some("raw")) => spec.format = Some(Format::Raw),
+        ("format", Some("qcow2")) => spec.format = Some(Format::Qcow2),
         ("format", Some(other)) => {
-            return Err(format!("format '{other}' is not supported: only raw is"));
+            return Err(format!(
+                "format '{other}' is not supported: only raw and qcow2 are"
+            ));
         }
         ("granularity", Some(size)) => {
             let bytes = parse_size(size)?;
@@ -72,20 +87,52 @@ fn set(spec: &mut DiskSpec, key: &str, value: Option<OsString>) -> Result<(), St
             let refusal = || format!("durability is power, process or none, not '{name}'");
             spec.durability = Durability::named(name).ok_or_else(refusal)?;
         }
+        ("cache", Some(_)) if spec.remote.is_some() => {
+            return Err("the cache of another server's export is that server's".to_owned());
+        }
+        ("reconnect", Some(time)) => of_remote(spec, key)?.patience = parse_patience(time)?,
+        ("tls-creds", Some(dir)) if !dir.is_empty() => {
+            of_remote(spec, key)?.tls_creds = value.map(Into::into);
+        }
         ("cache", Some(name)) => {
             let refusal = || format!("cache is writeback or none, not '{name}'");
             spec.cache = Cache::named(name).ok_or_else(refusal)?;
         }
-        ("format" | "granularity" | "state" | "durability" | "cache", _) => {
+        (
+            "format" | "granularity" | "state" | "durability" | "cache" | "reconnect" | "tls-creds",
+            _,
+        ) => {
             return Err(format!("'{key}' needs a value"));
         }
         _ => {
             return Err(format!(
-                "unknown key '{key}': the keys are format, granularity, state, durability, cache, read-only"
+                "unknown key '{key}': the keys are format, granularity, state, durability, cache, \
+                 read-only, and for the exports of other servers reconnect, tls-creds"
             ));
         }
     }
     Ok(())
+}
+
+/// Whether it is meant as a URI and not as a path.
+fn is_uri(text: &str) -> bool {
+    let schemes = ["nbd", "nbds", "nbd+unix", "nbds+unix"];
+    text.split_once("://")
+        .is_some_and(|(scheme, _)| schemes.contains(&scheme))
+}
+
+/// What is said about another server's export.
+fn of_remote<'a>(spec: &'a mut DiskSpec, key: &str) -> Result<&'a mut RemoteSpec, String> {
+    let refusal = || format!("'{key}' is for the exports of other servers, as in nbd://HOST/NAME");
+    spec.remote.as_mut().ok_or_else(refusal)
+}
+
+fn parse_patience(text: &str) -> Result<Duration, String> {
+    let time = parse_duration(text)?;
+    if time.is_zero() || time > PATIENCE_MAX {
+        return Err(format!("reconnect is from 1ms to 1d, not '{text}'"));
+    }
+    Ok(time)
 }
 
 /// Splits at single commas; a doubled one stands for itself.
@@ -110,6 +157,11 @@ fn split_key(part: &OsStr) -> (String, Option<OsString>) {
     (String::from_utf8_lossy(key).into_owned(), value)
 }
 
+/// How long a request waits for another server: as long as guests wait for a disk, mostly.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+const PATIENCE_MAX: Duration = Duration::from_secs(86_400);
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -127,14 +179,24 @@ mod tests {
         assert_eq!(spec.path, Path::new("/a,b=c,"));
         assert_eq!(spec.granularity.map(Granularity::bytes), Some(4096));
         assert_eq!(spec.state.as_deref(), Some(Path::new("/s,t")));
-        assert!(!spec.raw && !spec.read_only);
+        assert!(spec.format.is_none() && !spec.read_only);
+    }
+
+    #[test]
+    fn an_export_of_another_server_is_named_by_its_uri() {
+        let spec = parse("vda=nbds://h/x,,y,tls-creds=/c,reconnect=5s").unwrap();
+        let remote = spec.remote.unwrap();
+        assert_eq!(remote.uri.export, "x,y");
+        assert_eq!(remote.tls_creds.as_deref(), Some(Path::new("/c")));
+        assert_eq!(remote.patience, Duration::from_secs(5));
+        assert!(parse("vda=/nbd://h/x").unwrap().remote.is_none());
     }
 
     #[test]
     fn read_only_has_the_spellings_that_people_know() {
         for on in ["read-only", "readonly", "read-only=on", "readonly=on"] {
             let spec = parse(&format!("a=/a,format=raw,{on}")).unwrap();
-            assert!(spec.raw && spec.read_only, "{on}");
+            assert!(spec.format == Some(Format::Raw) && spec.read_only, "{on}");
         }
         assert!(!parse("a=/a,readonly=off").unwrap().read_only);
     }
@@ -147,7 +209,7 @@ mod tests {
             ("a/b=/a", "A-Z"),
             ("a=", "no path"),
             ("a=,format=raw", "no path"),
-            ("a=/a,format=qcow2", "only raw"),
+            ("a=/a,format=vmdk", "only raw and qcow2"),
             ("a=/a,format", "needs a value"),
             ("a=/a,state=", "needs a value"),
             (
@@ -161,6 +223,10 @@ mod tests {
             ("a=/a,durability", "needs a value"),
             ("a=/a,cache=writethrough", "writeback or none"),
             ("a=/a,cache", "needs a value"),
+            ("a=nbd://h/x,cache=none", "that server's"),
+            ("a=nbd://h/x,reconnect=0s", "from 1ms"),
+            ("a=/a,reconnect=1s", "other servers"),
+            ("a=nbd+unix:///x", "names no socket"),
             ("a=/a,readonly,read-only", "twice"),
             ("a=/a,readonly=maybe", "on or off"),
         ] {

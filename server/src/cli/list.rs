@@ -1,5 +1,6 @@
 //! `stillpoint list`: the points in a folder of backups.
 
+use std::fmt::Write;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -33,7 +34,8 @@ impl ListArgs {
         }
         let mut text = table(archive.points());
         for (number, error) in archive.unsound() {
-            text += &format!("point {number} cannot be read: {error}\n");
+            let line = format_args!("point {number} cannot be read: {error}");
+            writeln!(text, "{line}").expect("a string takes everything");
         }
         Ok(Done { text, exit: 0 })
     }

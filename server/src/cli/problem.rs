@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::archive::ArchiveError;
-use crate::control::answers::Fault;
+use crate::control::messages::Fault;
 use crate::failure::Failure;
 
 /// Exit codes.

@@ -25,6 +25,10 @@ pub(super) struct PruneArgs {
 }
 
 #[derive(Args, Debug)]
+#[expect(
+    clippy::struct_field_names,
+    reason = "they are options that are called so"
+)]
 #[group(required = true, multiple = true)]
 struct KeepArgs {
     /// Keep the newest N points.

@@ -1,5 +1,6 @@
 //! `stillpoint restore`: disks as they were at a point.
 
+use std::fmt::Write;
 use std::fs;
 use std::io;
 use std::ops::Range;
@@ -49,7 +50,7 @@ enum Format {
 }
 
 #[derive(Serialize)]
-struct Outcome<'a> {
+struct Summary<'a> {
     outcome: &'static str,
     point: u64,
     instant: String,
@@ -142,7 +143,7 @@ fn report(
     let lost_bytes: u64 = lost.map(length).sum();
     let exit = if count == 0 { 0 } else { exit::DAMAGED };
     if answers.is_json {
-        let outcome = Outcome {
+        let summary = Summary {
             outcome: if count == 0 { "restored" } else { "damaged" },
             point: point.number,
             instant: time_text(point.instant),
@@ -153,14 +154,15 @@ fn report(
                 .map(|(what, done)| restored_disk(what, done))
                 .collect(),
         };
-        let text = Event::result(outcome);
+        let text = Event::result(summary);
         return Ok(Done { text, exit });
     }
     let mut text = String::new();
     for ((disk, output), restored) in disks {
         let instant = time_text(point.instant);
-        text += &format!(
-            "{disk} of point {}, {instant}: {}, of which {} are data, in {}\n",
+        let _ = writeln!(
+            text,
+            "{disk} of point {}, {instant}: {}, of which {} are data, in {}",
             point.number,
             size(restored.size),
             size(restored.data_bytes),
@@ -168,8 +170,9 @@ fn report(
         );
         for run in &restored.lost {
             let (from, to) = (run.start, run.end);
-            text += &format!(
-                "lost: bytes {from} to {to} of {disk}, {}\n",
+            let _ = writeln!(
+                text,
+                "lost: bytes {from} to {to} of {disk}, {}",
                 size(length(run))
             );
         }

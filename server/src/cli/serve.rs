@@ -24,7 +24,7 @@ use crate::served::DiskSpec;
 
 #[derive(Args, Debug)]
 pub(super) struct ServeArgs {
-    /// Serve the image PATH as disk NAME; may be given more than once. Keys: format=raw,
+    /// Serve the image PATH as disk NAME; may be given more than once. Keys: format=raw or qcow2,
     /// granularity=64k (a power of two, 4k to 2M), state=DIR, durability=power, process or none,
     /// cache=writeback or none, read-only. A comma in PATH is doubled.
     #[arg(
@@ -34,6 +34,10 @@ pub(super) struct ServeArgs {
         value_parser = OsStringValueParser::new().try_map(|text| disk_option::parse(&text))
     )]
     disks: Vec<DiskSpec>,
+    /// Let images name backing and data files in this folder too, and below it; may be given more than
+    /// once. Without it, only in the folder of the image itself.
+    #[arg(long, value_name = "DIR")]
+    allow_backing: Vec<PathBuf>,
     /// Where to keep what backups need of overwritten blocks [default: with each disk's state].
     #[arg(long, value_name = "DIR")]
     scratch_dir: Option<PathBuf>,
@@ -89,8 +93,13 @@ fn options(args: ServeArgs, run_dir: PathBuf) -> Result<ServeOptions, Problem> {
         let message = format!("two disks are called '{}'", twice.name);
         return Err(Problem::usage(message).hint("each --disk needs a name of its own"));
     }
+    let allow_backing = args.allow_backing;
+    let allow = |disk| DiskSpec {
+        allow_backing: allow_backing.clone(),
+        ..disk
+    };
     Ok(ServeOptions {
-        disks: args.disks,
+        disks: args.disks.into_iter().map(allow).collect(),
         run_dir,
         scratch_dir: args.scratch_dir,
         live_listen: args.live_listen,

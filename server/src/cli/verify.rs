@@ -5,11 +5,13 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
+use super::against::Comparison;
 use super::damage::{Event, Finder, damages};
 use super::problem::{Problem, exit};
 use super::units::size;
 use super::{Answers, Done};
 use crate::archive::{Archive, Scope, verify};
+use crate::nbd_uri::NbdUri;
 
 #[derive(Args, Debug)]
 pub(super) struct VerifyArgs {
@@ -23,10 +25,18 @@ pub(super) struct VerifyArgs {
     /// it), or `latest`.
     #[arg(long, value_name = "POINT")]
     at: Option<String>,
+    /// Compare a point, the latest without --at, with this frozen export, such as
+    /// `nbd+unix:///vda@b1?socket=/run/nbd.sock`.
+    #[arg(long, value_name = "URI")]
+    against: Option<NbdUri>,
+    /// Believe servers whose certificates ca-cert.pem of this directory vouches for, and show
+    /// client-cert.pem to those that ask.
+    #[arg(long, value_name = "DIR", requires = "against")]
+    tls_creds: Option<PathBuf>,
 }
 
 #[derive(Serialize)]
-struct Outcome {
+struct Summary {
     outcome: &'static str,
     points: u64,
     files: u64,
@@ -49,12 +59,16 @@ impl VerifyArgs {
             let message = format!("'{folder}' has no disk '{disk}'");
             return Err(Problem::new("unknown-disk", message));
         }
+        let finder = Finder::new(answers);
+        if let Some(uri) = &self.against {
+            return self.compare(&archive, uri, &finder);
+        }
         let disk = self.disk;
-        let verified = verify(&archive, &Scope { disk, point }, &Finder::new(answers))?;
+        let verified = verify(&archive, &Scope { disk, point }, &finder)?;
         let is_sound = verified.damages == 0;
         let exit = if is_sound { 0 } else { exit::DAMAGED };
         if answers.is_json {
-            let text = Event::result(Outcome {
+            let text = Event::result(Summary {
                 outcome: if is_sound { "sound" } else { "damaged" },
                 points: verified.points,
                 files: verified.files,
@@ -75,5 +89,26 @@ impl VerifyArgs {
             size(verified.bytes)
         );
         Ok(Done { text, exit })
+    }
+
+    fn compare(&self, archive: &Archive, uri: &NbdUri, finder: &Finder) -> Result<Done, Problem> {
+        let at = self.at.as_deref().unwrap_or("latest");
+        let point = archive.find(at, self.disk.as_deref())?;
+        let disk = match (&self.disk, &point.disks[..]) {
+            (Some(disk), _) => disk,
+            (None, [only]) => &only.name,
+            (None, several) => {
+                let message = format!("point {} has {} disks", point.number, several.len());
+                return Err(Problem::usage(message).hint("say which one with --disk"));
+            }
+        };
+        let comparison = Comparison {
+            archive,
+            point: point.number,
+            disk,
+            uri,
+            tls_creds: self.tls_creds.as_deref(),
+        };
+        comparison.run(finder)
     }
 }

@@ -11,7 +11,7 @@ use super::request::Refusal;
 use crate::failure::Failure;
 use crate::names::Name;
 use crate::served::ServedDisk;
-use crate::service::{Action, Addition, Bitmap, Service, Source};
+use crate::service::{Action, Addition, Bitmap, InImage, Service, Source};
 
 /// The commands that end in one [`Action`], which are also what a transaction consists of.
 pub(super) const COMMANDS: &[&str] = &[
@@ -198,25 +198,27 @@ fn node(service: &Service, disk: &ServedDisk) -> Node {
             Ok(dirty) => (dirty.dirty_bytes(disk.disk.map()), dirty.since.is_some()),
             Err(_) => (0, false),
         };
+        let recording = recording || bitmap.in_image == Some(InImage::Recording);
         DirtyBitmap {
             name: bitmap.name.clone(),
             count,
             granularity,
             recording,
             busy: busy.contains(&bitmap.uuid),
-            persistent: bitmap.persistent,
+            persistent: bitmap.persistent || bitmap.in_image.is_some(),
             inconsistent: dirty.is_err(),
         }
     };
-    let filename = path_text(&std::path::absolute(&disk.path).unwrap_or(disk.path.clone()));
+    let format = disk.disk.image().format();
+    let filename = path_text(&disk.path);
     Node {
         disk: disk.name.clone(),
-        drv: "raw".to_owned(),
+        drv: format.to_owned(),
         ro: disk.read_only,
         file: filename.clone(),
         image: Image {
             filename,
-            format: "raw".to_owned(),
+            format: format.to_owned(),
             virtual_size: disk.disk.size(),
         },
         dirty_bitmaps: bitmaps.iter().rev().map(describe).collect(),

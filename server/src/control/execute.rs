@@ -13,9 +13,10 @@ use super::Control;
 use super::answers::{
     BackupAnswer, BackupDisk, BackupState, CheckpointAnswer, CheckpointDisk, CommandName,
     ConsumerAnswer, ConsumerDisk, Difference, DiskAnswer, ExportUse, Mode, ResizeAnswer, Sockets,
-    Status, Version, path_text, time_text, uris,
+    Status, path_text, time_text, uris,
 };
 use super::bitmaps;
+use super::messages::Version;
 use super::request::{COMMANDS, Command};
 use crate::export::{Export, difference_name, frozen_name};
 use crate::failure::Failure;
@@ -42,6 +43,10 @@ pub(crate) async fn execute(
         Command::ResizeDisk { disk, size } => {
             let resized = service.resize_disk(&disk, size).await?;
             answer(&ResizeAnswer::new(disk, resized))
+        }
+        Command::SettleDisk { disk } => {
+            service.disk(&disk)?.settle_base()?;
+            nothing()
         }
         Command::Checkpoints { disk } => answer(&checkpoints(service, disk).await?),
         Command::Backups { id } => answer(&control.backups(id.as_ref())?),
@@ -113,7 +118,7 @@ impl Control {
         let describe = |served: &Arc<ServedDisk>| DiskAnswer {
             disk: served.name.clone(),
             uuid: served.uuid,
-            path: path_text(&std::path::absolute(&served.path).unwrap_or(served.path.clone())),
+            path: path_text(&served.path),
             format: "raw".to_owned(),
             size: served.disk.size(),
             granularity: served.disk.map().granularity().bytes(),
@@ -124,6 +129,7 @@ impl Control {
             tracking: served.untracked().map_or("ok", |_| "lost").to_owned(),
             uncertain_bytes: uncertain.get(&served.name).copied().unwrap_or(0),
             active_bytes: served.disk.active_bytes(),
+            unsettled_bytes: served.disk.unsettled_bytes(),
             live_export: served.name.to_string(),
             live_uris: uris(&self.live_addresses, served.name.as_str()),
         };

@@ -12,6 +12,7 @@ mod decoder;
 mod execute;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
+pub(crate) mod messages;
 mod request;
 
 use std::io::Write;
@@ -33,9 +34,9 @@ use tokio::task::{JoinHandle, spawn_local};
 use crate::failure::Failure;
 use crate::listeners::Endpoint;
 use crate::service::{Event, Service};
-use answers::{Greeting, Notice, Reply};
 use decoder::{Decoder, Malformed};
 use execute::execute;
+use messages::{Greeting, Notice, Reply};
 use request::{Command, Refusal, Request};
 
 /// What clients of the control socket can do something to.

@@ -2,9 +2,9 @@
 
 use serde_json::{Map, Value};
 
-use super::answers::Reply;
 use super::arguments::{Arguments, bad_request, shortened};
 use super::bitmaps;
+use super::messages::Reply;
 use crate::failure::Failure;
 use crate::names::Name;
 use crate::service::{Action, BeginRequest};
@@ -28,6 +28,11 @@ pub(crate) enum Command {
         disk: Name,
         /// In bytes.
         size: u64,
+    },
+    /// `disk-settle`.
+    SettleDisk {
+        /// Which.
+        disk: Name,
     },
     /// `query-checkpoints`.
     Checkpoints {
@@ -137,6 +142,7 @@ pub(crate) const COMMANDS: &[&str] = &[
     "query-status",
     "query-disks",
     "disk-resize",
+    "disk-settle",
     "query-checkpoints",
     "query-backups",
     "checkpoint-create",
@@ -197,6 +203,9 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
         "disk-resize" => Command::ResizeDisk {
             disk: arguments.required_name("disk")?,
             size: arguments.required_number("size", u64::MAX)?,
+        },
+        "disk-settle" => Command::SettleDisk {
+            disk: arguments.required_name("disk")?,
         },
         "query-checkpoints" => Command::Checkpoints {
             disk: arguments.name("disk")?,

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use std::io;
 
-use scratch::{Pace, Step, World};
+use scratch::{Pace, Snapshot, Step, World};
 use thiserror::Error;
 
 use super::{Disk, Tracking};
@@ -24,13 +24,16 @@ pub enum NotFrozen {
     /// What was written untracked before it may not be durable.
     #[error("a sync of the image failed: {0}")]
     Image(#[from] io::Error),
+    /// What was written before it is not known to be durable where the image is. Nobody is told of it.
+    #[error("what was written before the instant cannot be made durable: {0}")]
+    Elsewhere(io::Error),
 }
 
 /// Moves every disk to its next tracking at one point in time, or none of them.
 ///
 /// All that can fail has been done by now: `next` is ready-made, so the guests pause only for the
 /// writes already in flight, and for no longer than `patience` takes. Only one instant may be taken
-/// at a time.
+/// at a time. Where images may be elsewhere, [`Cover`] ends it.
 pub async fn freeze<W: World>(
     freezes: Vec<Freeze<W>>,
     patience: impl Future<Output = ()>,
@@ -82,6 +85,37 @@ pub async fn freeze<W: World>(
         disk.flush().await?;
     }
     Ok(())
+}
+
+/// What is left to be done for an instant when it has been taken, and before anybody is told of it:
+/// nothing, unless an image is elsewhere. The guests run again meanwhile.
+#[must_use = "an instant of what is elsewhere is none without it"]
+pub struct Cover<W: World>(Vec<(Arc<Disk<W>>, Vec<Arc<Snapshot<W>>>)>);
+
+impl<W: World> Cover<W> {
+    /// Of an instant that is about to be taken.
+    pub fn of(freezes: &[Freeze<W>]) -> Self {
+        let new = |Freeze { disk, next }: &Freeze<W>| {
+            let before = disk.tracking();
+            let is_new = |new: &&Arc<_>| !before.snapshots.iter().any(|old| Arc::ptr_eq(old, new));
+            let new = next.snapshots.iter().filter(is_new).cloned().collect();
+            (Arc::clone(disk), new)
+        };
+        Self(freezes.iter().map(new).collect())
+    }
+
+    /// Does it. On an error the instant is kept no longer.
+    pub async fn finish(self) -> Result<(), NotFrozen> {
+        for (disk, _) in &self.0 {
+            if let Err(error) = disk.cover_instant().await {
+                for (disk, new) in &self.0 {
+                    new.iter().for_each(|snapshot| disk.forget(snapshot));
+                }
+                return Err(NotFrozen::Elsewhere(error));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Nothing waits between the first swap and the last: this does nothing, except in a simulation.

@@ -103,34 +103,14 @@ mod tests {
     use super::*;
     use bitmap::MemoryPages;
 
-    struct Synced(MemoryPages);
-
-    impl PageStore for Synced {
-        fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-            self.0.store(offset, bytes)
-        }
-        fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-            self.0.load(offset, bytes)
-        }
-        fn stored(&self, offset: u64) -> io::Result<Option<std::ops::Range<u64>>> {
-            self.0.stored(offset)
-        }
-    }
-
-    impl Durable for Synced {
-        async fn sync(&self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
     #[tokio::test]
     async fn a_lease_covers_every_write_and_the_next_server_reads_it() {
-        let (lease, before) = Lease::open(Synced(MemoryPages::default())).unwrap();
+        let (lease, before) = Lease::open(MemoryPages::default()).unwrap();
         assert_eq!(before, LeaseRecord::default());
         for now in [1000, 1001, 1059, 1060] {
             lease.cover(now).await.unwrap();
             lease.note(now).unwrap();
-            let stored = Synced(MemoryPages::from(lease.store.0.contents()));
+            let stored = MemoryPages::from(lease.store.contents());
             let (_, record) = Lease::open(stored).unwrap();
             assert!(record.end.unwrap() > now, "{record:?}");
             assert_eq!(record.clock, Some(now));

@@ -4,6 +4,7 @@
 //! what each step leaves behind when the process is killed after it, stands at [`Disk::change`].
 
 mod durability;
+mod elsewhere;
 mod freeze;
 mod gate;
 mod growth;
@@ -20,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bitmap::{Era, EraMap, Region};
-use block::{Extent, SharedSync, Storage, Zeroing};
+use block::{Extent, SharedSync, Storage, Unreachable, Zeroing};
 use bytes::Bytes;
 use scratch::{Claims, Frozen, Pace, Snapshot, Step, World, preserve};
 
@@ -29,7 +30,7 @@ use sound_sync::SoundSync;
 use tokio::sync::Notify;
 
 pub use durability::Durability;
-pub use freeze::{Freeze, NotFrozen, freeze};
+pub use freeze::{Cover, Freeze, NotFrozen, freeze};
 pub use gate::{Closed, Gate, Pass};
 pub use growth::{Growth, GrowthRecord, NotGrown};
 pub use intents::{ACTIVE_MAX, Intents};
@@ -64,6 +65,8 @@ pub struct Disk<W: World> {
 enum Change {
     Write(Bytes),
     Zero(Zeroing),
+    /// Nothing that we do.
+    ByItself,
 }
 
 impl<W: World> Disk<W> {
@@ -201,7 +204,9 @@ impl<W: World> Disk<W> {
             return Err(io::Error::other("an earlier sync of the image failed"));
         }
         let result = self.image.sync().await;
-        if let Err(error) = &result {
+        if let Err(error) = &result
+            && !Unreachable::is(error)
+        {
             self.sync_failed.store(true, Ordering::Release);
             self.failing.notify_one();
             self.give_up(&format!("a sync of the image failed: {error}"));
@@ -390,6 +395,7 @@ impl<W: World> Disk<W> {
         match change {
             Change::Write(data) => self.image.write(range.start, &data).await,
             Change::Zero(how) => self.image.zero(range, how).await,
+            Change::ByItself => Ok(()),
         }
         // The pass is given back here, when the outcome is known; then the regions are left.
     }

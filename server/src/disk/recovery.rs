@@ -1,5 +1,6 @@
 use std::collections::BTreeSet;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bitmap::{Chunks, Era, EraMap, Eras, Granularity, PageTable, Region, Regions, Salt};
@@ -160,6 +161,14 @@ impl<P: Durable> Recovery<P> {
             damage,
             grown_from: None,
         })
+    }
+
+    /// Whether nothing was written to `range` in `era` or later, as far as that can be believed.
+    pub fn is_unchanged(&self, range: &Range<u64>, era: Era) -> bool {
+        let chunks = self.map.granularity().chunks(range);
+        let is_active = |region: Region| self.table.record(region.page()).is_active(region);
+        !Region::cut(&chunks).any(|(region, _)| is_active(region))
+            && self.map.changes(range.clone(), era).all(|run| !run.dirty)
     }
 
     /// The same of a disk that was being enlarged to the size that it has, if it was: a start marks

@@ -23,7 +23,7 @@ pub(super) async fn open(spec: &DiskSpec, engine: Engine) -> Result<FileStorage,
     })?;
     let image = FileStorage::new(file, engine).map_err(|error| cannot_open(&spec.path, &error))?;
     check_size(&spec.path, &image)?;
-    if !spec.raw {
+    if spec.format.is_none() {
         refuse_other_formats(&spec.path, &image).await?;
     }
     Ok(image)
@@ -86,7 +86,7 @@ fn check_size(path: &Path, image: &FileStorage) -> Result<(), Failure> {
 
 /// A guest can write any header into a raw disk, so a format is never guessed: it is refused, or
 /// the user says that the image is raw.
-async fn refuse_other_formats(path: &Path, image: &FileStorage) -> Result<(), Failure> {
+pub(super) async fn refuse_other_formats(path: &Path, image: &impl Storage) -> Result<(), Failure> {
     let mut head = [0; 512];
     let read = image.read(0, &mut head).await;
     read.map_err(|error| cannot_open(path, &error))?;
@@ -100,7 +100,7 @@ async fn refuse_other_formats(path: &Path, image: &FileStorage) -> Result<(), Fa
         "'{}' looks like a {format} image, and no format was given",
         path.display()
     );
-    let hint = "add ,format=raw if the bytes of the file are the disk; \
+    let hint = "add ,format=raw if the bytes of the file are the disk, or ,format=qcow2,read-only; \
                 serve other formats through qemu-nbd or convert them with qemu-img";
     Err(Failure::new("unknown-format", message).hint(hint))
 }

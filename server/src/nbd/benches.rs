@@ -77,7 +77,9 @@ async fn serve(folder: &Path, chunks: u64) -> Arc<Service> {
     let spec = DiskSpec {
         name: Name::parse("vda").expect("letters are a name"),
         path,
-        raw: true,
+        remote: None,
+        format: None,
+        allow_backing: Vec::new(),
         granularity: None,
         state: None,
         read_only: false,

@@ -27,13 +27,13 @@ use time::OffsetDateTime;
 use tokio::sync::{Mutex, broadcast};
 
 pub(crate) use bases::FIRST_BACKUP;
-pub(crate) use bitmaps::{Action, Addition, Bitmap, Source};
+pub(crate) use bitmaps::{Action, Addition, Bitmap, InImage, Source};
 pub(crate) use book::{
     Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Last, Outcome, Usage,
 };
 pub(crate) use resize::{Resized, resize_alone};
 
-use crate::disk::{Freeze, NotFrozen, Tracking, freeze};
+use crate::disk::{Cover, Freeze, NotFrozen, Tracking, freeze};
 use crate::failure::Failure;
 use crate::files::Files;
 use crate::names::Name;
@@ -148,6 +148,9 @@ impl Service {
     /// were found broken: a later start may find their files again, and another end of its
     /// predecessor. Then what has expired meanwhile ends, and what nobody needs goes.
     pub(crate) async fn settle(&self) -> io::Result<()> {
+        for disk in self.disks.values() {
+            disk.catch_up().await?;
+        }
         let owed = std::mem::take(&mut *self.owed.lock().unwrap_or_else(PoisonError::into_inner));
         for (disk, record) in owed {
             self.disks[&disk].record(&record).await?;
@@ -239,11 +242,16 @@ impl Service {
 
     /// Takes the instant, and says for how long the guests were held.
     async fn freeze(&self, freezes: Vec<Freeze<Files>>) -> Result<Duration, Failure> {
+        let cover = Cover::of(&freezes);
         let begun = Instant::now();
         let outcome = freeze(freezes, tokio::time::sleep(self.freeze_timeout)).await;
         let pause = begun.elapsed();
         self.longest_pause_us
             .fetch_max(pause.as_micros() as u64, Ordering::Relaxed);
+        let outcome = match outcome {
+            Ok(()) => cover.finish().await,
+            other => other,
+        };
         match outcome {
             Ok(()) => Ok(pause),
             Err(busy @ NotFrozen::Busy) => {
@@ -253,6 +261,10 @@ impl Service {
                 Err(Failure::new("busy", message).hint(hint))
             }
             Err(failed @ NotFrozen::Image(_)) => Err(image_failed(failed.to_string())),
+            Err(failed @ NotFrozen::Elsewhere(_)) => {
+                let hint = "see to the server that has the image, and try again";
+                Err(Failure::new("base-unreachable", failed.to_string()).hint(hint))
+            }
         }
     }
 

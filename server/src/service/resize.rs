@@ -5,7 +5,7 @@ use std::sync::Arc;
 use block::{Engine, Storage};
 
 use super::{Service, next_era, refuse_untrusted};
-use crate::disk::{Ending, Freeze, Growth, NotGrown, OnTrackingError, freeze};
+use crate::disk::{Cover, Ending, Freeze, Growth, NotGrown, OnTrackingError, freeze};
 use crate::failure::Failure;
 use crate::files::Files;
 use crate::image::SECTOR;
@@ -60,9 +60,11 @@ pub(crate) async fn resize_alone(spec: &DiskSpec, size: NewSize) -> Result<Resiz
         let hint = "serve it, and resize it then: what became of the backups is found out first";
         return Err(Failure::new("not-clean", message).hint(hint));
     }
-    disk.settle()
-        .await
-        .map_err(|error| not_closed(&disk, &error))?;
+    let caught_up = async {
+        disk.catch_up().await?;
+        disk.settle().await
+    };
+    caught_up.await.map_err(|error| not_closed(&disk, &error))?;
     let disk = Arc::new(disk);
     let resized = resize_opened(&disk, size, past.growth).await;
     disk.close()
@@ -86,8 +88,15 @@ async fn resize_opened(
     if size == found {
         return Ok(Resized { before, now: size });
     }
-    let instant = freeze(vec![next_instant(disk)?], std::future::pending()).await;
-    instant.map_err(|error| Failure::new("image-failed", error.to_string()))?;
+    let freezes = vec![next_instant(disk)?];
+    let cover = Cover::of(&freezes);
+    let instant = async {
+        freeze(freezes, std::future::pending()).await?;
+        cover.finish().await
+    };
+    instant
+        .await
+        .map_err(|error| Failure::new("image-failed", error.to_string()))?;
     grow(disk, size).await
 }
 
@@ -132,7 +141,8 @@ fn check_image(disk: &ServedDisk, size: u64) -> Result<(), Failure> {
     let length = image.length().map_err(|error| {
         Failure::new("cannot-resize", format!("cannot look at '{path}': {error}"))
     })?;
-    if size == now {
+    // Whether another server has it by now turns out when it is connected to anew.
+    if size == now || image.remote().is_some() {
         return Ok(());
     }
     if image.is_device() && length != size {

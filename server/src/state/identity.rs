@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
-use block::Storage;
+use block::{FileStorage, Storage};
 use rustix::fs::{AtFlags, StatxFlags, statx};
 
 use crate::image::Image;
@@ -31,7 +31,39 @@ impl ImageIdentity {
     pub(crate) fn of(image: &Image) -> io::Result<Self> {
         match image {
             Image::File(file) => Self::of_file(file.file(), file.size()),
+            // Nothing else of it can be told, but by its [fingerprint](super::fingerprint).
+            Image::Nbd(_) => Ok(Self {
+                device: ELSEWHERE,
+                size: image.size(),
+                ..Self::default()
+            }),
+            Image::Qcow2(image) => {
+                Self::of_files(image.files().map(FileStorage::file), image.size())
+            }
         }
+    }
+
+    /// Of an image that is in several files, none of which is ever written by us: whatever happens to
+    /// one of them, the sum is another.
+    fn of_files<'a>(files: impl Iterator<Item = &'a File>, size: u64) -> io::Result<Self> {
+        let mut all = Self {
+            size,
+            ..Self::default()
+        };
+        for (place, file) in files.enumerate() {
+            let file = Self::of_file(file, 0)?;
+            if place == 0 {
+                (all.device, all.number) = (file.device, file.number);
+            }
+            all.is_device |= file.is_device;
+            let [change, more] = file.change;
+            all.change[0] = all.change[0].max(change);
+            for number in [file.number, change, more] {
+                // Each step can be undone, so that a single number that differs makes a difference.
+                all.change[1] = (all.change[1].rotate_left(7) ^ number).wrapping_mul(SCATTER);
+            }
+        }
+        Ok(all)
     }
 
     fn of_file(image: &File, size: u64) -> io::Result<Self> {
@@ -140,6 +172,9 @@ impl ImageIdentity {
     }
 }
 
+/// A large odd number.
+const SCATTER: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// The kernel's number for what is behind a block device, and how many writes and sectors it has
 /// taken; zeroes where the kernel does not tell.
 fn device_counters(device: u64) -> (u64, [u64; 2]) {
@@ -176,6 +211,11 @@ pub(crate) fn boot() -> io::Result<[u8; 16]> {
 pub(crate) fn mount_of(image: &Image) -> io::Result<u64> {
     match image {
         Image::File(file) => mount(file.file()),
+        Image::Nbd(_) => Ok(0),
+        Image::Qcow2(image) => image
+            .files()
+            .next()
+            .map_or(Ok(0), |file| mount(file.file())),
     }
 }
 
@@ -187,6 +227,9 @@ pub(crate) fn mount(file: &File) -> io::Result<u64> {
     let found = ask(unique).or_else(|_| ask(StatxFlags::MNT_ID))?;
     Ok(found.stx_mnt_id)
 }
+
+/// No device has this number.
+const ELSEWHERE: u64 = u64::MAX;
 
 /// Linux 6.8; newer than the constants of the system call crate.
 const STATX_MNT_ID_UNIQUE: u32 = 0x4000;

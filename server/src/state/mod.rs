@@ -6,6 +6,7 @@
 //! used, and the next backup is a full one with the reason.
 
 mod bits;
+mod fingerprint;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 mod growth;
@@ -45,6 +46,7 @@ use journal::{Damage, JOURNAL, Journal};
 
 /// The state of a disk that is being served.
 pub(crate) struct State {
+    dir: PathBuf,
     header: Header,
     life: Life,
     journal: Journal,
@@ -127,6 +129,13 @@ impl State {
         opened.map_err(|error| cannot_use(dir, &error))
     }
 
+    /// Whether there is one in `dir`, in whatever state.
+    pub(crate) fn exists_in(dir: &Path) -> bool {
+        [HEADER, ERAS, PAGES, JOURNAL]
+            .iter()
+            .any(|name| dir.join(name).exists())
+    }
+
     /// Makes `record` durable.
     pub(crate) async fn record(&mut self, record: &Record) -> io::Result<()> {
         self.journal.append(record).await
@@ -172,8 +181,18 @@ impl State {
     }
 
     /// Records a clean end, after which nothing is written. All else has been synced before.
-    pub(crate) async fn close(&mut self, era: Era, image: &Image) -> io::Result<()> {
+    pub(crate) async fn close(
+        &mut self,
+        era: Era,
+        image: &Image,
+        map: &EraMap<CellPages>,
+    ) -> io::Result<()> {
         self.journal.settle().await?;
+        if image.is_elsewhere() {
+            // Nobody writes in an era that comes after the last.
+            let after = era.next().unwrap_or(era);
+            fingerprint::store(&self.dir, image, map, after).await?;
+        }
         self.life.clean = true;
         self.life.era_high = era.number();
         self.life.image = ImageIdentity::of(image)?;
@@ -304,7 +323,9 @@ async fn begin(
     }
     let weakness = before.durability.why_lost(ending).map(str::to_owned);
     // Without a lease, what was our own change and what someone else's is not known either.
-    if let Some(why) = weakness.or_else(|| changed_image(&before, &here, ending, lease_record)) {
+    if let Some(why) =
+        weakness.or_else(|| changed_image(&before, &here, ending, lease_record, image))
+    {
         lost = Some(why);
     }
 
@@ -323,6 +344,10 @@ async fn begin(
     // Of an image that was not enlarged yet there is nothing to be marked.
     let growth = before.growth.filter(|growth| growth.to == image.size());
     let recovery = load_map(dir, eras, image.size(), &format, known)?.ending(growth);
+    // A state that no server has used knows of nothing.
+    if image.is_elsewhere() && before.boot != [0; 16] && lost.is_none() {
+        lost = fingerprint::differs(dir, image, &recovery).await?;
+    }
     let mut start = Start {
         life: Life {
             lost_era: before.lost_era,
@@ -352,6 +377,9 @@ async fn begin(
         journal,
         ..
     } = start;
+    if image.is_elsewhere() {
+        fingerprint::store(dir, image, &recovered.map, recovered.eras.guests).await?;
+    }
     let ledger = journal.ledger().clone();
     let presumed = ledger.presumed.iter().map(|era| Era::from_number(*era));
     Ok(Opened {
@@ -364,6 +392,7 @@ async fn begin(
         lost: lost_before(&life),
         loss: record_of_loss,
         state: State {
+            dir: dir.to_owned(),
             header,
             life,
             journal,
@@ -475,8 +504,15 @@ fn lost_before(life: &Life) -> Option<Lost> {
 }
 
 /// Why the image is not the one that was left, or not as it was left, if so.
-fn changed_image(before: &Life, here: &Life, ending: Ending, lease: LeaseRecord) -> Option<String> {
+fn changed_image(
+    before: &Life,
+    here: &Life,
+    ending: Ending,
+    lease: LeaseRecord,
+    image: &Image,
+) -> Option<String> {
     let recorded = match ending {
+        _ if image.is_constant() => None,
         Ending::Clean => None,
         Ending::Killed => Some(lease.clock.map(|clock| clock + CLOCK_SLACK_S)),
         Ending::PowerCut => Some(lease.end),

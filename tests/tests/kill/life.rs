@@ -42,8 +42,7 @@ impl Life {
         for (name, size, chunk) in DISKS {
             let image = builder.path(&format!("{name}.raw"));
             stillpoint_tests::tools::sparse_file(&image, size);
-            let disk = format!("{name}={},granularity={chunk}", image.display());
-            builder = builder.disk_as(&disk);
+            builder = builder.disk_with(name, &image, &format!(",granularity={chunk}"));
             shadows.insert(name, Shadow::new(size, chunk));
         }
         Self {
@@ -301,7 +300,7 @@ impl Life {
         for (disk, shadow) in &self.shadows {
             let live = self.server.open_live(disk).read_all();
             shadow.check_bytes(&live, now, &format!("{what}, {disk}"));
-            let bytes = fs::read(self.server.image(disk)).unwrap();
+            let bytes = self.server.image_bytes(disk);
             assert!(bytes == live, "{what}: {disk} is not its image");
             let frozen = self.server.open_frozen(&format!("{disk}@{id}"), &[]);
             let frozen = { frozen }.read_all();

@@ -120,6 +120,8 @@ impl Client {
             range,
             do_not_fragment: false,
         });
+        // Collected, since the compiler cannot see that a future which holds this is `Send`.
+        let requests: Vec<Command> = requests.collect();
         for outcome in self.perform(requests).await? {
             match outcome {
                 Outcome::Data(part) => pieces.extend(part),

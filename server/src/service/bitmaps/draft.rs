@@ -10,7 +10,7 @@ use std::sync::Arc;
 use bitmap::{BitGranularity, Bits, DirtySet, Era};
 use uuid::Uuid;
 
-use super::{Bitmap, in_use, inconsistent, not_found};
+use super::{Bitmap, in_use, inconsistent, not_found, read_only};
 use crate::failure::Failure;
 use crate::names::Name;
 
@@ -220,6 +220,14 @@ impl BitmapDraft {
         Ok(())
     }
 
+    /// Refuses what is in an image.
+    fn check_own(&self) -> Result<(), Failure> {
+        match self.bitmap.in_image {
+            Some(_) => Err(read_only(&self.bitmap.name)),
+            None => Ok(()),
+        }
+    }
+
     /// What is dirty in it, as parts that hold for any other.
     fn all_parts(&self, disk: &Name) -> Vec<Part> {
         let mut parts = self.parts.clone();
@@ -250,6 +258,7 @@ impl Draft {
                 let (_, disk) = self.disk(&node)?;
                 let at = disk.find(&name)?;
                 disk.bitmaps[at].check_free()?;
+                disk.bitmaps[at].check_own()?;
                 disk.bitmaps[at].fate = Fate::Leaves;
                 Ok(())
             }
@@ -345,6 +354,7 @@ impl Draft {
                 bits: Arc::new(Bits::new(granularity)),
                 since: None,
             }),
+            in_image: None,
         };
         let mut draft = BitmapDraft::of(bitmap, None);
         draft.parts.clear();
@@ -360,7 +370,8 @@ impl Draft {
     fn merge(&mut self, node: &str, target: &str, sources: &[Source]) -> Result<(), Failure> {
         let (disk_name, disk) = self.disk(node)?;
         let (size, at) = (disk.size, disk.find(target)?);
-        let is_target_good = disk.bitmaps[at].check();
+        let target_found = &disk.bitmaps[at];
+        let is_target_good = target_found.check_own().and_then(|()| target_found.check());
         let mut parts = Vec::new();
         for source in sources {
             let (name, disk) = match &source.node {
@@ -404,6 +415,7 @@ impl Draft {
     fn bitmap(&mut self, node: &str, name: &str) -> Result<(Name, &mut BitmapDraft), Failure> {
         let (disk_name, disk) = self.disk(node)?;
         let at = disk.find(name)?;
+        disk.bitmaps[at].check_own()?;
         disk.bitmaps[at].check()?;
         disk.needs_instant = true;
         let bitmap = &mut disk.bitmaps[at];

@@ -43,6 +43,17 @@ pub(crate) struct Bitmap {
     pub(super) era: Era,
     /// What is dirty, or why that is lost.
     dirty: Result<DirtySet, String>,
+    /// It is the image's own, and cannot be changed.
+    pub(crate) in_image: Option<InImage>,
+}
+
+/// What a bitmap that is stored in an image does while whoever owns the image runs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum InImage {
+    /// It records.
+    Recording,
+    /// It does not.
+    Idle,
 }
 
 impl Bitmap {
@@ -151,7 +162,7 @@ impl Service {
                     continue;
                 };
                 is_known = true;
-                if busy.contains(&bitmap.uuid) {
+                if busy.contains(&bitmap.uuid) && bitmap.in_image.is_none() {
                     return Err(in_use(name));
                 }
                 let dirty = bitmap.dirty(disk).map_err(|_| inconsistent(name))?.clone();
@@ -170,6 +181,13 @@ impl Service {
 
 fn not_found(name: &str) -> Failure {
     Failure::new("unknown-bitmap", format!("Dirty bitmap '{name}' not found"))
+}
+
+fn read_only(name: &str) -> Failure {
+    let message = format!("Bitmap '{name}' is readonly and cannot be modified");
+    Failure::new("bitmap-read-only", message).hint(
+        "it is stored in the image, which is never written; merge it into one of another name",
+    )
 }
 
 fn in_use(name: &str) -> Failure {

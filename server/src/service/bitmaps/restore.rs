@@ -5,17 +5,50 @@ use std::sync::Arc;
 
 use bitmap::{BitGranularity, DirtySet, Era};
 
-use super::{Bitmap, Bitmaps};
+use uuid::Uuid;
+
+use super::{Bitmap, Bitmaps, InImage};
+use crate::image::Stored;
 use crate::names::Name;
 use crate::served::ServedDisk;
 use crate::state::{BitmapRecord, BitsId};
 
-/// The persistent bitmaps of a disk as they were.
+/// The bitmaps that are stored in the image of a disk, and the persistent ones of ours as they were.
 pub(in crate::service) fn load_bitmaps(disk: &ServedDisk, records: &[BitmapRecord]) -> Vec<Bitmap> {
-    records
-        .iter()
-        .filter_map(|record| load(disk, record))
-        .collect()
+    let own = records.iter().filter_map(|record| load(disk, record));
+    let mut bitmaps: Vec<Bitmap> = disk.stored.iter().map(|it| in_image(disk, it)).collect();
+    for bitmap in own {
+        // Ours was made when the image had none of that name: it is the one that clients know.
+        if let Some(at) = bitmaps.iter().position(|known| known.name == bitmap.name) {
+            let (disk, bitmap) = (&disk.name, &bitmap.name);
+            tracing::warn!(%disk, bitmap, "a bitmap in the image is hidden by one of that name");
+            bitmaps.remove(at);
+        }
+        bitmaps.push(bitmap);
+    }
+    bitmaps
+}
+
+fn in_image(disk: &ServedDisk, stored: &Stored) -> Bitmap {
+    let dirty = stored
+        .bits
+        .clone()
+        .map(|bits| DirtySet { bits, since: None });
+    Bitmap {
+        name: stored.name.clone(),
+        uuid: Uuid::new_v4(),
+        granularity: stored.granularity,
+        persistent: false,
+        revision: 0,
+        // It was read by this server, whatever happened to the image before.
+        era: disk.disk.tracking().era,
+        dirty,
+        in_image: Some(if stored.recording {
+            InImage::Recording
+        } else {
+            InImage::Idle
+        }),
+    }
 }
 
 /// A record of which nothing can be made is not there: what it names is not a bitmap of ours.
@@ -37,6 +70,7 @@ fn load(disk: &ServedDisk, record: &BitmapRecord) -> Option<Bitmap> {
             bits: Arc::new(bits),
             since: record.since.map(Era::from_number),
         }),
+        in_image: None,
     };
     if let Err(reason) = bitmap.dirty(disk) {
         tracing::warn!(disk = %disk.name, bitmap = record.name, reason, "a bitmap is inconsistent");

@@ -165,7 +165,9 @@ impl<'a> Life<'a> {
         let spec = DiskSpec {
             name: name.clone(),
             path: image.to_path_buf(),
-            raw: true,
+            remote: None,
+            format: None,
+            allow_backing: Vec::new(),
             granularity: Some(Granularity::new(CHUNK).unwrap()),
             state: None,
             read_only: false,

@@ -15,6 +15,7 @@ fn bitmap(text: &str, since: Option<u32>) -> Bitmap {
         persistent: true,
         revision: 3,
         era: Era::from_number(4),
+        in_image: None,
         dirty: Ok(DirtySet {
             bits: Arc::new(Bits::new(granularity)),
             since: since.map(Era::from_number),

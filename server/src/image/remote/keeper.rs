@@ -1,0 +1,509 @@
+//! Who has the connection to another server, and sees every request through.
+//!
+//! One task owns what is known of the other side. A change is sent when no other change of its blocks
+//! is under way, and it is recorded before that it is ([`GivenUp`]). What a lost connection leaves
+//! unanswered is sent again on the next one, with the same bytes, after everything that a server which
+//! was killed may have lost ([`Unsynced`]), and before anything newer of the same blocks; nobody is
+//! told of it before the new answer. The old connection's server may still perform it, now or much
+//! later: so its range is [given up](GivenUp::lose_all) too, and stays marked and preserved whenever
+//! an era begins.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use block::{Extent, Unreachable};
+use bytes::Bytes;
+use proto::Errno;
+use proto::client::{Client, Error, Failure};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use super::connect::{Abilities, Dialer, Link, error_of, told};
+use super::given_up::{GivenUp, SLOTS};
+use super::perform::{self, around};
+use super::unsynced::{Change, Unsynced};
+
+/// What is asked of another server, and who waits for it.
+pub(super) struct Request {
+    pub(super) task: Task,
+    pub(super) answer: oneshot::Sender<io::Result<Answer>>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Task {
+    Read(Range<u64>),
+    Change(Change),
+    Sync,
+    Extents(Range<u64>),
+    /// It is to have this size from here on, which its server has given it.
+    Grow(u64),
+}
+
+#[derive(Debug)]
+pub(super) enum Answer {
+    Done,
+    Data(Bytes),
+    Extents(Vec<Extent>),
+}
+
+/// The other side, as it is seen from all threads.
+#[derive(Debug)]
+pub(super) struct Side {
+    /// How large it is for us.
+    pub(super) size: AtomicU64,
+    pub(super) given_up: GivenUp,
+}
+
+pub(super) struct Keeper {
+    pub(super) name: String,
+    pub(super) dialer: Arc<Dialer>,
+    pub(super) patience: Duration,
+    pub(super) can: Abilities,
+    pub(super) side: Arc<Side>,
+    pub(super) requests: mpsc::UnboundedReceiver<Request>,
+    /// In the order in which they came, and not sent on this connection yet.
+    pub(super) waiting: VecDeque<Pending>,
+    pub(super) under_way: BTreeMap<u64, Pending>,
+    pub(super) unsynced: Unsynced,
+    /// Nothing that is not durable is believed any more, and nothing kept.
+    pub(super) sync_failed: bool,
+    /// Since when nobody answers.
+    pub(super) gone_since: Option<Instant>,
+    /// The size that its server has given it, as somebody says, and who waits for that.
+    pub(super) growing: Option<Growing>,
+    pub(super) numbers: u64,
+}
+
+/// A size that is to be found on the next connection.
+pub(super) struct Growing {
+    size: u64,
+    deadline: Instant,
+    answer: oneshot::Sender<io::Result<Answer>>,
+}
+
+/// A request that has not been answered.
+pub(super) struct Pending {
+    number: u64,
+    task: Task,
+    /// Nobody waits for a flush that is our own.
+    answer: Option<oneshot::Sender<io::Result<Answer>>>,
+    begun: Instant,
+    deadline: Instant,
+    /// Where it is recorded that this change is under way.
+    slot: Option<usize>,
+    /// What a flush covers.
+    mark: u64,
+}
+
+/// What came of a request on one connection.
+type Finished = (u64, Result<Performed, Error>);
+
+enum Performed {
+    Answered(Answer),
+    Changed(Vec<Change>),
+}
+
+/// Why a connection is of no more use.
+enum Lost {
+    Connection(Error),
+    /// Nothing was answered for too long.
+    Silence,
+    /// The base is to have another size, which only a new connection tells.
+    Grown,
+    /// Nobody asks for anything any more.
+    Over,
+}
+
+impl Keeper {
+    pub(super) async fn run(mut self, first: Link) {
+        let mut link = first;
+        loop {
+            let lost = self.serve(&link).await;
+            self.side_is_lost().await;
+            let reason = match lost {
+                Lost::Over => {
+                    let _ = timeout(GOODBYE_MAX, link.client.clone().disconnect()).await;
+                    return;
+                }
+                Lost::Grown => "its size is asked for".to_owned(),
+                Lost::Connection(error) => told(&error),
+                Lost::Silence => "it does not answer".to_owned(),
+            };
+            tracing::warn!(disk = self.name, reason, "the base is connected to anew");
+            self.gone_since = Some(Instant::now());
+            // Before another is made: a server may take one at a time.
+            drop(link);
+            match self.linked().await {
+                Some(next) => link = next,
+                None => return,
+            }
+            self.gone_since = None;
+            tracing::info!(disk = self.name, "the base is back");
+        }
+    }
+
+    /// A connection on which everything is as it was on the one before; `None` when nobody asks any
+    /// more.
+    async fn linked(&mut self) -> Option<Link> {
+        let mut pause = Duration::ZERO;
+        let mut last = None;
+        loop {
+            let dialer = Arc::clone(&self.dialer);
+            let dial = async move {
+                sleep(pause).await;
+                dialer.dial().await
+            };
+            let dial = timeout(pause + DIAL_MAX.min(self.patience), dial);
+            tokio::pin!(dial);
+            let dialled = loop {
+                let deadline = self.next_deadline();
+                tokio::select! {
+                    dialled = &mut dial => break dialled,
+                    request = self.requests.recv() => self.take(request?),
+                    () = at(deadline) => self.expire(),
+                }
+            };
+            pause = (2 * pause).clamp(PAUSE_MIN, PAUSE_MAX);
+            let why = match dialled {
+                Ok(Ok(link)) => match self.restore(&link).await {
+                    Ok(()) => return Some(link),
+                    Err(why) => why,
+                },
+                Ok(Err(error)) => told(&error),
+                Err(_) => "no connection in time".to_owned(),
+            };
+            self.expire();
+            if last.as_ref() != Some(&why) {
+                tracing::warn!(disk = self.name, why, "the base cannot be gone on with");
+                last = Some(why);
+            }
+        }
+    }
+
+    /// Sees that the other side is the one that it was, and gives it everything that it may have lost.
+    async fn restore(&mut self, link: &Link) -> Result<(), String> {
+        let now = Abilities::of(link.client.info());
+        if let Some(Growing { size, answer, .. }) = self.growing.take() {
+            if now.size == size {
+                self.can.size = size;
+                self.side.size.store(size, Ordering::Release);
+                let _ = answer.send(Ok(Answer::Done));
+            } else {
+                let message = format!("it has {} bytes, and is to have {size}", now.size);
+                let _ = answer.send(Err(io::Error::other(message)));
+            }
+        }
+        if let Some(why) = self.can.differ(&now) {
+            return Err(why);
+        }
+        let given = async {
+            for run in self.unsynced.runs(SLOTS) {
+                self.give_again(&link.client, run).await?;
+            }
+            Ok(())
+        };
+        let given: io::Result<()> = timeout(self.patience, given)
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        if let Err(error) = given {
+            self.side_is_lost().await;
+            return Err(format!("it did not take what it may have lost: {error}"));
+        }
+        Ok(())
+    }
+
+    /// Performs changes that do not touch each other once more.
+    async fn give_again(&self, client: &Client, run: Vec<Change>) -> io::Result<()> {
+        let mut given = JoinSet::new();
+        for change in run {
+            let slot = self.side.given_up.begin(&change.range)?;
+            let (client, can) = (client.clone(), self.can);
+            given.spawn_local(async move {
+                let done = perform::change(&client, &can, change).await;
+                done.map(|_| slot).map_err(error_of)
+            });
+        }
+        while let Some(done) = given.join_next().await {
+            self.side.given_up.end(done.map_err(io::Error::other)??);
+        }
+        Ok(())
+    }
+
+    /// Everything under way waits for the next connection, in the old order; where it was a change,
+    /// nobody knows what becomes of it here.
+    async fn side_is_lost(&mut self) {
+        if let Err(error) = self.side.given_up.lose_all().await {
+            tracing::error!(disk = self.name, %error, "what was given up cannot be recorded");
+        }
+        while let Some((_, mut pending)) = self.under_way.pop_last() {
+            pending.slot = None;
+            self.waiting.push_front(pending);
+        }
+        self.expire();
+    }
+
+    async fn serve(&mut self, link: &Link) -> Lost {
+        let (finish, mut finished) = mpsc::unbounded_channel();
+        loop {
+            self.send(&link.client, &finish);
+            let deadline = self.next_deadline();
+            tokio::select! {
+                biased;
+                Some((number, outcome)) = finished.recv() => {
+                    if let Err(error) = self.finish(number, outcome) {
+                        // What else was answered before counts.
+                        while let Ok((number, outcome)) = finished.try_recv() {
+                            let _ = self.finish(number, outcome);
+                        }
+                        return Lost::Connection(error);
+                    }
+                }
+                request = self.requests.recv() => match request {
+                    Some(request) => self.take(request),
+                    None => return Lost::Over,
+                },
+                () = at(deadline) => return Lost::Silence,
+                () = link.gone.notified() => return Lost::Connection(Error::Closed),
+            }
+            if self.growing.is_some() && self.under_way.is_empty() {
+                return Lost::Grown;
+            }
+        }
+    }
+
+    /// Takes in what is asked for; what can only wait in vain is answered at once.
+    fn take(&mut self, request: Request) {
+        let begun = Instant::now();
+        self.numbers += 1;
+        if let Task::Grow(size) = request.task {
+            self.growing = Some(Growing {
+                size,
+                deadline: begun + self.patience,
+                answer: request.answer,
+            });
+            return;
+        }
+        let pending = Pending {
+            number: self.numbers,
+            task: request.task,
+            answer: Some(request.answer),
+            begun,
+            deadline: self.gone_since.map_or(begun, |gone| gone.min(begun)) + self.patience,
+            slot: None,
+            mark: 0,
+        };
+        if self.sync_failed && matches!(pending.task, Task::Sync) {
+            pending.answer(Err(io::Error::other("an earlier flush of the base failed")));
+        } else if pending.deadline <= begun {
+            pending.give_up();
+        } else {
+            self.waiting.push_back(pending);
+        }
+    }
+
+    /// Sends what may be sent.
+    fn send(&mut self, client: &Client, finish: &mpsc::UnboundedSender<Finished>) {
+        if self.growing.is_some() {
+            return;
+        }
+        if self.unsynced.is_long() && !self.has_own_sync() {
+            self.begin_own_sync();
+        }
+        let mut held: Vec<Range<u64>> = Vec::new();
+        for _ in 0..self.waiting.len() {
+            let Some(mut pending) = self.waiting.pop_front() else {
+                break;
+            };
+            match self.prepare(&mut pending, &mut held) {
+                Ok(true) => {}
+                // What waits for it waits behind it.
+                Ok(false) => {
+                    self.waiting.push_back(pending);
+                    continue;
+                }
+                Err(error) => {
+                    pending.answer(Err(error));
+                    continue;
+                }
+            }
+            let (number, task) = (pending.number, pending.task.clone());
+            self.under_way.insert(number, pending);
+            let (client, can, finish) = (client.clone(), self.can, finish.clone());
+            tokio::task::spawn_local(async move {
+                let outcome = perform_task(&client, &can, task).await;
+                // Nobody listens any more when the connection was given up.
+                let _ = finish.send((number, outcome));
+            });
+        }
+    }
+
+    /// Whether `pending` may be sent now; if it is a change, it is recorded then that it is.
+    fn prepare(&self, pending: &mut Pending, held: &mut Vec<Range<u64>>) -> io::Result<bool> {
+        if self.under_way.len() >= SLOTS {
+            held.extend(pending.changes(self.can.block));
+            return Ok(false);
+        }
+        pending.mark = self.unsynced.mark();
+        let Some(range) = pending.changes(self.can.block) else {
+            return Ok(true);
+        };
+        let under_way = self.under_way.values();
+        let mut others = under_way.filter_map(|other| other.changes(self.can.block));
+        let meets = |other: &Range<u64>| range.start < other.end && other.start < range.end;
+        if self.unsynced.is_full() || held.iter().any(meets) || others.any(|other| meets(&other)) {
+            held.push(range);
+            return Ok(false);
+        }
+        pending.slot = Some(self.side.given_up.begin(&range)?);
+        Ok(true)
+    }
+
+    /// Answers a request; an error says that the connection is of no more use, and that the request is
+    /// still to be answered.
+    fn finish(&mut self, number: u64, outcome: Result<Performed, Error>) -> Result<(), Error> {
+        let outcome = match outcome {
+            Ok(performed) => Ok(performed),
+            // It has not been performed, and will not be here.
+            Err(Error::Failed(Failure {
+                errno: Errno::Shutdown,
+                ..
+            })) => return Err(Error::Leaving),
+            Err(error @ (Error::Failed(_) | Error::Refused(_))) => Err(error_of(error)),
+            Err(error) => return Err(error),
+        };
+        let Some(pending) = self.under_way.remove(&number) else {
+            return Ok(());
+        };
+        let answer = outcome.map(|performed| match performed {
+            Performed::Answered(answer) => answer,
+            Performed::Changed(changes) => {
+                // What is durable already, or cannot be made so, is not kept.
+                if self.can.flush && !self.sync_failed {
+                    changes
+                        .into_iter()
+                        .for_each(|change| self.unsynced.push(change));
+                }
+                Answer::Done
+            }
+        });
+        if matches!(pending.task, Task::Sync) {
+            match &answer {
+                Ok(_) => self.unsynced.synced(pending.mark),
+                Err(_) => {
+                    self.sync_failed = true;
+                    self.unsynced = Unsynced::default();
+                }
+            }
+        }
+        if let Some(slot) = pending.slot {
+            self.side.given_up.end(slot);
+        }
+        pending.answer(answer);
+        Ok(())
+    }
+
+    fn has_own_sync(&self) -> bool {
+        let all = self.under_way.values().chain(&self.waiting);
+        all.into_iter().any(|pending| pending.answer.is_none())
+    }
+
+    /// So that what is kept does not become too much.
+    fn begin_own_sync(&mut self) {
+        self.numbers += 1;
+        let begun = Instant::now();
+        self.waiting.push_front(Pending {
+            number: self.numbers,
+            task: Task::Sync,
+            answer: None,
+            begun,
+            deadline: begun + self.patience,
+            slot: None,
+            mark: 0,
+        });
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let all = self.under_way.values().chain(&self.waiting);
+        let growing = self.growing.iter().map(|growing| growing.deadline);
+        all.map(|pending| pending.deadline).chain(growing).min()
+    }
+
+    /// Answers what has waited for too long. Nothing of it is under way.
+    fn expire(&mut self) {
+        let now = Instant::now();
+        if let Some(growing) = self.growing.take_if(|growing| growing.deadline <= now) {
+            let _ = growing.answer.send(Err(io::Error::other(Unreachable)));
+        }
+        let all = std::mem::take(&mut self.waiting);
+        for pending in all {
+            if pending.deadline <= now {
+                pending.give_up();
+            } else {
+                self.waiting.push_back(pending);
+            }
+        }
+    }
+}
+
+impl Pending {
+    /// What it changes, in whole blocks.
+    fn changes(&self, block: u64) -> Option<Range<u64>> {
+        match &self.task {
+            Task::Change(change) => Some(around(&change.range, block)),
+            _ => None,
+        }
+    }
+
+    fn answer(self, answer: io::Result<Answer>) {
+        if let Some(waiter) = self.answer {
+            // Whoever does not wait any more does not mind.
+            let _ = waiter.send(answer);
+        }
+    }
+
+    fn give_up(self) {
+        self.answer(Err(io::Error::other(Unreachable)));
+    }
+}
+
+async fn perform_task(client: &Client, can: &Abilities, task: Task) -> Result<Performed, Error> {
+    Ok(match task {
+        Task::Read(range) => {
+            Performed::Answered(Answer::Data(perform::read(client, can, &range).await?))
+        }
+        Task::Change(change) => Performed::Changed(perform::change(client, can, change).await?),
+        Task::Extents(range) => {
+            let extents = perform::extents(client, can, &range).await?;
+            Performed::Answered(Answer::Extents(extents))
+        }
+        Task::Sync => {
+            if can.flush {
+                client.flush().await?;
+            }
+            Performed::Answered(Answer::Done)
+        }
+        Task::Grow(_) => Performed::Answered(Answer::Done),
+    })
+}
+
+async fn at(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Between two attempts to connect, at first and at last.
+const PAUSE_MIN: Duration = Duration::from_millis(20);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// A connection that takes longer is tried again.
+const DIAL_MAX: Duration = Duration::from_secs(10);
+
+/// Nobody waits for what a server says to a goodbye for longer.
+const GOODBYE_MAX: Duration = Duration::from_secs(1);

@@ -1,0 +1,118 @@
+//! What is known of a base at the next start.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use stillpoint_tests::server::temporary_directory;
+use stillpoint_tests::tls::{Authority, Holder};
+use stillpoint_tests::tools::path;
+use stillpoint_tests::{CHUNK, Guest, MIB, NbdBase, Server};
+
+use super::{at, check_backup, image, on};
+
+/// Why the checkpoint `cp1` is of no use, if so.
+fn why_lost(server: &Server) -> Option<String> {
+    let output = server.cli(&["backup", "begin", "--since", "cp1"]);
+    (output.code() != 0).then(|| output.stderr.clone())
+}
+
+#[test]
+fn the_chain_goes_on_after_a_stop_and_after_a_kill() {
+    let directory = temporary_directory();
+    let image = image(&directory);
+    let mut base = NbdBase::file(&image);
+    let mut server = on(&base, "").start();
+    let mut guest = Guest::new(&server, "vda");
+    guest.write(3 * MIB, &[1; 5000]);
+    server.checkpoint("cp1");
+    guest.touched.clear();
+    guest.write(5 * MIB, &[2; 5000]);
+    let (disk, touched) = (guest.disk.clone(), guest.touched.clone());
+    server.stop();
+    base.kill();
+    base.start();
+    server.start();
+    let mut guest = Guest::new(&server, "vda");
+    (guest.disk, guest.touched) = (disk, touched);
+    check_backup(&server, &mut guest, ("b1", "cp1"), "after a stop");
+    server.kill();
+    server.start();
+    assert_eq!(why_lost(&server), None, "after a kill");
+}
+
+#[test]
+fn an_image_that_was_changed_or_replaced_meanwhile_is_backed_up_in_full() {
+    for kill in [false, true] {
+        let directory = temporary_directory();
+        let image = image(&directory);
+        let base = NbdBase::file(&image);
+        let mut server = on(&base, "").start();
+        let mut guest = Guest::new(&server, "vda");
+        guest.write(3 * MIB, &[1; CHUNK as usize]);
+        server.checkpoint("cp1");
+        if kill {
+            server.kill();
+        } else {
+            server.stop();
+        }
+        let file = File::options().write(true).open(&image).unwrap();
+        file.write_all_at(&[7; 16 << 10], 0).unwrap();
+        server.start();
+        let why = why_lost(&server).expect("it is not the image that was left");
+        assert!(why.contains("changed, or is another"), "{why}");
+    }
+}
+
+#[test]
+fn an_older_state_of_the_image_is_noticed_by_what_was_written_last() {
+    let directory = temporary_directory();
+    let image = image(&directory);
+    let base = NbdBase::file(&image);
+    let mut server = on(&base, "").start();
+    let mut guest = Guest::new(&server, "vda");
+    server.checkpoint("cp1");
+    guest.flush();
+    let before = std::fs::read(&image).unwrap();
+    guest.write(3 * MIB + 8192, &[1; 512]);
+    server.stop();
+    let file = File::options().write(true).open(&image).unwrap();
+    file.write_all_at(&before, 0).unwrap();
+    server.start();
+    assert!(why_lost(&server).is_some());
+}
+
+#[test]
+fn a_base_needs_a_place_for_its_state_and_must_be_there() {
+    let directory = temporary_directory();
+    let mut base = NbdBase::file(&image(&directory));
+    base.kill();
+    let refused = on(&base, ",reconnect=1s").start_and_fail();
+    assert!(refused.error(1).contains("cannot connect"), "{refused}");
+    base.start();
+    let refused = on(&base, ",cache=none").start_and_fail();
+    refused.refused("that server's");
+}
+
+#[test]
+fn a_base_is_reached_with_tls_and_not_without() {
+    let directory = temporary_directory();
+    let authority = Authority::new("ours");
+    let theirs = authority.outfit(&directory.path().join("base"), Holder::Server, "base");
+    let ours = authority.outfit(&directory.path().join("client"), Holder::Client, "us");
+    let strange = Authority::new("strange");
+    let strange = strange.outfit(&directory.path().join("strange"), Holder::Client, "us");
+    let creds = format!("--tls-certificates={}", path(&theirs));
+    let base = NbdBase::nbdkit(&["--tls=require", "--tls-verify-peer", &creds, "memory", "8M"]);
+    let secure = base.uri().replacen("nbd+unix", "nbds+unix", 1);
+
+    let with = |dir: &Path| format!(",tls-creds={},reconnect=5s", path(dir));
+    let server = at(&secure, &with(&ours)).start();
+    let mut live = server.open_live("vda");
+    live.write(0, b"secret").unwrap();
+    assert_eq!(live.read(0, 6).unwrap(), b"secret");
+    at(&secure, &with(&strange)).start_and_fail().error(1);
+    at(&base.uri(), "").start_and_fail().error(1);
+    let refused = at(&secure, "").start_and_fail();
+    assert!(refused.error(1).contains("needs certificates"), "{refused}");
+}

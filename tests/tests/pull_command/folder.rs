@@ -143,6 +143,19 @@ impl Folder {
         fs::read(&raw).expect("what has just been written")
     }
 
+    /// The same by `stillpoint restore`.
+    #[track_caller]
+    pub(crate) fn restored_by_us(&self, server: &Server, point: u64, disk: &str) -> Vec<u8> {
+        let raw = self.directory.path().join("restored-by-us.raw");
+        // It writes over nothing.
+        let _ = fs::remove_file(&raw);
+        let (point, raw_path) = (point.to_string(), path(&raw));
+        let args = ["restore", path(&self.path), "--at", &point, "--disk", disk];
+        let args = [&args[..], &["--output", raw_path]].concat();
+        server.cli(&args).ok();
+        fs::read(&raw).expect("what has just been written")
+    }
+
     /// Sees that a disk in a point is these bytes.
     #[track_caller]
     pub(crate) fn holds(&self, point: u64, disk: &str, expected: &[u8], what: &str) {

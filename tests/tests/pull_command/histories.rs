@@ -4,7 +4,7 @@
 
 use rand::Rng as _;
 use stillpoint_tests::seeds::{number, rng, seeds};
-use stillpoint_tests::{Guest, KIB, MIB, Server};
+use stillpoint_tests::{Guest, KIB, MIB, Server, tools};
 
 use crate::folder::Folder;
 
@@ -24,7 +24,7 @@ fn history(seed: u64) {
     let sizes = [("vda", 5 * MIB + 512), ("vdb", 3 * MIB)];
     for (name, size) in sizes {
         let image = directory.path().join(format!("{name}.raw"));
-        stillpoint_tests::tools::sparse_file(&image, size);
+        tools::sparse_file(&image, size);
         let granularity = [4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB][rng.random_range(0..4)];
         builder = builder.disk_as(&format!(
             "{name}={},granularity={granularity}",
@@ -81,7 +81,13 @@ fn history(seed: u64) {
     }
     for (point, disk, bytes) in &expected {
         folder.holds(*point, disk, bytes, &what);
+        let ours = folder.restored_by_us(&server, *point, disk);
+        assert!(
+            ours == *bytes,
+            "{what}: {disk} in point {point}, by stillpoint restore"
+        );
     }
+    server.cli(&["verify", tools::path(folder.path())]).ok();
     let list = server.cli_json(&["backup", "list"]);
     assert_eq!(list, serde_json::json!([]), "{what}: backups are left open");
 }

@@ -161,8 +161,8 @@ fn killed_between_the_instant_and_the_first_byte_it_leaves_no_backup_to_the_next
     let (server, guest) = full_disk(4 * MIB, &[]);
     let folder = Folder::new();
     folder.pull(&server, &[]).result(0);
-    // The folder of a draft is made when the instant is there.
-    folder.pull_killed_at(&server, "mkdir,mkdirat", 1);
+    // The first is that of the folder; that of a draft is made when the instant is there.
+    folder.pull_killed_at(&server, "mkdir,mkdirat", 2);
     let left = open_backups(&server);
     assert_eq!(left.as_array().map(Vec::len), Some(1), "{left}");
 

@@ -94,6 +94,22 @@ fn qemu_nbd_with_a_bitmap_is_pulled_in_full_and_then_what_is_dirty() {
     let (_, message) = missing.error(1);
     assert!(message.contains("since2"), "{message}");
     assert_eq!(folder.points(), [1, 2]);
+    drop(server);
+
+    tool("qemu-img", &["resize", "-q", image, "9M"]).ok();
+    let server = OtherServer::qemu_nbd(&[&args[..], &["-B", "since1", image]].concat());
+    let third = pull(
+        &folder,
+        &uri(&server.socket(), "vda"),
+        &["--bitmap", "since1"],
+    );
+    let reason = third.disk(3, "vda")["reason"].clone();
+    assert!(
+        reason
+            .as_str()
+            .is_some_and(|text| text.contains("its size was 8388608")),
+        "{reason}"
+    );
 }
 
 #[test]

@@ -9,7 +9,7 @@ use proto::client::Piece;
 use proto::{STATE_HOLE, STATE_ZERO};
 
 use super::source::{Content, Source, SourceError, Stretch};
-use crate::export::{Context, Export, ExportError, Status};
+use crate::export::{Context, Export, ExportError, Since, Status};
 use crate::failure::Failure;
 use crate::nbd::zero_runs;
 use crate::service::FrozenDisk;
@@ -30,7 +30,7 @@ impl FrozenSource {
             None => whole.clone(),
             Some((name, era)) => {
                 let usage = part.differences.usage_of(&name);
-                Export::Difference(Arc::clone(part), name, era, usage)
+                Export::Difference(Arc::clone(part), name, Since::Era(era), usage)
             }
         };
         Self { whole, shown }

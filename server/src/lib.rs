@@ -17,6 +17,7 @@ mod tls;
 mod copy;
 
 mod export;
+mod push;
 mod service;
 
 mod served;

@@ -27,6 +27,7 @@ use crate::listeners::{self, Door, Listener, Listeners};
 use crate::lock_file::LockFile;
 use crate::nbd::{Client, Entrance, Peer, Stream, Workers};
 use crate::notify;
+use crate::push::Jobs;
 use crate::served::{DiskSpec, ServedDisk};
 use crate::service::{ScratchOptions, Service};
 use crate::tls::{Terms, Tls, TlsOptions};
@@ -115,6 +116,10 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
         backup_addresses: listeners.endpoints(Role::Backup),
         run_dir: options.run_dir.clone(),
         engine,
+        jobs: Rc::new(Jobs::new(
+            Arc::clone(&service),
+            options.run_dir.to_string_lossy().into_owned(),
+        )),
         stop,
     });
     print_table(&control, &listeners.control_path).map_err(|error| cannot("print", &error))?;
@@ -135,6 +140,8 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     for path in made {
         let _ = std::fs::remove_file(path);
     }
+    // What a job has published it still commits, for which instants must be free.
+    control.jobs.rest().await;
     // The workers have been told; joining them blocks nobody but this thread.
     workers.join();
     keepers.shutdown().await;

@@ -20,11 +20,12 @@ use super::{bounded, runs};
 use crate::names::Name;
 
 /// A point in the folder, without the map and the hashes of its contents.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Point {
     /// From 1 on; never used again.
     pub number: u64,
     /// The instant that it holds.
+    #[serde(with = "time::serde::rfc3339")]
     pub instant: OffsetDateTime,
     /// Where it was copied from.
     pub origin: Origin,
@@ -39,7 +40,7 @@ pub struct Point {
 }
 
 /// One disk of a point.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct DiskEntry {
     /// Its name.
     pub name: String,

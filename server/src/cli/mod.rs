@@ -101,6 +101,7 @@ impl Command {
             Self::Consumer(command) => command.name(),
             Self::Disk(command) => command.name(),
             Self::Pull(_) => "pull",
+            Self::Push(_) => "push",
             Self::List(_) => "list",
             Self::Verify(_) => "verify",
             Self::Restore(_) => "restore",
@@ -138,6 +139,8 @@ enum Command {
     Disk(DiskCommand),
     /// Copy what has changed into a folder of backups: begin, copy, verify, commit.
     Pull(pull::PullArgs),
+    /// The same, done by the server: into a folder that it reaches.
+    Push(pull::push::PushArgs),
     /// Show the points in a folder of backups.
     List(list::ListArgs),
     /// Read everything in a folder of backups, and tell what is not what was written.
@@ -197,6 +200,7 @@ impl Cli {
             Command::Consumer(command) => command.run(&mut Client::connect(&run_dir()?)?, &answers),
             Command::Disk(command) => command.run(&run_dir()?, &answers),
             Command::Pull(args) => args.run(run_dir, &answers),
+            Command::Push(args) => args.run(&run_dir()?, &answers),
             Command::Qmp { command } => {
                 let command: Box<RawValue> = serde_json::from_str(&command)
                     .map_err(|error| Problem::usage(format!("the command is no JSON: {error}")))?;

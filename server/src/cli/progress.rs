@@ -63,15 +63,19 @@ struct DiskState {
 impl Watch {
     /// Of the disks of a draft.
     pub(super) fn of(draft: &Draft) -> Self {
-        let disks = draft.disks().iter().map(|disk| {
+        Self::at(draft.disks().iter().map(|disk| {
             let total = disk.data_bytes();
-            let before = total - missing_bytes(disk);
-            Gauge {
-                disk: disk.plan().name.clone(),
-                total,
-                before,
-                done: AtomicU64::new(before),
-            }
+            (disk.plan().name.clone(), total, total - missing_bytes(disk))
+        }))
+    }
+
+    /// Of disks of these names: what there is to copy, and what of that has been copied before.
+    pub(super) fn at(disks: impl Iterator<Item = (String, u64, u64)>) -> Self {
+        let disks = disks.map(|(disk, total, before)| Gauge {
+            disk,
+            total,
+            before,
+            done: AtomicU64::new(before),
         });
         Self {
             disks: disks.collect(),
@@ -88,6 +92,14 @@ impl Watch {
             is_stopped: AtomicBool::new(false),
             begun: Instant::now(),
         }
+    }
+
+    /// Takes in how far somebody else is: of each disk, and in all what was read back.
+    pub(super) fn set(&self, done: impl Iterator<Item = u64>, checked: u64) {
+        for (disk, done) in self.disks.iter().zip(done) {
+            disk.done.store(done, Ordering::Relaxed);
+        }
+        self.checked.store(checked, Ordering::Relaxed);
     }
 
     /// Takes in what the server says.

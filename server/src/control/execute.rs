@@ -16,6 +16,7 @@ use super::answers::{
     Status, path_text, time_text, uris,
 };
 use super::bitmaps;
+use super::jobs::{JobAnswer, TargetAnswer};
 use super::messages::Version;
 use super::request::{COMMANDS, Command};
 use crate::export::{Export, difference_name, frozen_name};
@@ -78,6 +79,21 @@ pub(crate) async fn execute(
         Command::Consumers => answer(&consumers(service).await?),
         Command::ForgetConsumer { name } => {
             service.forget_consumer(&name).await?;
+            nothing()
+        }
+        Command::PushTarget { to } => answer(&TargetAnswer::new(control.jobs.look(to).await?)),
+        Command::Push(request) => answer(&JobAnswer::new(&*control.jobs.start(request)?)),
+        Command::Jobs => {
+            let jobs = control.jobs.all();
+            let jobs = jobs.iter().map(|job| JobAnswer::new(job));
+            answer(&jobs.collect::<Vec<_>>())
+        }
+        Command::CancelJob { id, keep } => {
+            control.jobs.cancel(&id, keep)?;
+            nothing()
+        }
+        Command::DismissJob { id } => {
+            control.jobs.dismiss(&id)?;
             nothing()
         }
         // What these do, they do to the conversation.

@@ -90,6 +90,8 @@ struct Happening {
     #[serde(skip_serializing_if = "Option::is_none")]
     outcome: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     used: Option<u64>,
@@ -159,7 +161,7 @@ impl Reply {
 impl Notice {
     /// How clients are told of `event` at time `now`.
     pub(crate) fn new(event: Event, now: OffsetDateTime) -> Self {
-        let (mut of_disk, mut used, mut limit) = (None, None, None);
+        let (mut of_disk, mut used, mut limit, mut of_job) = (None, None, None, None);
         let (event, id, outcome, reason) = match event {
             Event::Begun { id } => ("BACKUP_BEGUN", Some(id), None, None),
             Event::ScratchThreshold { id, nearest } => {
@@ -178,6 +180,10 @@ impl Notice {
                 of_disk = Some(disk);
                 ("TRACKING_LOST", None, None, Some(reason))
             }
+            Event::Job { id, status } => {
+                of_job = Some(status);
+                ("JOB_STATUS_CHANGE", Some(id), None, None)
+            }
         };
         Self {
             event,
@@ -185,6 +191,7 @@ impl Notice {
                 id,
                 disk: of_disk,
                 outcome,
+                status: of_job,
                 reason,
                 used,
                 limit,

@@ -12,6 +12,7 @@ mod decoder;
 mod execute;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
+pub(crate) mod jobs;
 pub(crate) mod messages;
 mod request;
 
@@ -33,6 +34,7 @@ use tokio::task::{JoinHandle, spawn_local};
 
 use crate::failure::Failure;
 use crate::listeners::Endpoint;
+use crate::push::Jobs;
 use crate::service::{Event, Service};
 use decoder::{Decoder, Malformed};
 use execute::execute;
@@ -51,6 +53,8 @@ pub(crate) struct Control {
     pub(crate) run_dir: PathBuf,
     /// What does what waits for a device.
     pub(crate) engine: Engine,
+    /// What is being copied by the server itself.
+    pub(crate) jobs: Rc<Jobs>,
     /// True as soon as the server is to stop.
     pub(crate) stop: watch::Sender<bool>,
 }

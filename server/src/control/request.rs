@@ -1,5 +1,7 @@
 //! What a client asks for, from JSON that nobody believes yet.
 
+use std::path::PathBuf;
+
 use serde_json::{Map, Value};
 
 use super::arguments::{Arguments, bad_request, shortened};
@@ -7,6 +9,7 @@ use super::bitmaps;
 use super::messages::Reply;
 use crate::failure::Failure;
 use crate::names::Name;
+use crate::push::PushRequest;
 use crate::service::{Action, BeginRequest};
 
 /// Something to do.
@@ -82,6 +85,27 @@ pub(crate) enum Command {
     ForgetConsumer {
         /// Which.
         name: Name,
+    },
+    /// `query-push-target`.
+    PushTarget {
+        /// The folder.
+        to: PathBuf,
+    },
+    /// `push`.
+    Push(PushRequest),
+    /// `query-jobs`.
+    Jobs,
+    /// `job-cancel`.
+    CancelJob {
+        /// Which.
+        id: Name,
+        /// What is there stays, and another job can go on with it.
+        keep: bool,
+    },
+    /// `job-dismiss`.
+    DismissJob {
+        /// Which.
+        id: Name,
     },
     /// `quit`.
     Quit,
@@ -160,6 +184,11 @@ pub(crate) const COMMANDS: &[&str] = &[
     "query-named-block-nodes",
     "query-consumers",
     "consumer-forget",
+    "query-push-target",
+    "push",
+    "query-jobs",
+    "job-cancel",
+    "job-dismiss",
     "quit",
 ];
 
@@ -247,6 +276,23 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
         "query-consumers" => Command::Consumers,
         "consumer-forget" => Command::ForgetConsumer {
             name: arguments.required_name("name")?,
+        },
+        "query-push-target" => Command::PushTarget {
+            to: arguments.required_text("to")?.into(),
+        },
+        "push" => Command::Push(PushRequest {
+            id: arguments.required_name("id")?,
+            to: arguments.required_text("to")?.into(),
+            full: arguments.flag("full")?,
+            held_us: arguments.number("held_us", u64::MAX)?,
+        }),
+        "query-jobs" => Command::Jobs,
+        "job-cancel" => Command::CancelJob {
+            id: arguments.required_name("id")?,
+            keep: arguments.flag("keep")?,
+        },
+        "job-dismiss" => Command::DismissJob {
+            id: arguments.required_name("id")?,
         },
         "quit" => Command::Quit,
         _ => {

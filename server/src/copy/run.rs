@@ -1,4 +1,4 @@
-//! Fetches what a draft lacks.
+//! Fetches what a target lacks.
 
 use std::collections::VecDeque;
 use std::num::NonZero;
@@ -12,7 +12,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{JoinError, JoinSet, spawn_blocking};
 
 use super::source::{Source, SourceError};
-use crate::archive::{self, ArchiveError, Chunk, DiskDraft};
+use super::target::Target;
+use crate::archive::{self, ArchiveError, Chunk};
 
 /// Hears how far a copy is.
 pub(crate) trait Progress {
@@ -34,22 +35,22 @@ pub(crate) enum CopyError {
     Thread(#[from] JoinError),
 }
 
-/// Fetches what each draft lacks from its source.
+/// Fetches what each target lacks from its source.
 ///
 /// What is under way is bounded in bytes, and what is read is hashed and stored on other threads. Each
 /// chunk that is stored stays: after an error, or when this is dropped, another run has the rest to
 /// do. It runs in a local set, and its sources are read by tasks of that.
-pub(crate) async fn run<S: Source + 'static>(
-    disks: Vec<(Rc<S>, Arc<DiskDraft>)>,
+pub(crate) async fn run<S: Source + 'static, T: Target>(
+    disks: Vec<(Rc<S>, Arc<T>)>,
     progress: Arc<dyn Progress>,
 ) -> Result<(), CopyError> {
-    let in_flight_max = in_flight_max(disks.iter().map(|(_, draft)| draft));
+    let in_flight_max = in_flight_max(disks.iter().map(|(_, target)| target.data_bytes()).sum());
     let room = Arc::new(Semaphore::new(in_flight_max as usize));
     let storing = Arc::new(Semaphore::new(storing_max()));
     let mut under_way: JoinSet<Result<(), CopyError>> = JoinSet::new();
 
     // The disks take turns, so that all of them get on.
-    let mut waiting: VecDeque<_> = disks.iter().map(|(_, draft)| draft.chunks()).collect();
+    let mut waiting: VecDeque<_> = disks.iter().map(|(_, target)| target.missing()).collect();
     let mut turns: VecDeque<usize> = (0..disks.len()).collect();
     while let Some(disk) = turns.pop_front() {
         let Some(chunk) = waiting[disk].next() else {
@@ -62,7 +63,7 @@ pub(crate) async fn run<S: Source + 'static>(
         let room = Arc::clone(&room).acquire_many_owned(wanted).await;
         let fetch = Fetch {
             source: Rc::clone(&disks[disk].0),
-            draft: Arc::clone(&disks[disk].1),
+            target: Arc::clone(&disks[disk].1),
             disk,
             chunk,
             length,
@@ -82,9 +83,9 @@ pub(crate) async fn run<S: Source + 'static>(
 }
 
 /// One chunk on its way.
-struct Fetch<S> {
+struct Fetch<S, T> {
     source: Rc<S>,
-    draft: Arc<DiskDraft>,
+    target: Arc<T>,
     disk: usize,
     chunk: Chunk,
     length: u64,
@@ -92,7 +93,7 @@ struct Fetch<S> {
     _room: OwnedSemaphorePermit,
 }
 
-impl<S: Source> Fetch<S> {
+impl<S: Source, T: Target> Fetch<S, T> {
     async fn perform(
         self,
         storing: Arc<Semaphore>,
@@ -100,7 +101,7 @@ impl<S: Source> Fetch<S> {
     ) -> Result<(), CopyError> {
         let Self {
             source,
-            draft,
+            target,
             disk,
             chunk,
             length,
@@ -112,7 +113,7 @@ impl<S: Source> Fetch<S> {
         let turn = storing.acquire_owned().await;
         let store = spawn_blocking(move || {
             let _turn = turn;
-            draft.put(&chunk, &pieces)
+            target.put(&chunk, &pieces)
         });
         store.await??;
         progress.copied(disk, length);
@@ -134,8 +135,7 @@ fn storing_max() -> usize {
 
 /// How many bytes may be asked for and not stored yet. They are what a copy that is killed has read in
 /// vain: so of a small copy they are a small part.
-fn in_flight_max<'a>(drafts: impl Iterator<Item = &'a Arc<DiskDraft>>) -> u32 {
-    let all: u64 = drafts.map(|draft| draft.data_bytes()).sum();
+fn in_flight_max(all: u64) -> u32 {
     let part = (all / 32).clamp(IN_FLIGHT_MIN.into(), IN_FLIGHT_MAX.into());
     u32::try_from(part).expect("it is no more than the maximum")
 }

@@ -38,7 +38,8 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 pub(crate) use entrance::Entrance;
 pub(crate) use peer::Peer;
-pub(crate) use workers::{Client, Stream, Workers};
+pub(crate) use perform::zero_runs;
+pub(crate) use workers::{BACKUP_NICE, Client, Stream, Workers, step_back};
 
 use crate::service::Service;
 use crate::tls::Tls;

@@ -266,13 +266,15 @@ fn steps(range: &Range<u64>, length: u64) -> impl Iterator<Item = Range<u64>> {
 }
 
 /// A stretch of a buffer that is wholly zero, or is not.
-struct ZeroRun {
-    range: Range<usize>,
-    zero: bool,
+pub(crate) struct ZeroRun {
+    /// Where in the buffer.
+    pub(crate) range: Range<usize>,
+    /// Which of the two.
+    pub(crate) zero: bool,
 }
 
 /// Cuts `data`, which begins at byte `start` of an export, at blocks that are wholly zero.
-fn zero_runs(start: u64, data: &[u8]) -> Vec<ZeroRun> {
+pub(crate) fn zero_runs(start: u64, data: &[u8]) -> Vec<ZeroRun> {
     let mut runs: Vec<ZeroRun> = Vec::new();
     let mut at = 0;
     while at < data.len() {

@@ -111,7 +111,7 @@ impl Workers {
 
 /// Lets others have the processor first: this thread, and those that it will start for what may
 /// block.
-fn step_back(nice: i32) {
+pub(crate) fn step_back(nice: i32) {
     // Without a process it is this thread whose value is asked for and changed.
     let changed = getpriority_process(None)
         .and_then(|now| setpriority_process(None, (now + nice).min(NICE_MAX)));
@@ -178,7 +178,7 @@ const SEND_BUFFER: usize = 1 << 20;
 
 /// By how much backups are nicer than guests: a third of the processor where both want all of it. A
 /// guest that waits for a lock that a backup holds still has it soon.
-const BACKUP_NICE: i32 = 5;
+pub(crate) const BACKUP_NICE: i32 = 5;
 
 /// The nicest there is.
 const NICE_MAX: i32 = 19;

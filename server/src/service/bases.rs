@@ -6,7 +6,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::Service;
-use super::book::{Base, BeginRequest, Book, Checkpoint, Last};
+use super::book::{Base, BeginRequest, Book, Checkpoint, FrozenDisk, Last};
 use crate::failure::Failure;
 use crate::names::Name;
 use crate::served::ServedDisk;
@@ -96,6 +96,21 @@ impl Service {
             );
             Base::Unusable(reason)
         })
+    }
+
+    /// What a frozen disk can be compared with, if it is the checkpoint `uuid`; `None` if nobody knows
+    /// that one.
+    pub(crate) fn base_of_frozen(&self, part: &FrozenDisk, uuid: Uuid) -> Option<Base> {
+        let book = self.book();
+        let mut visible = book.checkpoints.iter().filter(|c| c.pending_of.is_none());
+        let found = visible.find(|c| c.uuid == uuid)?;
+        let era = *found.eras.get(&part.disk.name)?;
+        if book.bases(part).any(|(_, base)| base == era) {
+            return usable(found, &part.disk);
+        }
+        let why = part.disk.why_lost(era);
+        let newer = || format!("checkpoint '{}' is not older than this backup", found.name);
+        Some(Base::Unusable(why.unwrap_or_else(newer)))
     }
 }
 

@@ -102,6 +102,13 @@ pub(crate) enum Event {
         /// Why.
         reason: String,
     },
+    /// A job is somewhere else than before.
+    Job {
+        /// Its id.
+        id: Name,
+        /// Where, in QEMU's words.
+        status: &'static str,
+    },
 }
 
 impl Service {
@@ -305,7 +312,8 @@ impl Service {
         }
     }
 
-    fn announce(&self, event: Event) {
+    /// Tells everyone.
+    pub(crate) fn announce(&self, event: Event) {
         // Nobody has to listen.
         let _ = self.events.send(event);
     }

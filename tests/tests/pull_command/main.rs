@@ -4,6 +4,7 @@ mod folder;
 mod histories;
 mod interrupted;
 mod kills;
+mod push;
 mod reasons;
 mod refusals;
 mod remote;

@@ -194,8 +194,6 @@ impl Guard {
         // The very binary that runs, also when another one has been installed over it meanwhile.
         let mut command = Command::new("/proc/self/exe");
         command.arg0("stillpoint").arg(guardian::COMMAND);
-        // It talks to no server, and asks nobody where one would be.
-        command.args(["--run-dir", "/"]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command
             .spawn()

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use crate::archive::{DiskEntry, Mode, Point, Since};
 use crate::control::answers::{self, BackupDisk, CheckpointAnswer};
+use crate::copy::reasons::{FIRST, without_checkpoint};
 
 /// What a disk's changes could be relative to.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -51,13 +52,9 @@ pub(super) fn find(points: &[Point], disk: (&str, Uuid), known: &[CheckpointAnsw
         let checkpoint = point.checkpoint.as_ref()?;
         Some(checkpoint.uuid).filter(|uuid| is_known(*uuid))
     });
-    match (found, &newest.checkpoint) {
-        (Some(uuid), _) => Base::Checkpoint(uuid),
-        (None, None) => Base::None(format!("there is no checkpoint of point {}", newest.number)),
-        (None, Some(checkpoint)) => Base::None(format!(
-            "the server no longer has the checkpoint of point {}, '{}' with uuid {}",
-            newest.number, checkpoint.name, checkpoint.uuid
-        )),
+    match found {
+        Some(uuid) => Base::Checkpoint(uuid),
+        None => Base::None(without_checkpoint(newest)),
     }
 }
 
@@ -124,6 +121,3 @@ fn entry<'a>(point: &'a Point, (name, uuid): (&str, Uuid)) -> Option<&'a DiskEnt
     let mut entries = point.disks.iter();
     entries.find(|entry| entry.name == name && entry.uuid == Some(uuid))
 }
-
-/// Why a disk is full the first time.
-pub(super) const FIRST: &str = "nothing of it is in the folder yet";

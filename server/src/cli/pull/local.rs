@@ -23,6 +23,7 @@ use crate::cli::progress::{ServerSide, Watch};
 use crate::control::answers::{
     BackupAnswer, BackupDisk, BackupState, CheckpointAnswer, DiskAnswer,
 };
+use crate::copy::reasons::ASKED_FOR;
 use crate::copy::{CopyError, NbdSource, SourceError, survey};
 use crate::failure::Failure;
 use crate::nbd_uri::NbdUriError;
@@ -394,8 +395,6 @@ fn ended(id: &str) -> Problem {
     let message = format!("backup {id} was ended by somebody else, or has expired");
     Problem::broken(message).hint("nothing that changed is forgotten: run the same command again")
 }
-
-const ASKED_FOR: &str = "a full was asked for";
 
 /// What a failure of a broken backup is called.
 pub(super) const BROKEN: &str = "backup-broken";

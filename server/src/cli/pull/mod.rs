@@ -4,6 +4,8 @@
 //! published point whose backup is still open, and commits it: the server never takes for a base what
 //! the folder does not hold.
 
+pub(super) mod push;
+
 mod local;
 
 mod base;

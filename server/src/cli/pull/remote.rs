@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use time::OffsetDateTime;
 
-use super::base::FIRST;
 use super::report::Row;
 use super::stop::Stop;
 use super::{Common, Failed, Ready, source_problem, stopped};
@@ -13,6 +12,7 @@ use crate::archive::{DiskPlan, Leftover, Mode, Origin, Plan, Point, Since};
 use crate::cli::Done;
 use crate::cli::problem::Problem;
 use crate::cli::progress::Watch;
+use crate::copy::reasons::{ASKED_FOR, FIRST};
 use crate::copy::{CopyError, NbdSource, Source, SourceError, Survey, survey};
 use crate::names::Name;
 use crate::nbd_uri::NbdUri;
@@ -97,7 +97,7 @@ async fn open(
     let source = NbdSource::open(uri, tls, bitmap).await?;
     let size = source.size();
     let why_full = match (bitmap, last) {
-        _ if common.args.full => Some("a full was asked for".to_owned()),
+        _ if common.args.full => Some(ASKED_FOR.to_owned()),
         (_, None) => Some(FIRST.to_owned()),
         (None, Some(_)) => Some("no --bitmap says what has changed".to_owned()),
         (Some(_), Some((_, entry))) if entry.size != size => Some(format!(

@@ -1,8 +1,11 @@
 //! Loop devices. They need root, or a `sudo` that asks for nothing.
 
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use crate::mount::as_root;
+use crate::process::PATIENCE;
 use crate::tools::path;
 
 /// A loop device that is detached when dropped.
@@ -34,6 +37,24 @@ impl LoopDevice {
     #[track_caller]
     pub fn update_size(&self) {
         as_root("losetup", &["--set-capacity", path(&self.device)]).ok();
+    }
+
+    /// Returns when the device is in the middle of writes, or of none.
+    #[track_caller]
+    pub fn wait_until_writing(&self, writing: bool) {
+        let name = self.device.file_name().expect("a device");
+        let file = format!("/sys/block/{}/inflight", name.display());
+        let begun = Instant::now();
+        loop {
+            // How many reads, and how many writes.
+            let told = fs::read_to_string(&file).expect("the device is there");
+            let writes: u32 = told.split_whitespace().nth(1).unwrap().parse().unwrap();
+            if (writes > 0) == writing {
+                return;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{writes} writes in flight");
+            std::thread::yield_now();
+        }
     }
 
     /// The device.

@@ -105,6 +105,52 @@ fn the_next_server_is_kept_out_until_the_last_write_of_a_killed_one_has_landed()
 }
 
 #[test]
+fn the_next_server_is_kept_out_until_the_last_direct_write_of_a_killed_ones_ring_has_landed() {
+    let below = Mount::ext4(128 * MIB);
+    let file = below.path().join("backing");
+    sparse_file(&file, SIZE);
+    let device = LoopDevice::new(&file);
+    let disk = |state: &str| format!("vda={},state={state},cache=none", path(device.path()));
+    let builder = Server::builder().arg("--io-engine=io_uring");
+    let state = builder.path("state");
+    let mut server = builder.disk_as(&disk(path(&state))).start();
+    let mut guest = Guest::new(&server, "vda");
+    guest.write(3 * CHUNK, &[1; 4096]);
+    server.checkpoint("cp1");
+    guest.touched.clear();
+    guest.write(5 * CHUNK, &[2; 4096]);
+
+    let frozen = below.freeze();
+    let mut other = server.open_live("vda");
+    let (sender, _) = other.halves();
+    sender
+        .request((command::WRITE, 0), 7, 6 * CHUNK, 4096, &[3; 4096])
+        .expect("the server takes it");
+    device.wait_until_writing(true);
+    server.kill();
+
+    // The process is gone, and its write is not.
+    let second = Server::builder();
+    let state = second.path("state");
+    let refused = second.disk_as(&disk(path(&state))).start_and_fail();
+    refused.error(1);
+    assert!(refused.stderr.contains("in use"), "{refused}");
+
+    drop(frozen);
+    device.wait_until_writing(false);
+    server.start();
+    // It was acknowledged to nobody, and has landed.
+    guest.disk[6 * CHUNK as usize..][..4096].fill(3);
+    guest.touched.insert(6);
+    let mut live = server.open_live("vda");
+    assert!(live.read_all() == guest.disk, "what was written is there");
+    let begun = begin_since(&server, "b1", "vda", "cp1");
+    let map = guest.expected_map();
+    assert_eq!(begun, Begun::Incremental { map, uncertain: 0 });
+    server.stop();
+}
+
+#[test]
 fn a_start_that_finds_no_room_says_so_and_nothing_is_lost() {
     let storage = Mount::ext4(8 * MIB);
     let builder = Server::builder();

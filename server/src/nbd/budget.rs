@@ -109,6 +109,11 @@ impl Share {
         }
     }
 
+    /// Whether there is something to wait for.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.waiting.is_some()
+    }
+
     /// Gives back what is not needed for `held` bytes.
     pub(super) fn fit(&mut self, held: usize) {
         let Some(taken) = &mut self.taken else {

@@ -12,6 +12,7 @@ mod peer;
 mod places;
 
 mod catalog;
+mod line;
 mod transmission;
 mod under_way;
 
@@ -25,6 +26,7 @@ mod progress;
 pub(crate) mod benches;
 
 use std::io;
+use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -68,7 +70,7 @@ enum Ended {
 }
 
 /// Speaks with one client until it leaves or the server stops.
-async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
+async fn converse<S: AsyncRead + AsyncWrite + AsFd + Unpin>(
     mut stream: S,
     service: Arc<Service>,
     (visitor, tls): (Visitor, Tls),
@@ -108,7 +110,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
 }
 
 /// Performs what a client asks of the export that it has chosen.
-async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
+async fn serve<S: AsyncRead + AsyncWrite + AsFd + Unpin>(
     stream: S,
     session: proto::Session<Exports>,
     input: BytesMut,

@@ -31,7 +31,7 @@ pub(super) struct Owed {
     pub(super) takes: bool,
     /// That it sends the rest of something.
     pub(super) sends: bool,
-    /// Nothing, and nothing is under way for it.
+    /// Nothing, and nothing is under way for it or waits for its turn.
     pub(super) nothing: bool,
     /// What it holds is waited for by others.
     pub(super) in_the_way: bool,

@@ -1,6 +1,7 @@
 //! Requests and replies, once an export has been chosen.
 
 use std::cell::Cell;
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
@@ -11,11 +12,12 @@ use bytes::BytesMut;
 use proto::{Admission, Command, Errno, Incoming, Origin, Request, RequestDecoder};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Semaphore, watch};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::budget::Share;
 use super::catalog::Exports;
 use super::entrance::Entrance;
+use super::line::Line;
 use super::output::{Output, Reply};
 use super::perform::Target;
 use super::progress::{Lapse, Owed, Progress};
@@ -26,7 +28,7 @@ use crate::limits::Limits;
 
 /// Serves requests until the client leaves or the server stops; returns when all that was begun has
 /// ended.
-pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
+pub(super) async fn run<S: AsyncRead + AsyncWrite + AsFd + Unpin>(
     stream: S,
     session: proto::Session<Exports>,
     input: BytesMut,
@@ -41,6 +43,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         asking: Semaphore::new(1),
     });
     let _connected = Connected::to(Rc::clone(&target));
+    let line = Line::of(&stream);
     let connection = Connection {
         target,
         admission,
@@ -49,12 +52,13 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         output: Output::default(),
         under_way: Rc::default(),
         last_words: false,
+        hung_up: false,
         postponed: None,
         share: Share::new(&entrance.budget),
         progress: Progress::new(&entrance.limits, entrance.role == Role::Live),
         limits: entrance.limits.clone(),
     };
-    connection.run(stream, stop).await
+    connection.run((stream, line), stop).await
 }
 
 /// Waits until `moment`, or for ever where there is none.
@@ -75,6 +79,8 @@ struct Connection {
     under_way: Rc<UnderWay>,
     /// Nothing more is taken in; what is under way is answered.
     last_words: bool,
+    /// Nobody hears an answer any more.
+    hung_up: bool,
     /// A request for which there is no memory yet. None is taken in after it.
     postponed: Option<(Origin, Command)>,
     /// What all of this may take.
@@ -86,7 +92,7 @@ struct Connection {
 impl Connection {
     async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         mut self,
-        stream: S,
+        stream: (S, Line),
         stop: watch::Receiver<bool>,
     ) -> Result<(), Ended> {
         let under_way = Rc::clone(&self.under_way);
@@ -102,7 +108,7 @@ impl Connection {
 
     async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
         &mut self,
-        stream: S,
+        (stream, line): (S, Line),
         mut stop: watch::Receiver<bool>,
     ) -> Result<(), Ended> {
         let (mut reader, mut writer) = tokio::io::split(stream);
@@ -117,7 +123,8 @@ impl Connection {
             self.collect_replies();
             if self.last_words && self.output.is_empty() && under_way.count.get() == 0 {
                 // A client that sees the end has seen every answer.
-                let _ = timeout(GOODBYE_MAX, writer.shutdown()).await;
+                let end = give_up.unwrap_or_else(|| Instant::now() + GOODBYE_MAX);
+                let _ = timeout_at(end, writer.shutdown()).await;
                 return Ok(());
             }
             if listens {
@@ -144,6 +151,10 @@ impl Connection {
                 }
                 () = under_way.news.notified(), if under_way.count.get() > 0 => {}
                 () = self.share.granted() => {}
+                () = line.hung_up(), if self.share.is_waiting() && !self.hung_up => {
+                    self.hung_up = true;
+                    self.target.leaving.set(true);
+                }
                 () = &mut looking, if look.is_some() => {
                     look = None;
                     self.progress.look(owed, Instant::now())?;
@@ -175,6 +186,9 @@ impl Connection {
     /// room for what has not arrived.
     fn take_requests(&mut self) -> Result<bool, Ended> {
         while !self.last_words {
+            if self.hung_up {
+                self.postponed.take_if(|(_, command)| is_question(command));
+            }
             let (held, next) = (self.held(), self.next());
             let has_room = self.under_way.count.get() < self.limits.requests
                 && held < self.limits.request_bytes
@@ -220,7 +234,7 @@ impl Connection {
         Owed {
             takes,
             sends,
-            nothing: !takes && !sends && self.under_way.count.get() == 0,
+            nothing: listens && !takes && !sends && self.under_way.count.get() == 0,
             in_the_way: self.share.is_in_the_way(),
         }
     }
@@ -288,6 +302,11 @@ impl Connection {
             self.output.push(reply);
         }
     }
+}
+
+/// Whether nothing comes of it but an answer.
+fn is_question(command: &Command) -> bool {
+    matches!(command, Command::Read { .. } | Command::BlockStatus { .. })
 }
 
 /// A client that is counted for as long as this lives.

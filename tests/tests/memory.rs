@@ -1,0 +1,82 @@
+//! Memory for requests and replies that several clients want at once: who waits for it, and who does
+//! not any more.
+
+use std::time::Instant;
+
+use rustix::net::sockopt::set_socket_send_buffer_size;
+use stillpoint_tests::process::PATIENCE;
+use stillpoint_tests::raw_nbd::command;
+use stillpoint_tests::rude::{Address, Heard, Rude, request};
+use stillpoint_tests::{MIB, RawNbd, Server};
+
+/// Two hold nearly all that clients share, what one may read at once, and take none of it; a third
+/// waits for the rest.
+fn with_hogs(args: &[&str], name: &str) -> (Server, [Rude; 3]) {
+    let builder = Server::builder().disk("vda", SIZE);
+    let builder = builder.arg("--connection-limit=64");
+    let builder = builder.arg("--buffer-limit=224M");
+    let server = args.iter().fold(builder, |builder, arg| builder.arg(arg));
+    let server = server.start();
+    server.begin("b1", &[]);
+    let address = address(&server, name);
+    let hogs = [true, true, false].map(|has_some| {
+        let mut hog = Rude::open(&address, name, &[]);
+        hog.say(&request(command::READ, 1, 0, LONGEST));
+        assert!(!has_some || matches!(hog.hear(16, PATIENCE), Heard::Bytes(_)));
+        hog
+    });
+    (server, hogs)
+}
+
+fn address(server: &Server, name: &str) -> Address {
+    Address::unix(&match name {
+        "vda" => server.live(),
+        _ => server.frozen(),
+    })
+}
+
+#[test]
+fn who_hangs_up_while_it_waits_for_memory_is_noticed_at_once() {
+    let (server, hogs) = with_hogs(&[], "vda");
+    let mut waits = Rude::open(&address(&server, "vda"), "vda", &[]);
+    waits.say(&request(command::READ, 1, 0, LONGEST).repeat(3));
+    drop(waits);
+    server.wait_for_log("disconnected", 1);
+    let log = server.stderr();
+    assert!(!log.contains("takes no replies"), "it had its turn: {log}");
+    drop(hogs);
+}
+
+#[test]
+fn what_was_written_before_a_client_hung_up_is_written_when_there_is_memory() {
+    let (server, hogs) = with_hogs(&[], "vda");
+    let mut guest = server.open_live("vda");
+    let mut waits = Rude::open(&address(&server, "vda"), "vda", &[]);
+    // More than a client has of its own, and less than the socket takes.
+    let payload = [7; 264 << 10];
+    set_socket_send_buffer_size(&waits, 1 << 20).unwrap();
+    let write = request(command::WRITE, 1, 0, payload.len() as u32);
+    waits.say(&[&write[..], &payload].concat());
+    waits.say(&request(command::DISC, 2, 0, 0));
+    drop(waits);
+    drop(hogs);
+    let begun = Instant::now();
+    let last = payload.len() as u64 - 512;
+    while guest.read(last, 512) != Ok(vec![7; 512]) {
+        assert!(begun.elapsed() < PATIENCE, "it is never written");
+    }
+}
+
+#[test]
+fn who_waits_for_memory_is_not_idle() {
+    let (server, hogs) = with_hogs(&["--idle-timeout=1s"], "vda@b1");
+    let mut waits = RawNbd::open(&server.frozen(), "vda@b1", &[]);
+    waits.read(0, LONGEST).unwrap();
+    server.wait_for_log("takes no replies", 1);
+    drop(hogs);
+}
+
+const SIZE: u64 = 64 * MIB;
+
+/// What one may ask for at once.
+const LONGEST: u32 = 32 * MIB as u32;

@@ -31,8 +31,8 @@ struct Held {
     below: u64,
     /// How many there have been.
     connections: u64,
-    /// How many have ended towards the server.
-    ended: u64,
+    /// Those that the server has ended.
+    ended: Vec<u64>,
     /// How many pieces are held.
     pieces: usize,
     clients: Vec<UnixStream>,
@@ -64,7 +64,7 @@ impl Relay {
                 let state = Arc::clone(&of_relay);
                 thread::spawn(move || state.pass(from, to, number));
                 let of_answers = Arc::clone(&of_relay);
-                thread::spawn(move || of_answers.answer(upstream, client));
+                thread::spawn(move || of_answers.answer(upstream, client, number));
             }
         });
         Self { state, directory }
@@ -101,7 +101,7 @@ impl Relay {
         let given_up = held.below;
         held.below = 0;
         self.state.changed.notify_all();
-        while held.ended < given_up {
+        while (0..given_up).any(|number| !held.ended.contains(&number)) {
             let waited = self.state.changed.wait(held);
             held = waited.unwrap_or_else(PoisonError::into_inner);
         }
@@ -133,14 +133,14 @@ impl State {
     }
 
     /// What the server answers, to the client, if that is still there.
-    fn answer(&self, mut server: UnixStream, mut client: UnixStream) {
+    fn answer(&self, mut server: UnixStream, mut client: UnixStream, number: u64) {
         let mut bytes = [0; 64 << 10];
         while let Ok(length @ 1..) = server.read(&mut bytes) {
             // One that has gone does not keep the server from answering.
             let _ = client.write_all(&bytes[..length]);
         }
         let _ = client.shutdown(Shutdown::Both);
-        self.lock().ended += 1;
+        self.lock().ended.push(number);
         self.changed.notify_all();
     }
 

@@ -163,12 +163,14 @@ impl<P: Durable> Recovery<P> {
         })
     }
 
-    /// Whether nothing was written to `range` in `era` or later, as far as that can be believed.
-    pub fn is_unchanged(&self, range: &Range<u64>, era: Era) -> bool {
+    /// Whether nothing was written to `range` in `era` or later, as far as that can be believed after
+    /// such an `ending`.
+    pub fn is_unchanged(&self, range: &Range<u64>, era: Era, ending: Ending) -> bool {
         let chunks = self.map.granularity().chunks(range);
         let is_active = |region: Region| self.table.record(region.page()).is_active(region);
-        !Region::cut(&chunks).any(|(region, _)| is_active(region))
-            && self.map.changes(range.clone(), era).all(|run| !run.dirty)
+        let may_lack_marks =
+            ending == Ending::PowerCut && Region::cut(&chunks).any(|(region, _)| is_active(region));
+        !may_lack_marks && self.map.changes(range.clone(), era).all(|run| !run.dirty)
     }
 
     /// The same of a disk that was being enlarged to the size that it has, if it was: a start marks

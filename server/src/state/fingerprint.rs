@@ -13,7 +13,7 @@ use bitmap::{Era, EraMap, Run};
 use block::{Cells, Storage};
 use scratch::Durable;
 
-use crate::disk::Recovery;
+use crate::disk::{Ending, Recovery};
 
 /// Some of an image, in the era before which it was so.
 #[derive(Debug, Eq, PartialEq)]
@@ -55,7 +55,7 @@ pub(super) async fn store<P: Durable>(
 pub(super) async fn differs<P: Durable>(
     dir: &Path,
     image: &impl Storage,
-    recovery: &Recovery<P>,
+    (recovery, ending): (&Recovery<P>, Ending),
 ) -> io::Result<Option<String>> {
     let found = match fs::read(dir.join(FILE)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -67,7 +67,7 @@ pub(super) async fn differs<P: Durable>(
     };
     let is_left = |sample: &&Sample| {
         sample.range.end <= image.size()
-            && recovery.is_unchanged(&sample.range, Era::from_number(era))
+            && recovery.is_unchanged(&sample.range, Era::from_number(era), ending)
     };
     for sample in samples.iter().filter(is_left) {
         if sum_of(image, &sample.range).await? != sample.sum {

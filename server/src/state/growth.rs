@@ -55,7 +55,7 @@ pub(super) async fn admit_enlarged(
 ) -> io::Result<()> {
     let (from, to) = (life.image.size(), image.size());
     let is_meant = enlarged.is_some_and(|size| size.from(from) == Some(to));
-    if !is_meant || !life.image.is_device() || from >= to || life.growth.is_some() {
+    if !is_meant || !life.image.has_given_size() || from >= to || life.growth.is_some() {
         return Ok(());
     }
     let [before, after] = [from, to].map(|size| size.div_ceil(format.granularity.bytes()));

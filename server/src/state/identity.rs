@@ -135,9 +135,9 @@ impl ImageIdentity {
         self.size
     }
 
-    /// Whether it is a block device, whose size is not ours to choose.
-    pub(crate) fn is_device(&self) -> bool {
-        self.is_device
+    /// Whether its size is not ours to choose: that of a block device, or of what another server has.
+    pub(crate) fn has_given_size(&self) -> bool {
+        self.is_device || self.device == ELSEWHERE
     }
 
     /// When a file was changed last, in seconds since 1970.

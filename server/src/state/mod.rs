@@ -346,7 +346,7 @@ async fn begin(
     let recovery = load_map(dir, eras, image.size(), &format, known)?.ending(growth);
     // A state that no server has used knows of nothing.
     if image.is_elsewhere() && before.boot != [0; 16] && lost.is_none() {
-        lost = fingerprint::differs(dir, image, &recovery).await?;
+        lost = fingerprint::differs(dir, image, (&recovery, ending)).await?;
     }
     let mut start = Start {
         life: Life {

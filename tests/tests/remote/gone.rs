@@ -17,6 +17,9 @@ const WRITERS: u64 = 3;
 /// Each belongs to one writer.
 const UNIT: u64 = 16 * KIB;
 
+/// Writes that wait for a base to come back are waited for.
+const PATIENTLY: &str = "--freeze-timeout=60s";
+
 /// Writes, zeroes and flushes in units of its own until `stop`; all of it must succeed.
 fn write(
     mut live: RawNbd,
@@ -84,12 +87,6 @@ fn load(server: &Server, base: &mut NbdBase, kills: u64, seed: u64) {
                 std::thread::yield_now();
             }
             base.kill();
-            if rng.random_bool(0.5) {
-                let id = format!("x{kill}");
-                // While the base is gone there may be no instant, and nothing else.
-                server.cli(&["backup", "begin", "--id", &id]);
-                server.cli(&["backup", "abort", &id]);
-            }
             base.start();
             let id = format!("b{kill}");
             let begun = clock.fetch_add(1, Ordering::SeqCst);
@@ -130,7 +127,7 @@ fn a_base_that_is_killed_under_load_and_comes_back_has_lost_nothing() {
         let directory = temporary_directory();
         let image = image(&directory);
         let mut base = NbdBase::file(&image);
-        let mut server = on(&base, "").start();
+        let mut server = on(&base, "").arg(PATIENTLY).start();
         load(&server, &mut base, number("STILLPOINT_BASE_KILLS", 4), seed);
         let bytes = server.open_live("vda").read_all();
         server.stop();
@@ -145,7 +142,7 @@ fn what_a_qemu_nbd_had_in_memory_when_it_was_killed_is_given_to_the_next() {
         let qcow2 = directory.path().join("image.qcow2");
         tool("qemu-img", &["create", "-f", "qcow2", path(&qcow2), "8M"]).ok();
         let mut base = NbdBase::qemu_nbd(&["--format=qcow2", path(&qcow2)]);
-        let server = on(&base, "").start();
+        let server = on(&base, "").arg(PATIENTLY).start();
         load(&server, &mut base, number("STILLPOINT_BASE_KILLS", 4), seed);
     }
 }

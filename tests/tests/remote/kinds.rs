@@ -1,8 +1,9 @@
 //! Servers of every kind.
 
-use std::fs;
+use std::fs::{self, File};
 
 use stillpoint_tests::seeds;
+use stillpoint_tests::server::temporary_directory;
 use stillpoint_tests::tools::{nbdcopy_sha256, path, sha256, tool};
 use stillpoint_tests::{Guest, NbdBase};
 
@@ -64,7 +65,7 @@ fn an_export_of_any_server_is_frozen_mapped_and_pulled() {
 
 #[test]
 fn what_a_guest_was_told_is_durable_is_in_the_file_of_the_base() {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = temporary_directory();
     let image = image(&directory);
     let base = NbdBase::file(&image);
     let disk = use_disk(&base, "nbdkit file");
@@ -73,7 +74,7 @@ fn what_a_guest_was_told_is_durable_is_in_the_file_of_the_base() {
 
 #[test]
 fn a_qcow2_image_is_written_by_way_of_qemu_nbd() {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = temporary_directory();
     let image = directory.path().join("image.qcow2");
     let raw = directory.path().join("image.raw");
     tool("qemu-img", &["create", "-f", "qcow2", path(&image), "8M"]).ok();
@@ -100,4 +101,28 @@ fn an_export_that_is_read_only_is_served_read_only() {
     server.begin("b1", &[]);
     let uri = server.frozen_uri("vda@b1");
     assert_eq!(nbdcopy_sha256(&uri, server.directory()), expected);
+}
+
+#[test]
+fn a_disk_grows_when_its_server_has_made_it_larger() {
+    let directory = temporary_directory();
+    let image = image(&directory);
+    let base = NbdBase::file(&image);
+    let server = on(&base, "").start();
+    let mut live = server.open_live("vda");
+    live.write(0, &[1; 512]).unwrap();
+    server.checkpoint("cp1");
+    let larger = (2 * SIZE).to_string();
+    let refused = server.cli(&["disk", "resize", "vda", &larger]);
+    assert!(refused.error(1).contains("is to have"), "{refused}");
+    let file = File::options().write(true).open(&image).unwrap();
+    file.set_len(2 * SIZE).unwrap();
+    server.cli(&["disk", "resize", "vda", &larger]).ok();
+    let mut grown = server.open_live("vda");
+    assert_eq!(grown.export().size, 2 * SIZE);
+    grown.write(2 * SIZE - 512, &[2; 512]).unwrap();
+    server.begin("b1", &["--since", "cp1"]);
+    let context = "qemu:dirty-bitmap:cp1";
+    let map = server.open_frozen("vda@b1", &[context]).map(context);
+    assert_eq!(map, [(0, SIZE, 0), (SIZE, SIZE, 1)]);
 }

@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use stillpoint_tests::server::temporary_directory;
+use stillpoint_tests::state::{Begun, begin_since};
 use stillpoint_tests::tls::{Authority, Holder};
 use stillpoint_tests::tools::path;
 use stillpoint_tests::{CHUNK, Guest, MIB, NbdBase, Server};
@@ -13,8 +14,10 @@ use super::{at, check_backup, image, on};
 
 /// Why the checkpoint `cp1` is of no use, if so.
 fn why_lost(server: &Server) -> Option<String> {
-    let output = server.cli(&["backup", "begin", "--since", "cp1"]);
-    (output.code() != 0).then(|| output.stderr.clone())
+    match begin_since(server, "why", "vda", "cp1") {
+        Begun::Full { reason } => Some(reason),
+        Begun::Incremental { .. } => None,
+    }
 }
 
 #[test]

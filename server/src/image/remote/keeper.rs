@@ -15,8 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use block::{Extent, Unreachable};
-use bytes::Bytes;
+use block::Unreachable;
 use proto::Errno;
 use proto::client::{Client, Error, Failure};
 use tokio::sync::{mpsc, oneshot};
@@ -25,31 +24,9 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::connect::{Abilities, Dialer, Link, error_of, told};
 use super::given_up::{GivenUp, SLOTS};
-use super::perform::{self, around};
+use super::perform;
+use super::request::{Answer, Finished, Pending, Performed, Request, Task, perform_task};
 use super::unsynced::{Change, Unsynced};
-
-/// What is asked of another server, and who waits for it.
-pub(super) struct Request {
-    pub(super) task: Task,
-    pub(super) answer: oneshot::Sender<io::Result<Answer>>,
-}
-
-#[derive(Clone, Debug)]
-pub(super) enum Task {
-    Read(Range<u64>),
-    Change(Change),
-    Sync,
-    Extents(Range<u64>),
-    /// It is to have this size from here on, which its server has given it.
-    Grow(u64),
-}
-
-#[derive(Debug)]
-pub(super) enum Answer {
-    Done,
-    Data(Bytes),
-    Extents(Vec<Extent>),
-}
 
 /// The other side, as it is seen from all threads.
 #[derive(Debug)]
@@ -84,28 +61,6 @@ pub(super) struct Growing {
     size: u64,
     deadline: Instant,
     answer: oneshot::Sender<io::Result<Answer>>,
-}
-
-/// A request that has not been answered.
-pub(super) struct Pending {
-    number: u64,
-    task: Task,
-    /// Nobody waits for a flush that is our own.
-    answer: Option<oneshot::Sender<io::Result<Answer>>>,
-    begun: Instant,
-    deadline: Instant,
-    /// Where it is recorded that this change is under way.
-    slot: Option<usize>,
-    /// What a flush covers.
-    mark: u64,
-}
-
-/// What came of a request on one connection.
-type Finished = (u64, Result<Performed, Error>);
-
-enum Performed {
-    Answered(Answer),
-    Changed(Vec<Change>),
 }
 
 /// Why a connection is of no more use.
@@ -292,7 +247,6 @@ impl Keeper {
             number: self.numbers,
             task: request.task,
             answer: Some(request.answer),
-            begun,
             deadline: self.gone_since.map_or(begun, |gone| gone.min(begun)) + self.patience,
             slot: None,
             mark: 0,
@@ -420,7 +374,6 @@ impl Keeper {
             number: self.numbers,
             task: Task::Sync,
             answer: None,
-            begun,
             deadline: begun + self.patience,
             slot: None,
             mark: 0,
@@ -448,47 +401,6 @@ impl Keeper {
             }
         }
     }
-}
-
-impl Pending {
-    /// What it changes, in whole blocks.
-    fn changes(&self, block: u64) -> Option<Range<u64>> {
-        match &self.task {
-            Task::Change(change) => Some(around(&change.range, block)),
-            _ => None,
-        }
-    }
-
-    fn answer(self, answer: io::Result<Answer>) {
-        if let Some(waiter) = self.answer {
-            // Whoever does not wait any more does not mind.
-            let _ = waiter.send(answer);
-        }
-    }
-
-    fn give_up(self) {
-        self.answer(Err(io::Error::other(Unreachable)));
-    }
-}
-
-async fn perform_task(client: &Client, can: &Abilities, task: Task) -> Result<Performed, Error> {
-    Ok(match task {
-        Task::Read(range) => {
-            Performed::Answered(Answer::Data(perform::read(client, can, &range).await?))
-        }
-        Task::Change(change) => Performed::Changed(perform::change(client, can, change).await?),
-        Task::Extents(range) => {
-            let extents = perform::extents(client, can, &range).await?;
-            Performed::Answered(Answer::Extents(extents))
-        }
-        Task::Sync => {
-            if can.flush {
-                client.flush().await?;
-            }
-            Performed::Answered(Answer::Done)
-        }
-        Task::Grow(_) => Performed::Answered(Answer::Done),
-    })
 }
 
 async fn at(deadline: Option<Instant>) {

@@ -10,6 +10,7 @@ mod connect;
 mod given_up;
 mod keeper;
 mod perform;
+mod request;
 mod unsynced;
 
 use std::io;
@@ -31,7 +32,8 @@ pub(crate) use connect::RemoteSpec;
 use crate::failure::Failure;
 use connect::{Abilities, Dialer, Link};
 use given_up::GivenUp;
-use keeper::{Answer, Keeper, Request, Side, Task};
+use keeper::{Keeper, Side};
+use request::{Answer, Request, Task};
 use unsynced::{Change, Unsynced, What};
 
 /// An export of another server, as storage.

@@ -14,6 +14,7 @@ pub struct Unreachable;
 impl Unreachable {
     /// Whether `error` is this.
     pub fn is(error: &io::Error) -> bool {
-        error.get_ref().is_some_and(|inner| inner.is::<Self>())
+        let inner = error.get_ref();
+        inner.and_then(|inner| inner.downcast_ref::<Self>()).is_some()
     }
 }

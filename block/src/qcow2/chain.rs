@@ -15,7 +15,7 @@ use crate::{Engine, FileStorage, ImageLock, LockError, Storage};
 
 /// One image of a chain.
 pub(crate) enum Link {
-    Qcow2(Layer),
+    Qcow2(Box<Layer>),
     /// Its bytes are those of the disk.
     Raw(FileStorage),
 }
@@ -120,7 +120,7 @@ pub(crate) async fn open_chain(
                 None => None,
             };
             let layer = Layer::new(links.len(), header, file, data)?;
-            links.push(Link::Qcow2(layer));
+            links.push(Link::Qcow2(Box::new(layer)));
             Ok(next)
         };
         next = opened.await.map_err(at)?;

@@ -17,14 +17,19 @@ struct Client {
 
 impl Client {
     fn connect() -> Self {
+        let service = Service::new(
+            Vec::new(),
+            Duration::from_secs(1),
+            time::OffsetDateTime::now_utc,
+            ScratchOptions::default(),
+        )
+        .expect("nothing to restore");
         let control = Rc::new(Control {
-            service: Service::new(
-                Vec::new(),
-                Duration::from_secs(1),
-                time::OffsetDateTime::now_utc,
-                ScratchOptions::default(),
-            )
-            .expect("nothing to restore"),
+            jobs: Rc::new(Jobs::new(
+                Arc::clone(&service),
+                "/run/stillpoint".to_owned(),
+            )),
+            service,
             backup_addresses: Vec::new(),
             live_addresses: Vec::new(),
             run_dir: "/run/stillpoint".into(),

@@ -267,5 +267,5 @@ const DEAF_READS: u64 = 64;
 /// How often a server says the same when it does nothing any more: it takes some milliseconds to ask.
 const AT_REST: usize = 40;
 
-/// The promise, and as much again for a machine that does other things too.
-const A_SECOND: Duration = Duration::from_secs(2);
+/// The promise. A server waits for clients half as long, so that a machine may do other things too.
+const A_SECOND: Duration = Duration::from_secs(1);

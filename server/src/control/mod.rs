@@ -327,7 +327,7 @@ const READ_MAX: usize = 4096;
 const WRITE_MAX: Duration = Duration::from_secs(30);
 
 /// How long the last messages may take when a conversation is over: no longer than a stop may.
-const FAREWELL_MAX: Duration = Duration::from_millis(700);
+const FAREWELL_MAX: Duration = Duration::from_millis(500);
 
 #[cfg(test)]
 mod tests;

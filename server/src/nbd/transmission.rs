@@ -331,7 +331,7 @@ impl Drop for Connected {
 
 /// How long clients have to take what they were answered, when the server stops or the export is
 /// withdrawn: whoever wants it has it by then, and a second is what all of it may take.
-pub(super) const GOODBYE_MAX: Duration = Duration::from_millis(700);
+pub(super) const GOODBYE_MAX: Duration = Duration::from_millis(500);
 
 /// No more requests are begun while so much is to be sent: what the socket takes at once. More would
 /// wait in memory that the processor's cache does not hold.

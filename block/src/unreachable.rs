@@ -15,6 +15,8 @@ impl Unreachable {
     /// Whether `error` is this.
     pub fn is(error: &io::Error) -> bool {
         let inner = error.get_ref();
-        inner.and_then(|inner| inner.downcast_ref::<Self>()).is_some()
+        inner
+            .and_then(|inner| inner.downcast_ref::<Self>())
+            .is_some()
     }
 }

@@ -153,15 +153,14 @@ fn stored_bitmaps<'a>(
     part: &'a FrozenDisk,
 ) -> impl Iterator<Item = (&'a str, DirtySet)> {
     let bitmaps = part.disk.stored.iter();
-    let served = bitmaps.filter_map(|stored| {
+    bitmaps.filter_map(|stored| {
         let bits = Arc::clone(stored.bits.as_ref().ok()?);
         let name = stored.name.as_str();
         let is_taken = part.bitmaps.iter().any(|bitmap| bitmap.name == name)
             || book.checkpoint(name).is_some()
             || default_bitmap(part, name).is_some();
         (!is_taken).then_some((name, DirtySet { bits, since: None }))
-    });
-    served
+    })
 }
 
 fn stored_bitmap(book: &Book, part: &FrozenDisk, name: &str) -> Option<DirtySet> {

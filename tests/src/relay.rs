@@ -120,7 +120,7 @@ impl State {
 
     /// What the client sends, to the server.
     fn pass(&self, mut client: UnixStream, mut server: UnixStream, number: u64) {
-        let mut bytes = [0; 64 << 10];
+        let mut bytes = vec![0; 64 << 10];
         while let Ok(length @ 1..) = client.read(&mut bytes) {
             self.wait(number);
             if server.write_all(&bytes[..length]).is_err() {
@@ -134,7 +134,7 @@ impl State {
 
     /// What the server answers, to the client, if that is still there.
     fn answer(&self, mut server: UnixStream, mut client: UnixStream, number: u64) {
-        let mut bytes = [0; 64 << 10];
+        let mut bytes = vec![0; 64 << 10];
         while let Ok(length @ 1..) = server.read(&mut bytes) {
             // One that has gone does not keep the server from answering.
             let _ = client.write_all(&bytes[..length]);

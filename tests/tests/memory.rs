@@ -53,7 +53,7 @@ fn what_was_written_before_a_client_hung_up_is_written_when_there_is_memory() {
     let mut guest = server.open_live("vda");
     let mut waits = Rude::open(&address(&server, "vda"), "vda", &[]);
     // More than a client has of its own, and less than the socket takes.
-    let payload = [7; 264 << 10];
+    let payload = vec![7; 264 << 10];
     set_socket_send_buffer_size(&waits, 1 << 20).unwrap();
     let write = request(command::WRITE, 1, 0, payload.len() as u32);
     waits.say(&[&write[..], &payload].concat());

@@ -213,9 +213,9 @@ mod tests {
 
     #[test]
     fn compressed_data_ends_with_a_sector() {
-        let entry = PACKED | 2 << 54 | 4000;
-        let length = 3 * 512 - 4000 % 512;
         let offset = 4000;
+        let entry = PACKED | 2 << 54 | offset;
+        let length = 3 * 512 - offset % 512;
         assert_eq!(
             PLAIN.place(0, entry, 0),
             Ok(Place::Packed { offset, length })

@@ -202,11 +202,11 @@ mod tests {
         ];
         for name in names {
             let text = String::from_utf8_lossy(name);
-            let named = folders
+            let opened = folders
                 .open(&own, name)
                 .unwrap_or_else(|e| panic!("{text}: {e}"));
-            let read = std::io::read_to_string(named.file).unwrap();
-            assert!(named.path.ends_with(read), "{text}");
+            let read = std::io::read_to_string(opened.file).unwrap();
+            assert!(opened.path.ends_with(read), "{text}");
         }
     }
 

@@ -26,9 +26,9 @@ pub(super) enum DiskCommand {
         #[arg(
             long = "disk",
             value_name = "NAME=PATH[,KEY=VALUE]...",
-            value_parser = OsStringValueParser::new().try_map(|text| disk_option::parse(&text))
+            value_parser = OsStringValueParser::new().try_map(|text| disk_option::parse(&text).map(Box::new))
         )]
-        image: Option<DiskSpec>,
+        image: Option<Box<DiskSpec>>,
         /// The disk.
         disk: String,
         /// How large it is to be, or with a '+' how much larger.

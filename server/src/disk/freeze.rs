@@ -90,7 +90,10 @@ pub async fn freeze<W: World>(
 /// What is left to be done for an instant when it has been taken, and before anybody is told of it:
 /// nothing, unless an image is elsewhere. The guests run again meanwhile.
 #[must_use = "an instant of what is elsewhere is none without it"]
-pub struct Cover<W: World>(Vec<(Arc<Disk<W>>, Vec<Arc<Snapshot<W>>>)>);
+pub struct Cover<W: World>(Vec<Covered<W>>);
+
+/// A disk, and what keeps the instant of it.
+type Covered<W> = (Arc<Disk<W>>, Vec<Arc<Snapshot<W>>>);
 
 impl<W: World> Cover<W> {
     /// Of an instant that is about to be taken.
@@ -109,7 +112,9 @@ impl<W: World> Cover<W> {
         for (disk, _) in &self.0 {
             if let Err(error) = disk.cover_instant().await {
                 for (disk, new) in &self.0 {
-                    new.iter().for_each(|snapshot| disk.forget(snapshot));
+                    for snapshot in new {
+                        disk.forget(snapshot);
+                    }
                 }
                 return Err(NotFrozen::Elsewhere(error));
             }

@@ -117,7 +117,7 @@ fn cannot_use(error: &OpenError) -> Failure {
     let mut message = format!("cannot use {error}");
     let mut cause = error.why.source();
     while let Some(more) = cause {
-        message.push_str(&format!(": {more}"));
+        message = format!("{message}: {more}");
         cause = more.source();
     }
     let repair = "see what qemu-img check says of it; qemu-img check -r all repairs what can be";

@@ -27,7 +27,7 @@ impl Line {
         {
             return;
         }
-        pending().await
+        pending::<()>().await;
     }
 }
 

@@ -278,6 +278,10 @@ async fn create(
         .map_err(|error: io::Error| cannot_use(dir, &error))
 }
 
+#[expect(
+    clippy::too_many_lines,
+    reason = "one thing told in order, and the order matters"
+)]
 async fn begin(
     dir: &Path,
     found: Found,

@@ -24,7 +24,7 @@ fn use_disk(base: &NbdBase, what: &str) -> Vec<u8> {
         guest.touched.clear();
         if id == "b2" {
             // What was written after the instant before.
-            guest.write(0, &[0xee; 100_000]);
+            guest.write(0, &vec![0xee; 100_000]);
             guest.zeroes(1 << 20, 70_001, 0);
         }
         for _ in 0..20 {

@@ -34,15 +34,19 @@ fn a_write_that_lands_long_after_it_was_given_up_is_marked_and_preserved() {
     let uri = server::uri(&relay.socket(), "");
     let mut server = at(&uri, ",reconnect=1s").start();
     let mut live = server.open_live("vda");
-    live.write(0, &[1; CHUNK as usize]).unwrap();
+    live.write(0, &vec![1; CHUNK as usize]).unwrap();
     server.checkpoint("cp-b0");
 
     relay.hold();
-    assert_eq!(live.write(0, &[2; CHUNK as usize]), Err(EIO), "given up");
+    assert_eq!(
+        live.write(0, &vec![2; CHUNK as usize]),
+        Err(EIO),
+        "given up"
+    );
     // On a connection that is not held.
     server.wait_for_log("the base is back", 1);
     checkpointed(&server, "b1", "cp-b0");
-    live.write(0, &[3; CHUNK as usize]).unwrap();
+    live.write(0, &vec![3; CHUNK as usize]).unwrap();
     server.commit("b1");
     checkpointed(&server, "b2", "cp-b1");
     checkpointed(&server, "b3", "cp-b1");
@@ -95,18 +99,18 @@ fn a_write_that_was_repeated_may_land_twice_and_is_marked_and_preserved() {
     let uri = server::uri(&relay.socket(), "");
     let server = at(&uri, ",reconnect=20s").start();
     let mut live = server.open_live("vda");
-    live.write(0, &[1; CHUNK as usize]).unwrap();
+    live.write(0, &vec![1; CHUNK as usize]).unwrap();
     server.checkpoint("cp-b0");
     relay.hold();
     let write = std::thread::scope(|scope| {
-        let writer = scope.spawn(|| live.write(0, &[2; CHUNK as usize]));
+        let writer = scope.spawn(|| live.write(0, &vec![2; CHUNK as usize]));
         // The answer can only come over the next connection.
         relay.wait_until_held();
         relay.hang_up();
         writer.join().unwrap()
     });
     assert_eq!(write, Ok(()), "it was sent again");
-    live.write(0, &[3; CHUNK as usize]).unwrap();
+    live.write(0, &vec![3; CHUNK as usize]).unwrap();
     checkpointed(&server, "b1", "cp-b0");
     relay.release();
     assert_eq!(live.read(0, 1).unwrap(), [2], "the first one has landed");

@@ -38,7 +38,7 @@ fn check_backup(server: &Server, guest: &mut Guest, (id, since): (&str, &str), w
     server.begin(id, &["--since", since, "--checkpoint", &format!("cp-{id}")]);
     let (expected, map) = (sha256(&guest.disk), guest.expected_map());
     let uri = server.frozen_uri(&format!("vda@{id}"));
-    guest.write(0, &[0xee; 100_000]);
+    guest.write(0, &vec![0xee; 100_000]);
     guest.zeroes(MIB + 1, 70_000, 0);
     let context = format!("qemu:dirty-bitmap:{since}");
     assert_eq!(nbdinfo_map(&uri, &context), map, "{what}: the map");

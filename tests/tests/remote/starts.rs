@@ -52,7 +52,7 @@ fn an_image_that_was_changed_or_replaced_meanwhile_is_backed_up_in_full() {
         let base = NbdBase::file(&image);
         let mut server = on(&base, "").start();
         let mut guest = Guest::new(&server, "vda");
-        guest.write(3 * MIB, &[1; CHUNK as usize]);
+        guest.write(3 * MIB, &vec![1; CHUNK as usize]);
         server.checkpoint("cp1");
         if kill {
             server.kill();

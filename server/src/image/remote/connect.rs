@@ -122,6 +122,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream for S {}
 
 /// What an export can do, of what it is asked.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a flag that the export has or has not"
+)]
 pub(super) struct Abilities {
     /// In bytes.
     pub(super) size: u64,

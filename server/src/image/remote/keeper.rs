@@ -338,20 +338,19 @@ impl Keeper {
             Performed::Changed(changes) => {
                 // What is durable already, or cannot be made so, is not kept.
                 if self.can.flush && !self.sync_failed {
-                    changes
-                        .into_iter()
-                        .for_each(|change| self.unsynced.push(change));
+                    for change in changes {
+                        self.unsynced.push(change);
+                    }
                 }
                 Answer::Done
             }
         });
         if matches!(pending.task, Task::Sync) {
-            match &answer {
-                Ok(_) => self.unsynced.synced(pending.mark),
-                Err(_) => {
-                    self.sync_failed = true;
-                    self.unsynced = Unsynced::default();
-                }
+            if answer.is_ok() {
+                self.unsynced.synced(pending.mark);
+            } else {
+                self.sync_failed = true;
+                self.unsynced = Unsynced::default();
             }
         }
         if let Some(slot) = pending.slot {

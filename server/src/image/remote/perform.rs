@@ -111,9 +111,10 @@ async fn zero(
         };
         client.write_zeroes(range.clone(), how_there).await?;
         // What was fast once need not be so again.
-        let what = What::Zero(match how.unmaps() {
-            true => Zeroing::MayUnmap,
-            false => Zeroing::Keep,
+        let what = What::Zero(if how.unmaps() {
+            Zeroing::MayUnmap
+        } else {
+            Zeroing::Keep
         });
         return Ok(vec![Change { range, what }]);
     }
@@ -135,9 +136,10 @@ async fn zero(
 
 /// Where nothing can be flushed each write is durable, if that is to be had.
 fn durability(can: &Abilities) -> Durability {
-    match can.fua && !can.flush {
-        true => Durability::Now,
-        false => Durability::Later,
+    if can.fua && !can.flush {
+        Durability::Now
+    } else {
+        Durability::Later
     }
 }
 

@@ -432,7 +432,7 @@ mod tests {
         check("/disks/0/file", json!("../1/vda.qcow2"));
         check("/disks/0/mode", json!("full"));
         check("/disks/0/parent", json!(null));
-        check("/disks/0/size", json!(4u64 << 40));
+        check("/disks/0/size", json!(64u64 << 40));
         check("/disks/0/size", json!(1u64 << 20));
         check("/disks/0/size", json!(u64::MAX));
         check("/disks/0/file_size", json!(1));

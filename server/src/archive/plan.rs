@@ -257,7 +257,7 @@ mod tests {
             (4 * K, 2 << 40, 8 * K),
             (16 * K, 2 << 40, 16 * K),
             (2 << 20, 1 << 40, 64 * K),
-            (4 * K, 64 << 40, 64 * K),
+            (4 * K, 64 << 40, 32 * K),
         ] {
             (plan.granularity, plan.size) = (granularity, size);
             assert_eq!(plan.cluster_size(), expected, "{granularity} {size}");

@@ -51,7 +51,11 @@ pub fn with_image(data: &[u8], then: impl FnOnce(&World, &Qcow2Image)) {
     };
     let length = u16::from_le_bytes(*length);
     let (image, behind) = images.split_at(images.len().min(usize::from(length & !STRETCHED)));
-    let step = if length & STRETCHED == 0 { 512 } else { 16 << 10 };
+    let step = if length & STRETCHED == 0 {
+        512
+    } else {
+        16 << 10
+    };
     WORLD.with_borrow(|world| {
         let path = world.folder.join("image");
         for (name, bytes, step) in [("image", image, step), ("behind", behind, 512)] {
@@ -66,7 +70,11 @@ pub fn with_image(data: &[u8], then: impl FnOnce(&World, &Qcow2Image)) {
             for file in image.files() {
                 let link = format!("/proc/self/fd/{}", file.file().as_raw_fd());
                 let file = fs::read_link(link).expect("an open file");
-                assert!(file.starts_with(&world.folder), "{} was opened", file.display());
+                assert!(
+                    file.starts_with(&world.folder),
+                    "{} was opened",
+                    file.display()
+                );
             }
             then(world, &image);
         }
@@ -110,7 +118,9 @@ fn check_extents(world: &World, image: &Qcow2Image, range: &Range<u64>) {
             assert_eq!(extent.range.start, at);
             assert!(extent.range.end > at && extent.range.end <= range.end);
             at = extent.range.end;
-            if extent.hole && let Some(read) = bytes(world, image, extent.range) {
+            if extent.hole
+                && let Some(read) = bytes(world, image, extent.range)
+            {
                 assert!(read.iter().all(|&byte| byte == 0), "a hole has bytes");
             }
         }
@@ -129,7 +139,9 @@ fn check_depths(world: &World, image: &Qcow2Image, range: &Range<u64>) {
             assert!(part.range.end > at && part.range.end <= range.end);
             at = part.range.end;
             assert!(part.depth <= 3, "two images and what is behind them");
-            if part.depth == 0 && let Some(read) = bytes(world, image, part.range) {
+            if part.depth == 0
+                && let Some(read) = bytes(world, image, part.range)
+            {
                 assert!(read.iter().all(|&byte| byte == 0), "nowhere has bytes");
             }
         }

@@ -22,10 +22,11 @@ pub(super) async fn open(spec: &DiskSpec, engine: Engine) -> Result<FileStorage,
         )
     })?;
     let image = FileStorage::new(file, engine).map_err(|error| cannot_open(&spec.path, &error))?;
-    check_size(&spec.path, &image)?;
+    // First, as the files of other formats have other sizes than their disks.
     if spec.format.is_none() {
         refuse_other_formats(&spec.path, &image).await?;
     }
+    check_size(&spec.path, &image)?;
     Ok(image)
 }
 
@@ -88,7 +89,8 @@ fn check_size(path: &Path, image: &FileStorage) -> Result<(), Failure> {
 /// the user says that the image is raw.
 pub(super) async fn refuse_other_formats(path: &Path, image: &impl Storage) -> Result<(), Failure> {
     let mut head = [0; 512];
-    let read = image.read(0, &mut head).await;
+    let length = image.size().min(head.len() as u64) as usize;
+    let read = image.read(0, &mut head[..length]).await;
     read.map_err(|error| cannot_open(path, &error))?;
     let found = OTHER_FORMATS
         .iter()

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Read;
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::{Value, json};
@@ -62,7 +62,7 @@ impl Scene {
         process::run(&mut self.command(command, hooks))
     }
 
-    fn command(&self, command: &[&str], hooks: &[(&str, &str)]) -> std::process::Command {
+    fn command(&self, command: &[&str], hooks: &[(&str, &str)]) -> Command {
         let mut command = self.server.cli_command(command);
         for (option, value) in hooks {
             command.arg(format!("--{option}={value}"));
@@ -74,8 +74,13 @@ impl Scene {
     /// standard error.
     fn start(&self, command: &[&str], hooks: &[(&str, &str)]) -> KilledOnDrop {
         use std::os::unix::process::CommandExt;
-        let mut command = self.command(command, hooks);
+        let stillpoint = self.command(command, hooks);
+        // Whoever runs the tests in the background may have them ignore what a terminal sends.
+        let mut command = Command::new("env");
         command
+            .arg("--default-signal=INT")
+            .arg(stillpoint.get_program())
+            .args(stillpoint.get_args())
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::null())

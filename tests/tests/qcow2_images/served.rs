@@ -369,7 +369,13 @@ fn who_may_write_an_image_or_what_is_behind_it_keeps_us_out() {
     // What is behind both is read by both, and by a QEMU.
     let _first = serving(&image).start();
     let _second = serving(&other).start();
-    with_qemu_nbd(&["-r", "-f", "qcow2", path(&base)], |_| {});
+    with_qemu_nbd(&["-r", "-f", "qcow2", path(&base)], |socket| {
+        tool(
+            "qemu-img",
+            &["info", &stillpoint_tests::server::uri(socket, "")],
+        )
+        .ok();
+    });
     let writer = tool(
         "qemu-io",
         &["-f", "qcow2", "-c", "write 0 64k", path(&base)],

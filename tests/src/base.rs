@@ -1,6 +1,7 @@
 //! Images that are not files of ours: block devices, and what another NBD server has.
 
 use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -68,30 +69,47 @@ impl NbdBase {
     #[track_caller]
     pub fn start(&mut self) {
         assert!(self.process.is_none(), "the base runs already");
-        let (socket, ready) = (self.socket(), self.directory.path().join("ready"));
+        let socket = self.socket();
         let _ = fs::remove_file(&socket);
+        self.process = Some(match self.program {
+            Program::Nbdkit => self.start_nbdkit(&socket),
+            Program::QemuNbd => self.start_qemu_nbd(&socket),
+        });
+    }
+
+    #[track_caller]
+    fn start_nbdkit(&self, socket: &Path) -> KilledOnDrop {
+        let ready = self.directory.path().join("ready");
         let _ = fs::remove_file(&ready);
         // Its process id is written there once it listens, which is how we wait for it.
         tool("mkfifo", &[path(&ready)]).ok();
-        let mut command = match self.program {
-            Program::Nbdkit => Command::new("nbdkit"),
-            Program::QemuNbd => Command::new("qemu-nbd"),
-        };
-        match self.program {
-            Program::Nbdkit => command.args(["--foreground", "--unix", path(&socket)]),
-            Program::QemuNbd => command.args(["--persistent", "--shared=8", "-k", path(&socket)]),
-        };
-        let pidfile = match self.program {
-            Program::Nbdkit => "--pidfile",
-            Program::QemuNbd => "--pid-file",
-        };
-        command.args([pidfile, path(&ready)]).args(&self.args);
+        let mut command = Command::new("nbdkit");
+        command
+            .args(["--foreground", "--unix", path(socket)])
+            .args(["--pidfile", path(&ready)])
+            .args(&self.args);
         let mut child = KilledOnDrop::spawn(&mut command);
         // Opened for both, it does not wait for the writer; the wait is the one below.
         let mut options = File::options();
         let pipe = options.read(true).write(true).open(&ready);
         child.wait_until_readable(&pipe.expect("our own pipe"));
-        self.process = Some(child);
+        child
+    }
+
+    /// It takes no pipe for its process id, so that it is asked itself.
+    #[track_caller]
+    fn start_qemu_nbd(&self, socket: &Path) -> KilledOnDrop {
+        let mut command = Command::new("qemu-nbd");
+        command
+            .args(["--persistent", "--shared=8", "-k", path(socket)])
+            .args(&self.args);
+        let mut child = KilledOnDrop::spawn(&mut command);
+        while UnixStream::connect(socket).is_err() {
+            let ended = child.child.try_wait().expect("it is our child");
+            assert!(ended.is_none(), "qemu-nbd ended before it was ready");
+            std::thread::yield_now();
+        }
+        child
     }
 
     /// Kills it, and returns when it is gone.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use rustix::io::ioctl_fionread;
 use tempfile::TempDir;
 
 /// Passes on what is sent to a server, unless it is told to hold it.
@@ -33,8 +34,8 @@ struct Held {
     connections: u64,
     /// Those that the server has ended.
     ended: Vec<u64>,
-    /// How many pieces are held.
-    pieces: usize,
+    /// How much is held of what has been taken.
+    bytes: u64,
     clients: Vec<UnixStream>,
 }
 
@@ -76,12 +77,17 @@ impl Relay {
         held.below = held.connections;
     }
 
-    /// Returns when something is held.
-    pub fn wait_until_held(&self) {
-        let mut held = self.state.lock();
-        while held.pieces == 0 {
-            let waited = self.state.changed.wait(held);
-            held = waited.unwrap_or_else(PoisonError::into_inner);
+    /// Returns when so many bytes are held, or wait to be taken.
+    pub fn wait_until_held(&self, length: u64) {
+        loop {
+            let held = self.state.lock();
+            let clients = &held.clients[..held.below as usize];
+            let waiting = clients.iter().map(|it| ioctl_fionread(it).unwrap_or(0));
+            if held.bytes + waiting.sum::<u64>() >= length {
+                return;
+            }
+            drop(held);
+            thread::yield_now();
         }
     }
 
@@ -122,12 +128,12 @@ impl State {
     fn pass(&self, mut client: UnixStream, mut server: UnixStream, number: u64) {
         let mut bytes = vec![0; 64 << 10];
         while let Ok(length @ 1..) = client.read(&mut bytes) {
-            self.wait(number);
+            self.wait(number, length);
             if server.write_all(&bytes[..length]).is_err() {
                 break;
             }
         }
-        self.wait(number);
+        self.wait(number, 0);
         // The server reads what there is, performs it and closes.
         let _ = server.shutdown(Shutdown::Write);
     }
@@ -144,9 +150,11 @@ impl State {
         self.changed.notify_all();
     }
 
-    fn wait(&self, number: u64) {
+    fn wait(&self, number: u64, length: usize) {
         let mut held = self.lock();
-        held.pieces += usize::from(number < held.below);
+        if number < held.below {
+            held.bytes += length as u64;
+        }
         self.changed.notify_all();
         while number < held.below {
             let waited = self.changed.wait(held);

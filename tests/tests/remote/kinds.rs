@@ -46,7 +46,7 @@ fn an_export_of_any_server_is_frozen_mapped_and_pulled() {
         &["--no-sr", "memory", "8M"],
         &["--filter=nozero", "memory", "8M"],
         &["--filter=noextents", "memory", "8M"],
-        &["--filter=fua", "memory", "8M", "fuamode=none"],
+        &["--filter=fua", "memory", "8M"],
         &[
             "--filter=blocksize-policy",
             "memory",

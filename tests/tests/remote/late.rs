@@ -105,7 +105,7 @@ fn a_write_that_was_repeated_may_land_twice_and_is_marked_and_preserved() {
     let write = std::thread::scope(|scope| {
         let writer = scope.spawn(|| live.write(0, &vec![2; CHUNK as usize]));
         // The answer can only come over the next connection.
-        relay.wait_until_held();
+        relay.wait_until_held(CHUNK);
         relay.hang_up();
         writer.join().unwrap()
     });

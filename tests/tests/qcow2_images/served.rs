@@ -133,8 +133,8 @@ fn bitmaps_that_qemu_made_are_served_all_at_once_and_no_byte_is_touched() {
 
 #[test]
 fn an_incremental_by_a_stored_bitmap_makes_the_disk_of_its_base() {
-    let images = Images::new();
     for seed in seeds(&[1, 2]) {
+        let images = Images::new();
         let image = images.create("image", "", &[], 9 * MIB);
         let mut rng = rng(seed);
         qemu_io(&image, "qcow2", &history(&mut rng, 9 * MIB, 64 * KIB, true));

@@ -175,6 +175,11 @@ pub(crate) fn disk_on(name: &str, image: &Path, options: &str) -> (String, Optio
     }
 }
 
+/// Whether what lies below disks knows holes: a block device is data throughout.
+pub fn knows_holes() -> bool {
+    std::env::var("STILLPOINT_TEST_BASE").map_or(true, |base| base != "block")
+}
+
 /// Whether disks lie on another NBD server, of which less is known after a kill.
 pub fn is_elsewhere() -> bool {
     std::env::var("STILLPOINT_TEST_BASE").is_ok_and(|base| base == "nbd")

@@ -114,6 +114,7 @@ impl Builder {
         let mut server = Server {
             builder: self,
             child: None,
+            was_killed: false,
         };
         server.start();
         server
@@ -158,6 +159,7 @@ fn asked_for(variable: &str) -> Option<String> {
 pub struct Server {
     builder: Builder,
     child: Option<Child>,
+    was_killed: bool,
 }
 
 impl Server {
@@ -185,7 +187,16 @@ impl Server {
     /// Starts the server again after a stop or a kill.
     #[track_caller]
     pub fn start(&mut self) {
-        self.try_start().unwrap_or_else(|why| panic!("{why}"));
+        let begun = Instant::now();
+        loop {
+            match self.try_start() {
+                Ok(()) => return,
+                // What a killed server had asked a device for keeps its lock until that has ended.
+                Err(why)
+                    if self.was_killed && why.contains(LOCKED) && begun.elapsed() < PATIENCE => {}
+                Err(why) => panic!("{why}"),
+            }
+        }
     }
 
     /// Starts the server again, or returns why it did not.
@@ -253,6 +264,7 @@ impl Server {
     /// Kills the server.
     #[track_caller]
     pub fn kill(&mut self) {
+        self.was_killed = true;
         self.signal(Signal::KILL);
         self.wait();
     }
@@ -603,3 +615,6 @@ fn read(path: &Path) -> String {
         .map(|text| String::from_utf8_lossy(&text).into_owned())
         .unwrap_or_default()
 }
+
+/// What a server says whose image somebody else has.
+const LOCKED: &str = "in use by another process";

@@ -9,6 +9,7 @@ mod known;
 use std::env;
 use std::process::{Command, Stdio};
 
+use stillpoint_tests::base::is_elsewhere;
 use stillpoint_tests::process::KilledOnDrop;
 use stillpoint_tests::{CHUNK, MIB, Server, seeds};
 
@@ -64,7 +65,13 @@ fn a_guest_that_reconnects_notices_nothing_of_a_kill() {
         tell(&format!("read -P {round} {} 64k\nflush\n", round * CHUNK));
         hear("read 65536/65536");
     }
-    assert_eq!(server.dirty_bytes("cp1", "vda"), 6 * CHUNK);
+    let dirty = server.dirty_bytes("cp1", "vda");
+    if is_elsewhere() {
+        // What another server may have lost with ours counts as changed.
+        assert!(dirty >= 6 * CHUNK, "{dirty}");
+    } else {
+        assert_eq!(dirty, 6 * CHUNK);
+    }
     tell("quit\n");
     assert!(guest.child.wait().unwrap().success());
 }

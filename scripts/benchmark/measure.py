@@ -66,7 +66,9 @@ class Watch:
         total = 0
         for pid in self.pids():
             with open(f"/proc/{pid}/status") as file:
-                total += int(re.search(rf"^{name}:\s+(\d+) kB$", file.read(), re.M).group(1))
+                found = re.search(rf"^{name}:\s+(\d+) kB$", file.read(), re.M)
+            # What has just ended has no memory left.
+            total += int(found.group(1)) if found else 0
         return total
 
     def __exit__(self, *_):

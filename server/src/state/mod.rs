@@ -14,6 +14,7 @@ mod header;
 mod identity;
 mod journal;
 mod ledger;
+mod start;
 
 use std::fs::File;
 use std::io;
@@ -32,8 +33,7 @@ pub(crate) use journal::{
 pub(crate) use ledger::{ENDED_MAX, Ledger};
 
 use crate::disk::{
-    Before, Chronicle, Durability, Ending, Growth, Intents, Lease, LeaseRecord, Loss,
-    OnTrackingError, Recovery, Running,
+    Before, Durability, Ending, Growth, Intents, Lease, Loss, OnTrackingError, Recovery,
 };
 use crate::failure::Failure;
 use crate::files::{CellPages, Files};
@@ -43,6 +43,7 @@ use growth::admit_enlarged;
 use header::{Format, Header, HeaderError, Life};
 use identity::ImageIdentity;
 use journal::{Damage, JOURNAL, Journal};
+use start::{Start, changed_image, ending_of, journal_loss, life_here};
 
 /// The state of a disk that is being served.
 pub(crate) struct State {
@@ -413,14 +414,6 @@ fn fit_eras(dir: &Path, whole: u64) -> io::Result<()> {
     eras.cut(whole)
 }
 
-async fn ending_of(life: Option<&Life>, here: &Life, image: &Image) -> Ending {
-    let Some(life) = life else {
-        return Ending::PowerCut;
-    };
-    let same_machine = life.boot == here.boot && life.mounts == here.mounts;
-    Ending::of(life.clean, same_machine, life.in_doubt, image).await
-}
-
 /// The map as it is, in `eras` and what is told of its pages, where no era above `known` is recorded.
 fn load_map(
     dir: &Path,
@@ -438,123 +431,12 @@ fn load_map(
     Recovery::load(size, format.granularity, salt, files, plausible)
 }
 
-/// This machine, these mounts, and the image as it is.
-fn life_here(dir: &Path, image: &Image) -> io::Result<Life> {
-    Ok(Life {
-        boot: identity::boot()?,
-        mounts: [
-            identity::mount_of(image)?,
-            identity::mount(&File::open(dir)?)?,
-        ],
-        image: ImageIdentity::of(image)?,
-        ..Life::default()
-    })
-}
-
-/// A start, as it is recorded.
-struct Start {
-    header: Header,
-    life: Life,
-    journal: Journal,
-    /// Why nothing that was known is of use, if so.
-    lost: Option<String>,
-}
-
-impl Start {
-    /// Everything that may have changed is marked, durably: what says so otherwise goes, and a
-    /// damaged record of loss, unless it is whole.
-    async fn recovered(&mut self, has_record: bool, image: &Image) -> io::Result<()> {
-        if self.life.growth.take().is_some() {
-            // Whoever was killed may not have lived to make its size durable.
-            image.sync().await?;
-            self.header.store(&self.life)?;
-            self.header.sync().await?;
-        }
-        if !has_record {
-            self.header.forget_loss()?;
-            self.header.sync().await?;
-        }
-        Ok(())
-    }
-}
-
-impl Chronicle for Start {
-    async fn runs(&mut self, running: Running) -> io::Result<()> {
-        let eras = running.eras;
-        self.life.era_high = eras.guests.number();
-        // It ends when what it broke is recorded as well: with `State::settle`.
-        self.life.in_doubt |= running.in_doubt;
-        self.life.durability = running.durability;
-        if let Some(reason) = self.lost.take() {
-            self.life.lost_era = eras.presumed.number();
-            self.life.lost_reason = reason;
-        }
-        self.header.store(&self.life)?;
-        self.header.sync().await
-    }
-
-    async fn started(&mut self, presumed: Era) -> io::Result<()> {
-        let era = presumed.number();
-        self.journal.append(&Record::Started { era }).await
-    }
-}
-
 fn lost_before(life: &Life) -> Option<Lost> {
     let era = Era::from_number(life.lost_era);
     (era > Era::NEVER).then(|| Lost {
         era,
         reason: life.lost_reason.clone(),
     })
-}
-
-/// Why the image is not the one that was left, or not as it was left, if so.
-fn changed_image(
-    before: &Life,
-    here: &Life,
-    ending: Ending,
-    lease: LeaseRecord,
-    image: &Image,
-) -> Option<String> {
-    let recorded = match ending {
-        _ if image.is_constant() => None,
-        Ending::Clean => None,
-        Ending::Killed => Some(lease.clock.map(|clock| clock + CLOCK_SLACK_S)),
-        Ending::PowerCut => Some(lease.end),
-    };
-    // Before the first write there is no lease; then the time of change is the one that was left.
-    let last_change = recorded.map(|last| last.unwrap_or(0).max(before.image.changed_seconds()));
-    let same_boot = before.boot == here.boot || before.boot == [0; 16];
-    let size = here.image.size();
-    let ours = before
-        .growth
-        .is_some_and(|g| [g.from, g.to].contains(&size));
-    let left = if ours {
-        before.image.with_size(size)
-    } else {
-        before.image
-    };
-    let differs = left.differs(&here.image, same_boot, last_change);
-    match recorded {
-        Some(None) => differs
-            .map(|why| format!("{why}, or else: when its last server wrote to it cannot be read")),
-        _ => differs,
-    }
-}
-
-/// Why the journal may not say what it once said, if so. What is at its end may have been a record
-/// that was never complete, except after a clean end.
-fn journal_loss(
-    journal: &Journal,
-    damage: Damage,
-    ending: Ending,
-    life: Option<&Life>,
-) -> Option<String> {
-    let has_run = life.is_some_and(|life| life.boot != [0; 16]);
-    if damage.within > 0 || (damage.at_end > 0 && ending == Ending::Clean) {
-        return Some("records of its journal are damaged".to_owned());
-    }
-    let is_empty = *journal.ledger() == Ledger::default();
-    (has_run && is_empty).then(|| "its journal is missing, or empty".to_owned())
 }
 
 fn refuse_other_granularity(
@@ -613,10 +495,6 @@ const HEADER_ASIDE: &str = "header.new";
 const ERAS: &str = "eras";
 const PAGES: &str = "pages";
 const LEASE: &str = "lease";
-
-/// File systems stamp changes with a coarse clock, and a write of a process that was killed may
-/// land a moment later. A change by someone else within this time after a kill goes unnoticed.
-const CLOCK_SLACK_S: u64 = 2;
 
 /// Every era but those of instants that failed is in the journal; more of those than this is damage.
 const UNRECORDED_ERAS_MAX: u32 = 1 << 20;

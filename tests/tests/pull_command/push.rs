@@ -11,9 +11,10 @@ use stillpoint_tests::killer::Killer;
 use stillpoint_tests::process::{self, KilledOnDrop, PATIENCE, run};
 use stillpoint_tests::seeds::{number, rng, seeds};
 use stillpoint_tests::tools::path;
-use stillpoint_tests::{Guest, KIB, MIB, Server};
+use stillpoint_tests::{Guest, MIB, Server};
 
 use crate::folder::{Folder, Pulled};
+use crate::histories::{World, some_disks};
 
 fn command(server: &Server, folder: &Folder, args: &[&str]) -> Command {
     let args = [&["push", "--to", path(folder.path()), "--json"], args].concat();
@@ -55,48 +56,18 @@ fn what_is_pushed_is_byte_for_byte_what_is_pulled() {
 
 fn history(seed: u64) {
     let mut rng = rng(seed);
-    let directory = stillpoint_tests::server::temporary_directory();
-    let mut builder = Server::builder();
-    let sizes = [("vda", 5 * MIB + 512), ("vdb", 3 * MIB)];
-    for (name, size) in sizes {
-        let image = directory.path().join(format!("{name}.raw"));
-        stillpoint_tests::tools::sparse_file(&image, size);
-        let granularity = [4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB][rng.random_range(0..4)];
-        builder = builder.disk_as(&format!(
-            "{name}={},granularity={granularity}",
-            image.display()
-        ));
-    }
-    let mut server = builder.start();
-    let mut guests: Vec<_> = sizes
-        .map(|(name, _)| (name, Guest::new(&server, name)))
-        .into();
+    let mut world = World::new(&mut rng);
     let (pushed, pulled) = (Folder::new(), Folder::new());
     for step in 0..6 {
         let what = format!("seed {seed}, step {step}");
-        for (_, guest) in &mut guests {
-            for _ in 0..rng.random_range(0..12_u32) {
-                guest.do_something(&mut rng);
-            }
-        }
-        if rng.random_bool(0.2) {
-            if rng.random_bool(0.5) {
-                server.stop();
-            } else {
-                server.kill();
-            }
-            server.start();
-            for (name, guest) in &mut guests {
-                guest.reconnect(&server, name);
-            }
-        }
+        world.go_on(&mut rng);
+        let World { server, guests, .. } = &world;
         let is_full = rng.random_bool(0.1);
-        let wanted: &[&str] =
-            [&[][..], &["vda"], &["vdb"]][rng.random_range(0..6_usize).saturating_sub(3)];
+        let wanted = some_disks(&mut rng);
         let args = [wanted, if is_full { &["--full"] } else { &[] }].concat();
         let is_pushed_first = rng.random_bool(0.5);
-        let by_push = |folder| push(&server, folder, &args);
-        let by_pull = |folder: &Folder| folder.pull(&server, &args);
+        let by_push = |folder| push(server, folder, &args);
+        let by_pull = |folder: &Folder| folder.pull(server, &args);
         let (first, second) = if is_pushed_first {
             let first = by_push(&pushed);
             (first, by_pull(&pulled))
@@ -112,7 +83,7 @@ fn history(seed: u64) {
             comparable(pulled.manifest(point)),
             "{what}"
         );
-        for (name, guest) in &guests {
+        for (name, guest) in guests {
             if !wanted.is_empty() && !wanted.contains(name) {
                 continue;
             }
@@ -133,7 +104,10 @@ fn history(seed: u64) {
         };
         assert_eq!(disks(first), disks(second), "{what}");
     }
-    assert!(open_backups(&server).is_empty(), "backups are left open");
+    assert!(
+        open_backups(&world.server).is_empty(),
+        "backups are left open"
+    );
 }
 
 /// A server of one disk that is full of data.
@@ -275,16 +249,24 @@ fn a_push_that_is_cancelled_leaves_nothing_and_the_next_has_its_base() {
     folder.holds(2, "vda", &guest.disk, "after the cancelled one");
 }
 
+/// A push that was interrupted when it had copied some.
+fn interrupted(server: &Server, folder: &Folder) -> UnderWay {
+    let _slowed = Slowed::down(server, folder, 1);
+    let mut under_way = UnderWay::begin(server, folder, 4 * MIB);
+    process::signal(&under_way.client.child, Signal::INT);
+    assert_eq!(under_way.wait(), 1);
+    under_way
+}
+
 #[test]
 fn a_push_that_is_interrupted_goes_on_with_the_same_instant() {
     let (server, mut guest) = full_disk(48 * MIB, &[]);
     let folder = Folder::new();
-    let slowed = Slowed::down(&server, &folder, 1);
-    let mut under_way = UnderWay::begin(&server, &folder, 4 * MIB);
-    process::signal(&under_way.client.child, Signal::INT);
-    assert_eq!(under_way.wait(), 1);
-    drop(slowed);
-    assert_eq!(open_backups(&server), [under_way.backup.clone()]);
+    let under_way = interrupted(&server, &folder);
+    assert_eq!(
+        open_backups(&server),
+        std::slice::from_ref(&under_way.backup)
+    );
     assert!(folder.has_draft() && folder.points().is_empty());
     let instant = guest.disk.clone();
     guest.write(0, &vec![9; MIB as usize]);
@@ -300,11 +282,7 @@ fn a_push_that_is_interrupted_goes_on_with_the_same_instant() {
 fn what_is_left_of_an_instant_that_has_ended_is_not_gone_on_with() {
     let (server, mut guest) = full_disk(32 * MIB, &[]);
     let folder = Folder::new();
-    let slowed = Slowed::down(&server, &folder, 1);
-    let mut under_way = UnderWay::begin(&server, &folder, 4 * MIB);
-    process::signal(&under_way.client.child, Signal::INT);
-    assert_eq!(under_way.wait(), 1);
-    drop(slowed);
+    let under_way = interrupted(&server, &folder);
     server.abort(&under_way.backup);
     guest.write(0, &vec![9; 32 * MIB as usize]);
 

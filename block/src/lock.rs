@@ -2,7 +2,9 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -19,10 +21,11 @@ pub struct ImageLock(());
 /// Why an image cannot be had.
 #[derive(Debug, Error)]
 pub enum LockError {
-    /// Another process holds it.
-    #[error("in use by another process{}", holder(*pid))]
+    /// A process holds it.
+    #[error("in use by {}", holder(*pid))]
     Held {
-        /// Who, where that is known.
+        /// Who, where that is known. Nobody is found where the process has ended and the kernel still
+        /// performs what it had asked for, or where it is hidden from us.
         pid: Option<u32>,
     },
     /// Locking itself failed.
@@ -31,7 +34,11 @@ pub enum LockError {
 }
 
 fn holder(pid: Option<u32>) -> String {
-    pid.map_or_else(String::new, |pid| format!(" (pid {pid})"))
+    match pid {
+        Some(pid) if pid == std::process::id() => "this very process".to_owned(),
+        Some(pid) => format!("another process (pid {pid})"),
+        None => "another process".to_owned(),
+    }
 }
 
 impl ImageLock {
@@ -111,19 +118,21 @@ fn qemu_bytes() -> impl Iterator<Item = i64> {
     (100..104).chain(200..204)
 }
 
-/// A process that has this file open, other than this one.
+/// A process that has this file open, by another descriptor than ours.
 ///
 /// The kernel does not tell the holder of an open-file lock; who has the file open is the next
 /// best answer.
 fn holder_of(file: &File) -> Option<u32> {
     let wanted = file.metadata().ok()?;
     let processes = std::fs::read_dir("/proc").ok()?.flatten();
-    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|&pid| pid != std::process::id()).find(|pid| {
+    let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let ours = Path::new("/proc").join(format!("{}/fd/{}", std::process::id(), file.as_raw_fd()));
+    pids.find(|pid| {
         let Ok(descriptors) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
             return false;
         };
-        descriptors.flatten().any(|descriptor| {
+        let mut others = descriptors.flatten().filter(|entry| entry.path() != ours);
+        others.any(|descriptor| {
             std::fs::metadata(descriptor.path()).is_ok_and(|found| {
                 found.dev() == wanted.dev()
                     && found.ino() == wanted.ino()
@@ -195,10 +204,8 @@ mod tests {
         let open = || open(&file);
         let first = open();
         ImageLock::take(&first).unwrap();
-        assert!(matches!(
-            ImageLock::take(&open()),
-            Err(LockError::Held { .. })
-        ));
+        let refused = ImageLock::take(&open()).unwrap_err();
+        assert_eq!(refused.to_string(), "in use by this very process");
         drop(first);
         ImageLock::take(&open()).unwrap();
     }

@@ -114,7 +114,6 @@ impl Builder {
         let mut server = Server {
             builder: self,
             child: None,
-            was_killed: false,
         };
         server.start();
         server
@@ -159,7 +158,6 @@ fn asked_for(variable: &str) -> Option<String> {
 pub struct Server {
     builder: Builder,
     child: Option<Child>,
-    was_killed: bool,
 }
 
 impl Server {
@@ -187,16 +185,7 @@ impl Server {
     /// Starts the server again after a stop or a kill.
     #[track_caller]
     pub fn start(&mut self) {
-        let begun = Instant::now();
-        loop {
-            match self.try_start() {
-                Ok(()) => return,
-                // What a killed server had asked a device for keeps its lock until that has ended.
-                Err(why)
-                    if self.was_killed && why.contains(LOCKED) && begun.elapsed() < PATIENCE => {}
-                Err(why) => panic!("{why}"),
-            }
-        }
+        self.try_start().unwrap_or_else(|why| panic!("{why}"));
     }
 
     /// Starts the server again, or returns why it did not.
@@ -264,7 +253,6 @@ impl Server {
     /// Kills the server.
     #[track_caller]
     pub fn kill(&mut self) {
-        self.was_killed = true;
         self.signal(Signal::KILL);
         self.wait();
     }
@@ -615,6 +603,3 @@ fn read(path: &Path) -> String {
         .map(|text| String::from_utf8_lossy(&text).into_owned())
         .unwrap_or_default()
 }
-
-/// What a server says whose image somebody else has.
-const LOCKED: &str = "in use by another process";

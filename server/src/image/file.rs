@@ -5,9 +5,10 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-use block::{Engine, FileStorage, ImageLock, Storage};
+use block::{Engine, FileStorage, Storage};
 use rustix::fs::OFlags;
 
+use super::lock::lock;
 use super::{SECTOR, cannot_open};
 use crate::failure::Failure;
 use crate::served::{Cache, DiskSpec};
@@ -15,12 +16,7 @@ use crate::served::{Cache, DiskSpec};
 /// Opens and locks the image of `spec`.
 pub(super) async fn open(spec: &DiskSpec, engine: Engine) -> Result<FileStorage, Failure> {
     let file = open_image(spec)?;
-    ImageLock::take(&file).map_err(|error| {
-        Failure::new(
-            "image-locked",
-            format!("cannot use '{}': {error}", spec.path.display()),
-        )
-    })?;
+    lock(&spec.path, &file).await?;
     let image = FileStorage::new(file, engine).map_err(|error| cannot_open(&spec.path, &error))?;
     // First, as the files of other formats have other sizes than their disks.
     if spec.format.is_none() {

@@ -1,6 +1,7 @@
 //! What the bytes of a disk are in.
 
 mod file;
+mod lock;
 mod qcow2;
 mod remote;
 

@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use bitmap::{BitGranularity, Bits};
 use block::qcow2::{NameError, OpenError, Qcow2Image, Refusal, Room, StoredBitmap, Unreadable};
-use block::{Engine, ImageLock, LockError, Storage};
+use block::{Engine, Storage};
 
+use super::lock::lock;
 use super::{SECTOR, cannot_open};
 use crate::failure::Failure;
 use crate::served::{Cache, DiskSpec};
@@ -49,7 +50,7 @@ pub(super) async fn open(spec: &DiskSpec, engine: Engine) -> Result<Qcow2Image, 
         return Err(Failure::new("bad-image", message));
     }
     let file = File::open(path).map_err(|error| cannot_open(path, &error))?;
-    ImageLock::take(&file).map_err(|error| cannot_lock(path, &error))?;
+    lock(path, &file).await?;
     let opened = Qcow2Image::open(file, path, &spec.allow_backing, engine).await;
     let image = opened.map_err(|error| cannot_use(&error))?;
     if image.size() == 0 || !image.size().is_multiple_of(SECTOR) {
@@ -105,11 +106,6 @@ async fn load(
     let read = image.dirty(bitmap, room, |range| bits.set(&range)).await;
     read.map_err(|error| error.to_string())?;
     Ok(Arc::new(bits))
-}
-
-fn cannot_lock(path: &Path, error: &LockError) -> Failure {
-    let message = format!("cannot use '{}': {error}", path.display());
-    Failure::new("image-locked", message)
 }
 
 /// In words for whoever has the image, with what can be done about it.

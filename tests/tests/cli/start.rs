@@ -1,13 +1,19 @@
 //! A server that starts, or is refused.
 
 use std::fs;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::Value;
-use stillpoint_tests::process::{KilledOnDrop, Output, run};
+use stillpoint_tests::process::{KilledOnDrop, Output, PATIENCE, run};
 use stillpoint_tests::server::Builder;
 use stillpoint_tests::tools::{
     nbdcopy_sha256, path, sha256_of_file, sparse_file, tool, with_qemu_nbd,
@@ -302,6 +308,36 @@ fn a_second_server_on_an_image_is_refused_and_told_who_has_it() {
 }
 
 #[test]
+fn the_last_requests_of_who_had_the_image_are_waited_for() {
+    let mut server = Server::with_disk(MIB);
+    server.stop();
+    // A lock that no process has, like that of one that has ended: what is on its way through a
+    // socket is open all the same.
+    let (near, far) = UnixStream::pair().unwrap();
+    let image = fs::File::open(server.image("vda")).unwrap();
+    flock(&image, FlockOperation::LockExclusive).unwrap();
+    let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut room);
+    let images = [image.as_fd()];
+    assert!(ancillary.push(SendAncillaryMessage::ScmRights(&images)));
+    let text = [IoSlice::new(b"x")];
+    sendmsg(&near, &text, &mut ancillary, SendFlags::empty()).unwrap();
+    drop(image);
+    let log = server.path("stderr");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let begun = Instant::now();
+            while !fs::read_to_string(&log).is_ok_and(|log| log.contains("nobody has it open")) {
+                assert!(begun.elapsed() < PATIENCE, "the server does not wait");
+                std::thread::yield_now();
+            }
+            drop((near, far));
+        });
+        server.start();
+    });
+}
+
+#[test]
 fn a_second_server_in_a_run_directory_is_refused() {
     let server = Server::with_disk(MIB);
     let second = Server::builder()
@@ -316,7 +352,8 @@ fn a_second_server_in_a_run_directory_is_refused() {
 fn two_names_for_one_image_are_refused() {
     let builder = Server::builder().disk("vda", MIB);
     let image = builder.path("vda.raw");
-    builder.disk_at("vdb", &image).start_and_fail().error(1);
+    let refused = builder.disk_at("vdb", &image).start_and_fail();
+    assert!(refused.error(1).contains("this very process"), "{refused}");
 }
 
 #[test]

@@ -218,7 +218,11 @@ impl Storage for FileStorage {
             return Ok(vec![Extent { range, hole: false }]);
         }
         let file = Arc::clone(&self.file);
-        blocking(move || some_extents(&file, &range)).await
+        blocking(move || match fiemap::extents(&file, &range) {
+            Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::NOSYS) => seek_extents(&file, &range),
+            other => Ok(other?),
+        })
+        .await
     }
 }
 
@@ -251,25 +255,6 @@ fn read_cached(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize>
         }
     }
     Ok(done)
-}
-
-/// The first extents of `range`: as many as make it worth having woken a thread.
-fn some_extents(file: &File, range: &Range<u64>) -> io::Result<Vec<Extent>> {
-    let begun = Instant::now();
-    let mut extents = Vec::new();
-    let mut at = range.start;
-    while at < range.end && extents.len() < EXTENTS_ENOUGH && begun.elapsed() < EXTENTS_TIME {
-        // The lock of the file that a guest's writes want is given back in between.
-        let more = match fiemap::extents(file, &(at..range.end)) {
-            Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::NOSYS) => {
-                seek_extents(file, &(at..range.end))?
-            }
-            other => other?,
-        };
-        at = more.last().map_or(range.end, |last| last.range.end);
-        extents.extend(more);
-    }
-    Ok(extents)
 }
 
 /// The extents of `range` as a file system without a better answer tells them.
@@ -367,12 +352,8 @@ const ZEROES_PIECE: usize = 1 << 20;
 /// No device has larger logical blocks than a page.
 const DEVICE_ALIGNMENT: u64 = 4096;
 
-/// Of a fragmented file, what costs no more than waking a thread does.
-const EXTENTS_ENOUGH: usize = 2048;
-const EXTENTS_TIME: Duration = Duration::from_micros(200);
-
-/// Enough to answer a block status; the rest is asked for again.
-const SEEK_EXTENTS_MAX: usize = 128;
+/// As many as [`fiemap`] tells at a time, and for the same reason.
+const SEEK_EXTENTS_MAX: usize = 64;
 
 #[cfg(test)]
 mod tests {

@@ -23,5 +23,5 @@ impl Default for Lookups {
     }
 }
 
-/// While one waits for a device, another has the processor.
-const AT_ONCE: usize = 2;
+/// A guest has a processor for itself, where there are two.
+const AT_ONCE: usize = 1;

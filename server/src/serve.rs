@@ -124,7 +124,9 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     });
     print_table(&control, &listeners.control_path).map_err(|error| cannot("print", &error))?;
     notify::ready();
-    let entrances = [Role::Live, Role::Backup].map(|role| Entrance::new(role, &options.limits));
+    let waiting = Arc::default();
+    let entrances =
+        [Role::Live, Role::Backup].map(|role| Entrance::new(role, &options.limits, &waiting));
     let workers = accept(
         listeners,
         workers,

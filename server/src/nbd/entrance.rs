@@ -9,6 +9,7 @@ use super::budget::Budget;
 use super::handshakes::{Handshake, Handshakes};
 use super::peer::Peer;
 use super::places::{Place, Places};
+use super::vigil::Waiting;
 use crate::export::Role;
 use crate::limits::{HANDSHAKES_MAX, Limits};
 
@@ -24,6 +25,8 @@ pub(crate) struct Entrance {
     pub(super) places: Arc<Places>,
     /// What their requests take.
     pub(super) budget: Arc<Budget>,
+    /// Those of them that wait, and those of the other roles'.
+    pub(super) waiting: Arc<Waiting>,
 }
 
 /// Someone who has come in.
@@ -41,13 +44,14 @@ pub(crate) struct Visitor {
 }
 
 impl Entrance {
-    pub(crate) fn new(role: Role, limits: &Limits) -> Arc<Self> {
+    pub(crate) fn new(role: Role, limits: &Limits, waiting: &Arc<Waiting>) -> Arc<Self> {
         Arc::new(Self {
             role,
             handshakes: Handshakes::new(HANDSHAKES_MAX),
             places: Places::new(limits.connections, limits.peer_connections),
             budget: Budget::new(limits.common()),
             limits: limits.clone(),
+            waiting: Arc::clone(waiting),
         })
     }
 

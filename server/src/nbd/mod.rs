@@ -21,6 +21,7 @@ mod budget;
 mod output;
 mod perform;
 mod progress;
+mod vigil;
 
 #[cfg(feature = "benches")]
 pub(crate) mod benches;

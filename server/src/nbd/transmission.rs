@@ -22,6 +22,7 @@ use super::output::{Output, Reply};
 use super::perform::Target;
 use super::progress::{Lapse, Owed, Progress};
 use super::under_way::{Pending, UnderWay, weight};
+use super::vigil::Vigil;
 use super::{Ended, INPUT_PIECE};
 use crate::export::Role;
 use crate::limits::Limits;
@@ -50,7 +51,8 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + AsFd + Unpin>(
         decoder,
         input,
         output: Output::default(),
-        under_way: Rc::default(),
+        under_way: UnderWay::new(&entrance.waiting),
+        vigil: Vigil::new(&entrance.waiting),
         last_words: false,
         hung_up: false,
         postponed: None,
@@ -86,6 +88,7 @@ struct Connection {
     /// What all of this may take.
     share: Share,
     progress: Progress,
+    vigil: Vigil,
     limits: Limits,
 }
 
@@ -148,7 +151,9 @@ impl Connection {
                         self.target.leaving.set(true);
                     }
                     self.progress.sent(received);
+                    self.vigil.end(Instant::now());
                 }
+                () = self.vigil.keep(), if owed.nothing => {}
                 () = under_way.news.notified(), if under_way.count.get() > 0 => {}
                 () = self.share.granted() => {}
                 () = line.hung_up(), if self.share.is_waiting() && !self.hung_up => {

@@ -2,15 +2,18 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use proto::{Command, EXTENTS_MAX, Errno, Origin, Replies};
 use tokio::sync::Notify;
 
 use super::output::Reply;
+use super::vigil::Waiting;
 
 /// The requests of a connection that have been begun and not been answered.
-#[derive(Default)]
 pub(super) struct UnderWay {
+    /// Those of all connections.
+    waiting: Arc<Waiting>,
     pub(super) count: Cell<usize>,
     /// Bytes that they hold, or will hold when they end.
     pub(super) bytes: Cell<usize>,
@@ -32,6 +35,18 @@ pub(super) struct Pending {
     reply: Option<Reply>,
 }
 
+impl UnderWay {
+    pub(super) fn new(waiting: &Arc<Waiting>) -> Rc<Self> {
+        Rc::new(Self {
+            waiting: Arc::clone(waiting),
+            count: Cell::default(),
+            bytes: Cell::default(),
+            ended: RefCell::default(),
+            news: Notify::default(),
+        })
+    }
+}
+
 impl Pending {
     pub(super) fn new(
         under_way: &Rc<UnderWay>,
@@ -39,6 +54,7 @@ impl Pending {
         origin: Origin,
         weight: usize,
     ) -> Self {
+        under_way.waiting.begin();
         under_way.count.set(under_way.count.get() + 1);
         under_way.bytes.set(under_way.bytes.get() + weight);
         Self {
@@ -67,6 +83,7 @@ impl Drop for Pending {
             );
             reply
         });
+        self.under_way.waiting.end();
         self.under_way.count.set(self.under_way.count.get() - 1);
         self.under_way
             .bytes

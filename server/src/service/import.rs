@@ -2,9 +2,10 @@
 //!
 //! A file tells what had changed on the disk when nobody here knew it yet. From then on the era map
 //! knows; so both together are what has changed, and nothing of either is left out. As a dirty bitmap
-//! that is bits of its own. As a checkpoint it is an era: what the file tells is marked in the one that
-//! begins now, as if it had been written again, and so is in the changes since every other checkpoint
-//! too, which is more than need be and never less.
+//! that is bits of its own. As a checkpoint it is an era: all of it is marked in the one that begins
+//! now, as if it had been written again, and so is in the changes since every other checkpoint too,
+//! which is more than need be and never less. (An older era for the checkpoint would spare those what
+//! was written here; but then backups that are open would take it for one from before their instant.)
 
 use std::ops::Range;
 use std::path::PathBuf;

@@ -45,9 +45,9 @@ fn a_bitmap_of_qemus_goes_on_when_its_disk_was_converted_to_raw() {
             continue;
         }
         // By stock tools, an incremental on top of that full one is the disk.
-        server.begin("b1", &["--since", "cp0"]);
+        server.begin("mine", &["--since", "cp0"]);
         let incremental = dir.path().join("inc.qcow2");
-        let uri = server.frozen_uri("vda@cp0..b1");
+        let uri = server.frozen_uri("vda@cp0..mine");
         let args = [
             "convert",
             "-O",
@@ -187,7 +187,8 @@ fn an_import_says_more_of_other_checkpoints_only_where_it_is_a_checkpoint_and_ne
         .cli(&["checkpoint", "import", "vda", "cp0", "--from", path(&image)])
         .ok();
     assert_eq!(since(&server, "before"), map_of(&[3, 4, 10]));
-    assert_eq!(dirty_in(&server, "other"), map_of(&[3, 4]));
+    // With what was written here, which the file could not tell.
+    assert_eq!(dirty_in(&server, "other"), map_of(&[3, 4, 10]));
     server.checkpoint("after");
     assert_eq!(since(&server, "after"), map_of(&[]));
     // An instant that was taken before knows nothing of it.

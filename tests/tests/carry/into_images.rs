@@ -172,7 +172,7 @@ fn a_bitmap_of_ours_goes_into_an_image_by_another_name_and_disabled() {
         "theirs \u{e9}",
         "--disabled",
     ];
-    server.cli(&[export, more].concat()).ok();
+    server.cli(&[&export[..], &more].concat()).ok();
     check(&image, "a bitmap of ours");
     assert_eq!(
         as_qemu_says(&image, "theirs \u{e9}"),
@@ -238,6 +238,7 @@ fn the_table_of_counts_grows_where_it_is_too_short() {
             "cp1",
             "--bitmap",
             &name,
+            "--disabled",
             "--to",
             path(&image),
         ];

@@ -61,11 +61,11 @@ fn what_is_exported_is_what_nbdinfo_prints_and_is_taken_in_elsewhere() {
         // To standard output it is the same.
         let printed = server.cli(&["checkpoint", "export", "vda", "cp1", "--to", "-"]);
         assert_eq!(printed.ok().as_bytes(), bytes_of(&list), "seed {seed}");
-        server.begin("b1", &["--since", "cp1"]);
-        let uri = server.frozen_uri("vda@b1");
+        server.begin("mine", &["--since", "cp1"]);
+        let uri = server.frozen_uri("vda@mine");
         let told = tool("nbdinfo", &["--json", "--map=qemu:dirty-bitmap:cp1", &uri]);
         assert_eq!(told.ok().as_bytes(), bytes_of(&list), "seed {seed}");
-        server.abort("b1");
+        server.abort("mine");
         let coarse_list = server.path("coarse");
         server
             .cli(&["bitmap", "export", "vda", "b", "--to", path(&coarse_list)])

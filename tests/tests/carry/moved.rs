@@ -264,13 +264,14 @@ fn a_disk_moves_to_a_block_device_and_into_a_qcow2_image() {
 
     let builder = Server::builder();
     let image = builder.path("vm.qcow2");
+    let raw = server.image("vda");
     let convert = [
         "convert",
         "-f",
         "raw",
         "-O",
         "qcow2",
-        path(&server.image("vda")),
+        path(&raw),
         path(&image),
     ];
     stillpoint_tests::tools::tool("qemu-img", &convert).ok();

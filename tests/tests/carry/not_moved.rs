@@ -60,17 +60,11 @@ fn what_is_in_use_or_has_open_backups_or_was_never_served_does_not_leave() {
     server.stop();
     server.cli(&export).ok();
     refused(&server, &export, "output-exists", "exists");
+    let other = server.path("other");
     let never = server.path("never.raw");
     sparse_file(&never, SIZE);
     let disk = format!("vda={}", path(&never));
-    let export = [
-        "state",
-        "export",
-        "--disk",
-        &disk,
-        "--to",
-        path(&server.path("other")),
-    ];
+    let export = ["state", "export", "--disk", &disk, "--to", path(&other)];
     refused(&server, &export, "no-state", "no state");
     assert!(!server.path("never.raw.stillpoint").exists());
     assert!(!server.path("other").exists());

@@ -14,6 +14,7 @@ mod nbd_uri;
 mod notify;
 mod tls;
 
+mod carry;
 mod copy;
 
 mod export;
@@ -49,6 +50,7 @@ pub mod benches {
 #[doc(hidden)]
 pub mod fuzzing {
     pub use crate::archive::fuzzing::manifest;
+    pub use crate::carry::fuzzing::list as extents;
     pub use crate::control::fuzzing::control;
-    pub use crate::state::fuzzing::{bits, header, journal};
+    pub use crate::state::fuzzing::{bits, header, journal, parcel};
 }

@@ -380,6 +380,20 @@ async fn open_disk(
     ))
 }
 
+/// The image of a disk that is not served, locked, and where its state is or would be.
+pub(crate) async fn locate(spec: &DiskSpec, engine: Engine) -> Result<(Image, PathBuf), Failure> {
+    let image = Image::open(spec, engine).await?;
+    let dir = state_dir(spec, &image)?;
+    Ok((image, dir))
+}
+
+/// Keeps everyone else out of the state in `dir`, which is made if need be.
+pub(crate) fn claim_state(spec: &DiskSpec, dir: &Path) -> Result<LockFile, Failure> {
+    let lock = claim_folder(dir, "state")?;
+    refuse_memory(spec, dir)?;
+    Ok(lock)
+}
+
 /// As people are told of it.
 fn shown_path(spec: &DiskSpec) -> PathBuf {
     match &spec.remote {

@@ -1,13 +1,15 @@
 //! Dirty bitmaps that are stored in an image.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 
+use super::chain::{Unreadable, read_header};
 use super::header::{BitmapDirectory, OFFSET_MAX};
 use super::image::Qcow2Image;
 use super::layer::{Layer, damaged};
-use crate::{FileStorage, Storage};
+use crate::{Engine, FileStorage, ImageLock, Storage};
 
 /// A dirty bitmap that is stored in an image, without its bits.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -29,14 +31,69 @@ pub struct StoredBitmap {
 #[derive(Clone, Copy, Debug)]
 pub struct Room(pub u64);
 
+/// An image of which only the dirty bitmaps are read: no file that it names is opened.
+pub struct BitmapFile(Layer);
+
+impl BitmapFile {
+    /// Locks `file` against writers, and reads its head.
+    pub async fn open(file: File, engine: Engine) -> Result<Self, Unreadable> {
+        ImageLock::share(&file)?;
+        let file = FileStorage::new(file, engine)?;
+        let header = read_header(&file).await?;
+        Ok(Self(Layer::new(0, header, file, None)?))
+    }
+
+    /// The size of the disk, in bytes.
+    pub fn size(&self) -> u64 {
+        self.0.header.size
+    }
+
+    /// As [`Qcow2Image::bitmaps`].
+    pub async fn bitmaps(&self) -> io::Result<Vec<StoredBitmap>> {
+        self.0.bitmaps().await
+    }
+
+    /// As [`Qcow2Image::dirty`].
+    pub async fn dirty(
+        &self,
+        bitmap: &StoredBitmap,
+        room: &mut Room,
+        dirty: impl FnMut(Range<u64>),
+    ) -> io::Result<()> {
+        self.0.dirty(bitmap, room, dirty).await
+    }
+}
+
 impl Qcow2Image {
     /// The dirty bitmaps that are stored in the image itself, or why their list is of no use.
     pub async fn bitmaps(&self) -> io::Result<Vec<StoredBitmap>> {
-        let Some((layer, directory)) = self.top().and_then(|top| Some((top, top.header.bitmaps?)))
-        else {
+        match self.top() {
+            Some(layer) => layer.bitmaps().await,
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Says what is dirty in `bitmap`, which is one of this image's: ranges of the disk, in order and
+    /// by whole bits, the last of which may reach beyond its end.
+    pub async fn dirty(
+        &self,
+        bitmap: &StoredBitmap,
+        room: &mut Room,
+        dirty: impl FnMut(Range<u64>),
+    ) -> io::Result<()> {
+        match self.top() {
+            Some(layer) => layer.dirty(bitmap, room, dirty).await,
+            None => Ok(()),
+        }
+    }
+}
+
+impl Layer {
+    async fn bitmaps(&self) -> io::Result<Vec<StoredBitmap>> {
+        let Some(directory) = self.header.bitmaps else {
             return Ok(Vec::new());
         };
-        let cluster = layer.geometry.cluster();
+        let cluster = self.geometry.cluster();
         let BitmapDirectory {
             count,
             bytes,
@@ -49,8 +106,8 @@ impl Qcow2Image {
         if !offset.is_multiple_of(cluster) || offset > OFFSET_MAX {
             return Err(damaged("the list of bitmaps is at no cluster"));
         }
-        let listed = read_at(&layer.file, offset, bytes).await?;
-        let bitmaps = list(&listed, layer, &directory)?;
+        let listed = read_at(&self.file, offset, bytes).await?;
+        let bitmaps = list(&listed, self, &directory)?;
         let names: BTreeSet<_> = bitmaps.iter().map(|bitmap| &bitmap.name).collect();
         if bitmaps.len() != count as usize || names.len() != bitmaps.len() {
             return Err(damaged("its list of bitmaps does not add up"));
@@ -58,25 +115,20 @@ impl Qcow2Image {
         Ok(bitmaps)
     }
 
-    /// Says what is dirty in `bitmap`, which is one of this image's: ranges of the disk, in order and
-    /// by whole bits, the last of which may reach beyond its end.
-    pub async fn dirty(
+    async fn dirty(
         &self,
         bitmap: &StoredBitmap,
         room: &mut Room,
         mut dirty: impl FnMut(Range<u64>),
     ) -> io::Result<()> {
-        let Some(layer) = self.top() else {
-            return Ok(());
-        };
-        let cluster = layer.geometry.cluster();
+        let cluster = self.geometry.cluster();
         // What one cluster of bits stands for.
         let covered = (cluster * 8).saturating_mul(bitmap.granularity);
         let mut at = 0;
         while at < bitmap.clusters {
             let count = (bitmap.clusters - at).min(TABLE_ENTRIES_AT_ONCE);
             room.take(8 * count)?;
-            let table = read_at(&layer.file, bitmap.table + 8 * at, 8 * count).await?;
+            let table = read_at(&self.file, bitmap.table + 8 * at, 8 * count).await?;
             for (number, entry) in (at..).zip(table.chunks_exact(8)) {
                 let entry = u64::from_be_bytes(entry.try_into().unwrap_or_default());
                 let start = number.saturating_mul(covered);
@@ -84,16 +136,16 @@ impl Qcow2Image {
                     BitsAt::Clean => {}
                     BitsAt::Dirty => {
                         room.take(cluster.max(BITS_PAGE))?;
-                        dirty(start..start.saturating_add(covered).min(self.size()));
+                        dirty(start..start.saturating_add(covered).min(self.header.size));
                     }
                     BitsAt::Cluster(offset) => {
                         room.take(cluster.max(BITS_PAGE))?;
-                        let bits = read_at(&layer.file, offset, cluster).await?;
+                        let bits = read_at(&self.file, offset, cluster).await?;
                         for run in ones(&bits) {
                             let from = start.saturating_add(run.start * bitmap.granularity);
                             let to = start.saturating_add(run.end * bitmap.granularity);
                             // What is said of what is behind the end of the disk is said of nothing.
-                            if from < self.size() {
+                            if from < self.header.size {
                                 dirty(from..to);
                             }
                         }

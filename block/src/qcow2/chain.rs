@@ -143,7 +143,8 @@ fn open_backing(folders: &Folders, folder: &Path, backing: &Backing) -> Result<N
     Ok(Next { file, path, raw })
 }
 
-async fn read_header(file: &FileStorage) -> Result<Header, Unreadable> {
+/// What the head of `file` says.
+pub(super) async fn read_header(file: &FileStorage) -> Result<Header, Unreadable> {
     let mut start = [0; START_BYTES];
     if file.size() < START_BYTES as u64 {
         return Err(Refusal::NotQcow2.into());

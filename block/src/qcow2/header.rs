@@ -380,14 +380,14 @@ const COMPRESSION: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
 const KNOWN: u64 = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION | EXTENDED_L2;
 
-const CONSISTENT_BITMAPS: u64 = 1;
-const RAW_DATA: u64 = 1 << 1;
+pub(super) const CONSISTENT_BITMAPS: u64 = 1;
+pub(super) const RAW_DATA: u64 = 1 << 1;
 
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const DATA_FILE_NAME: u32 = 0x4441_5441;
 const FEATURE_NAMES: u32 = 0x6803_f857;
-const BITMAPS: u32 = 0x2385_2875;
-const BITMAPS_BYTES: usize = 24;
+pub(super) const BITMAPS: u32 = 0x2385_2875;
+pub(super) const BITMAPS_BYTES: usize = 24;
 
 /// In the table of feature names: a kind, a bit, and 46 bytes of text.
 const FEATURE_NAME_BYTES: usize = 48;

@@ -4,6 +4,9 @@
 //! data. What an image says is checked where it is used, and every file that it names must lie in a folder
 //! that the user allows.
 //!
+//! The one thing that is ever written into somebody else's image is a dirty bitmap, while nobody uses it
+//! ([`store_bitmap`]).
+//!
 //! What a file is to hold that we write is known before the first byte of it is written. So the place of
 //! everything follows from that alone ([`Layout`]): header, refcounts, L1 table, L2 tables, and then
 //! the data, in the order of the disk. Data can be written in any order, from any thread, and by a
@@ -26,8 +29,11 @@ mod layout;
 mod metadata;
 mod places;
 
-pub use bitmaps::{Room, StoredBitmap};
+mod deposit;
+
+pub use bitmaps::{BitmapFile, Room, StoredBitmap};
 pub use chain::{OpenError, Unreadable};
+pub use deposit::{Existing, NewBitmap, NotStored, store_bitmap};
 pub use folders::NameError;
 pub use header::{Backing, BitmapDirectory, Compression, DataFile, Encryption, Header, Refusal};
 pub use image::{Depth, Qcow2Image};

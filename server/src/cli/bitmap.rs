@@ -3,6 +3,7 @@
 use clap::Subcommand;
 use serde::Serialize;
 
+use super::carry::{ExportArgs, ImportedBitmapArgs, Kind};
 use super::client::Client;
 use super::problem::Problem;
 use super::table::Table;
@@ -47,6 +48,11 @@ pub(super) enum BitmapCommand {
         #[arg(required = true)]
         sources: Vec<String>,
     },
+    /// Make a bitmap of what a file says has changed, which records from now on: a bitmap in a qcow2
+    /// image, or a list of extents.
+    Import(ImportedBitmapArgs),
+    /// Write what is dirty into a qcow2 image, as a dirty bitmap, or as a list of extents.
+    Export(ExportArgs),
     /// Show the bitmaps of all disks.
     List,
 }
@@ -68,6 +74,8 @@ impl BitmapCommand {
             Self::Enable(_) => "bitmap enable",
             Self::Disable(_) => "bitmap disable",
             Self::Merge { .. } => "bitmap merge",
+            Self::Import(_) => "bitmap import",
+            Self::Export(_) => "bitmap export",
             Self::List => "bitmap list",
         }
     }
@@ -118,6 +126,8 @@ impl BitmapCommand {
                     &format!("bitmap {target} of {disk} has {sources}\n"),
                 ))
             }
+            Self::Import(args) => args.run(client, answers),
+            Self::Export(args) => args.run(Kind::Bitmap, client, answers),
             Self::List => {
                 let answer = client.execute("query-named-block-nodes", &NONE)?;
                 answers.show(&answer, |nodes: &Vec<Node>| list(nodes))

@@ -3,6 +3,7 @@
 use clap::Subcommand;
 use serde::Serialize;
 
+use super::carry::{ExportArgs, ImportArgs, Kind};
 use super::client::Client;
 use super::hooks::HookArgs;
 use super::problem::Problem;
@@ -36,6 +37,12 @@ pub(super) enum CheckpointCommand {
         #[arg(long)]
         force: bool,
     },
+    /// Make a checkpoint of what a file says has changed: a bitmap in a qcow2 image, or a list of
+    /// extents. It counts as changed since every other checkpoint too.
+    Import(ImportArgs),
+    /// Write what has changed since a checkpoint into a qcow2 image, as a dirty bitmap, or as a list of
+    /// extents.
+    Export(ExportArgs),
 }
 
 impl CheckpointCommand {
@@ -45,6 +52,8 @@ impl CheckpointCommand {
             Self::List => "checkpoint list",
             Self::Show { .. } => "checkpoint show",
             Self::Delete { .. } => "checkpoint delete",
+            Self::Import(_) => "checkpoint import",
+            Self::Export(_) => "checkpoint export",
         }
     }
 }
@@ -85,6 +94,8 @@ impl CheckpointCommand {
                 let answer = client.execute("checkpoint-delete", &arguments)?;
                 Ok(answers.confirm(&answer, &format!("checkpoint {name} is deleted\n")))
             }
+            Self::Import(args) => args.run(client, answers),
+            Self::Export(args) => args.run(Kind::Checkpoint, client, answers),
         }
     }
 }

@@ -1,12 +1,13 @@
 //! The command line.
 //!
 //! `serve` is the server. Every other command is a client of its control socket, and of nothing
-//! else; except that a disk can be resized that no server has, that `pull` is a client of NBD servers
+//! else; except that a disk can be resized or moved that no server has, that `pull` is a client of NBD servers
 //! too, and that folders of backups are looked at, restored from and pruned without one.
 
 mod against;
 mod backup;
 mod bitmap;
+mod carry;
 mod checkpoint;
 mod client;
 mod consumer;
@@ -25,6 +26,7 @@ mod run_dir;
 mod scratch_options;
 mod serve;
 mod show;
+mod state;
 mod table;
 mod tls_options;
 mod units;
@@ -48,6 +50,7 @@ use consumer::ConsumerCommand;
 use disk::DiskCommand;
 use hooks::Held;
 use problem::{Problem, exit};
+use state::StateCommand;
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
@@ -100,6 +103,7 @@ impl Command {
             Self::Bitmap(command) => command.name(),
             Self::Consumer(command) => command.name(),
             Self::Disk(command) => command.name(),
+            Self::State(command) => command.name(),
             Self::Pull(_) => "pull",
             Self::Push(_) => "push",
             Self::List(_) => "list",
@@ -137,6 +141,9 @@ enum Command {
     /// Disks themselves.
     #[command(subcommand)]
     Disk(DiskCommand),
+    /// Disks that move to another machine, with all that is known of them.
+    #[command(subcommand)]
+    State(StateCommand),
     /// Copy what has changed into a folder of backups: begin, copy, verify, commit.
     Pull(pull::PullArgs),
     /// The same, done by the server: into a folder that it reaches.
@@ -199,6 +206,7 @@ impl Cli {
             Command::Bitmap(command) => command.run(&mut Client::connect(&run_dir()?)?, &answers),
             Command::Consumer(command) => command.run(&mut Client::connect(&run_dir()?)?, &answers),
             Command::Disk(command) => command.run(&run_dir()?, &answers),
+            Command::State(command) => command.run(&answers),
             Command::Pull(args) => args.run(run_dir, &answers),
             Command::Push(args) => args.run(&run_dir()?, &answers),
             Command::Qmp { command } => {

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::listeners::Endpoint;
 use crate::names::Name;
-use crate::service::Resized;
+use crate::service::{Changes, Imported, Resized};
 
 /// A command, as `query-commands` lists it.
 #[derive(Debug, Serialize)]
@@ -142,6 +142,83 @@ impl ResizeAnswer {
             disk,
             size_before: resized.before,
             size: resized.now,
+        }
+    }
+}
+
+/// What was taken in from a file.
+#[derive(Debug, Deserialize, Serialize)]
+pub(crate) struct ImportAnswer {
+    /// The disk.
+    pub(crate) disk: Name,
+    /// The checkpoint or the bitmap.
+    pub(crate) name: String,
+    /// How much the file says is dirty, in bytes, by whole chunks or blocks.
+    pub(crate) told_bytes: u64,
+    /// The same with what changed here since.
+    pub(crate) dirty_bytes: u64,
+}
+
+impl ImportAnswer {
+    /// Of what is called `name` on the disk `disk`.
+    pub(crate) fn new(disk: Name, name: String, imported: Imported) -> Self {
+        Self {
+            disk,
+            name,
+            told_bytes: imported.told_bytes,
+            dirty_bytes: imported.dirty_bytes,
+        }
+    }
+}
+
+/// What was written to a file, as its command tells it.
+#[derive(Debug, Deserialize, Serialize)]
+pub(crate) struct ExportAnswer {
+    /// The disk.
+    pub(crate) disk: String,
+    /// The checkpoint or the bitmap.
+    pub(crate) name: String,
+    /// The file.
+    pub(crate) to: String,
+    /// Of the disk, in bytes.
+    pub(crate) size: u64,
+    /// How much of it is dirty, in bytes.
+    pub(crate) dirty_bytes: u64,
+}
+
+/// A piece of what has changed on a disk.
+#[derive(Debug, Deserialize, Serialize)]
+pub(crate) struct ChangesAnswer {
+    /// The disk.
+    pub(crate) disk: Name,
+    /// In bytes.
+    pub(crate) size: u64,
+    /// In bytes.
+    pub(crate) granularity: u64,
+    /// The identity of the checkpoint or the bitmap.
+    pub(crate) uuid: Uuid,
+    /// Of a bitmap, how often a command has changed it.
+    pub(crate) revision: Option<u64>,
+    /// What is dirty: offsets and lengths.
+    pub(crate) dirty: Vec<(u64, u64)>,
+    /// From where on to ask for more; null at the end.
+    pub(crate) next: Option<u64>,
+}
+
+impl ChangesAnswer {
+    /// Of the disk `disk`.
+    pub(crate) fn new(disk: Name, changes: Changes) -> Self {
+        let dirty = changes.dirty.into_iter();
+        Self {
+            disk,
+            size: changes.size,
+            granularity: changes.granularity,
+            uuid: changes.uuid,
+            revision: changes.revision,
+            dirty: dirty
+                .map(|range| (range.start, range.end - range.start))
+                .collect(),
+            next: changes.next,
         }
     }
 }

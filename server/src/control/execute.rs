@@ -11,9 +11,9 @@ use serde_json::value::{RawValue, to_raw_value};
 
 use super::Control;
 use super::answers::{
-    BackupAnswer, BackupDisk, BackupState, CheckpointAnswer, CheckpointDisk, CommandName,
-    ConsumerAnswer, ConsumerDisk, Difference, DiskAnswer, ExportUse, Mode, ResizeAnswer, Sockets,
-    Status, path_text, time_text, uris,
+    BackupAnswer, BackupDisk, BackupState, ChangesAnswer, CheckpointAnswer, CheckpointDisk,
+    CommandName, ConsumerAnswer, ConsumerDisk, Difference, DiskAnswer, ExportUse, ImportAnswer,
+    Mode, ResizeAnswer, Sockets, Status, path_text, time_text, uris,
 };
 use super::bitmaps;
 use super::jobs::{JobAnswer, TargetAnswer};
@@ -58,6 +58,20 @@ pub(crate) async fn execute(
         Command::DeleteCheckpoint { name, disks, force } => {
             service.delete_checkpoint(&name, disks, force).await?;
             nothing()
+        }
+        Command::ImportCheckpoint { import, name } => {
+            let (checkpoint, imported) = service.import_checkpoint(&import, name).await?;
+            let name = checkpoint.name.to_string();
+            answer(&ImportAnswer::new(import.disk, name, imported))
+        }
+        Command::ImportBitmap { import, bitmap } => {
+            let name = bitmap.name.clone();
+            let imported = service.import_bitmap(&import, bitmap).await?;
+            answer(&ImportAnswer::new(import.disk, name, imported))
+        }
+        Command::Changes { disk, of, offset } => {
+            let changes = service.changes(&disk, of, offset).await?;
+            answer(&ChangesAnswer::new(disk, changes))
         }
         Command::Begin(request) => {
             let backup = service.begin_backup(request).await?;

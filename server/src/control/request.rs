@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
-use super::arguments::{Arguments, bad_request, shortened};
+use super::arguments::{Arguments, bad_argument, bad_request, shortened};
 use super::bitmaps;
 use super::messages::Reply;
 use crate::failure::Failure;
 use crate::names::Name;
 use crate::push::PushRequest;
-use crate::service::{Action, BeginRequest};
+use crate::service::{Action, BeginRequest, ChangesOf, Import, ImportedBitmap};
 
 /// Something to do.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -62,6 +62,29 @@ pub(crate) enum Command {
         disks: Option<Vec<Name>>,
         /// Even if it is the last one of a consumer.
         force: bool,
+    },
+    /// `checkpoint-import`.
+    ImportCheckpoint {
+        /// Of what.
+        import: Import,
+        /// What it is to be called.
+        name: Name,
+    },
+    /// `bitmap-import`.
+    ImportBitmap {
+        /// Of what.
+        import: Import,
+        /// What it is to be.
+        bitmap: ImportedBitmap,
+    },
+    /// `query-changes`.
+    Changes {
+        /// On which disk.
+        disk: Name,
+        /// Since what.
+        of: ChangesOf,
+        /// From where on, in bytes.
+        offset: u64,
     },
     /// `backup-begin`.
     Begin(BeginRequest),
@@ -171,6 +194,9 @@ pub(crate) const COMMANDS: &[&str] = &[
     "query-backups",
     "checkpoint-create",
     "checkpoint-delete",
+    "checkpoint-import",
+    "bitmap-import",
+    "query-changes",
     "backup-begin",
     "backup-commit",
     "backup-abort",
@@ -251,6 +277,24 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
             disks: arguments.names("disks")?,
             force: arguments.flag("force")?,
         },
+        "checkpoint-import" => Command::ImportCheckpoint {
+            import: import(arguments)?,
+            name: arguments.required_name("name")?,
+        },
+        "bitmap-import" => Command::ImportBitmap {
+            import: import(arguments)?,
+            bitmap: ImportedBitmap {
+                name: arguments.required_text("name")?,
+                granularity: arguments.number("granularity", u32::MAX.into())?,
+                transient: arguments.flag("transient")?,
+                disabled: arguments.flag("disabled")?,
+            },
+        },
+        "query-changes" => Command::Changes {
+            disk: arguments.required_name("disk")?,
+            of: changes_of(arguments)?,
+            offset: arguments.number("offset", u64::MAX)?.unwrap_or(0),
+        },
         "backup-begin" => Command::Begin(BeginRequest {
             id: arguments.name("id")?,
             disks: arguments.names("disks")?,
@@ -305,6 +349,25 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
             )));
         }
     })
+}
+
+fn import(arguments: &mut Arguments) -> Result<Import, Refusal> {
+    Ok(Import {
+        disk: arguments.required_name("disk")?,
+        from: arguments.required_text("from")?.into(),
+        bitmap: arguments.text("bitmap")?,
+        as_of: arguments.text("as_of")?,
+    })
+}
+
+fn changes_of(arguments: &mut Arguments) -> Result<ChangesOf, Refusal> {
+    match (arguments.text("checkpoint")?, arguments.text("bitmap")?) {
+        (Some(name), None) => Ok(ChangesOf::Checkpoint(name)),
+        (None, Some(name)) => Ok(ChangesOf::Bitmap(name)),
+        _ => Err(bad_argument(
+            "either 'checkpoint' or 'bitmap' says what is meant, and one of them has to",
+        )),
+    }
 }
 
 #[cfg(test)]

@@ -103,23 +103,6 @@ impl<W: World> Disk<W> {
     async fn mark_new(&self, growth: Growth) -> io::Result<()> {
         let chunk = self.map.granularity().bytes();
         let new = growth.from / chunk * chunk..growth.to;
-        let Some(intents) = &self.intents else {
-            let pass = self.gate.enter().await;
-            return self.mark(&new, &pass).await;
-        };
-        for piece in intents.regions().pieces(new, REGIONS_AT_ONCE) {
-            let inside = intents.enter(&piece, &self.map, &self.pace).await?;
-            let pass = self.gate.enter().await;
-            self.mark(&piece, &pass).await?;
-            drop((pass, inside));
-            if intents.regions().active() > super::ACTIVE_MAX {
-                self.retire_some().await?;
-            }
-        }
-        Ok(())
+        self.mark_all([new]).await
     }
 }
-
-/// How many regions are marked at a time: so few that a guest that enters one of its own meanwhile
-/// does not wait for long, and no more than are retired at once.
-const REGIONS_AT_ONCE: u64 = 256;

@@ -11,6 +11,7 @@ mod growth;
 mod intents;
 mod lease;
 mod loss;
+mod marking;
 mod recovery;
 mod sound_sync;
 mod tracking;

@@ -173,6 +173,11 @@ impl<P: Durable> Recovery<P> {
         !may_lack_marks && self.map.changes(range.clone(), era).all(|run| !run.dirty)
     }
 
+    /// Whether nothing of the map is damaged.
+    pub fn is_whole(&self) -> bool {
+        self.damage.pages.is_empty() && self.damage.chunks.is_empty()
+    }
+
     /// The same of a disk that was being enlarged to the size that it has, if it was: a start marks
     /// all that is new.
     #[must_use]

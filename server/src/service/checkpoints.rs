@@ -52,7 +52,7 @@ impl Service {
 
     /// Each disk says that it is there; then each says that all do. A server that is killed in
     /// between leaves it on all of them, or it goes from all of them at the next start.
-    async fn record_checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), Failure> {
+    pub(super) async fn record_checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), Failure> {
         let disks = self.identities(checkpoint.eras.keys());
         // After the swap, so that no mark of the time before can carry its era; durable before
         // anyone is told.

@@ -8,9 +8,11 @@ mod backups;
 mod bases;
 mod bitmaps;
 mod book;
+mod changes;
 mod checkpoints;
 mod consumers;
 mod expiry;
+mod import;
 mod reserve;
 mod resize;
 mod restore;
@@ -31,6 +33,8 @@ pub(crate) use bitmaps::{Action, Addition, Bitmap, InImage, Source};
 pub(crate) use book::{
     Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Last, Outcome, Usage,
 };
+pub(crate) use changes::{Changes, ChangesOf};
+pub(crate) use import::{Import, Imported, ImportedBitmap};
 pub(crate) use resize::{Resized, resize_alone};
 
 use crate::disk::{Cover, Freeze, NotFrozen, Tracking, freeze};

@@ -97,7 +97,8 @@ impl BitsFolder {
         self.sync()
     }
 
-    fn path(&self, id: BitsId) -> PathBuf {
+    /// Where the bits are.
+    pub(super) fn path(&self, id: BitsId) -> PathBuf {
         self.0.join(file_name(id))
     }
 
@@ -183,7 +184,8 @@ pub(super) fn decode(
     Bits::from_bytes(granularity, pages).ok_or_else(damaged)
 }
 
-const FOLDER: &str = "bitmaps";
+/// In a state directory.
+pub(super) const FOLDER: &str = "bitmaps";
 const ASIDE: &str = "new";
 
 const MAGIC: &[u8; 8] = b"SPBITMAP";

@@ -1,6 +1,7 @@
 //! What must hold of any bytes in a state file, for fuzzing.
 
 use std::fs::File;
+use std::io::{self, Cursor};
 use std::os::unix::fs::FileExt;
 
 use bitmap::BitGranularity;
@@ -12,6 +13,7 @@ use uuid::Uuid;
 use super::BitsId;
 use super::header::{Header, HeaderError};
 use super::ledger::Ledger;
+use super::parcel::{Description, Packing, Part, Unpacking, open, unpack, verify};
 use super::{bits as files, journal};
 
 /// Reads `bytes` as a header; what is accepted is read the same after it was written again.
@@ -99,6 +101,72 @@ pub fn bits(bytes: &[u8]) {
         let dirty = bits.dirty(0..u64::MAX).map(|range| range.end - range.start);
         assert_eq!(dirty.sum::<u64>(), bits.dirty_bytes());
     }
+}
+
+/// Reads `bytes` as an exported state, as they are and with the hash that belongs to them; what is
+/// accepted is read the same after it was packed again.
+///
+/// # Panics
+///
+/// If it is not.
+pub fn parcel(bytes: &[u8]) {
+    let found = unpacked(bytes);
+    let hash = blake3::hash(bytes);
+    let sealed = unpacked(&[bytes, hash.as_bytes()].concat());
+    for (description, Stretches(files)) in found.into_iter().chain(sealed) {
+        let mut packing = Packing::begin(Vec::new(), &description).expect("memory does not fail");
+        for (part, length, stretches) in &files {
+            packing.file(*part, *length).expect("memory does not fail");
+            for (offset, bytes) in stretches {
+                packing.bytes(*offset, bytes).expect("memory does not fail");
+            }
+        }
+        let again = packing.finish().expect("memory does not fail");
+        let (description_again, Stretches(again)) = unpacked(&again).expect("it was just packed");
+        assert_eq!(description_again, description);
+        // Stretches of zeroes are not packed.
+        assert_eq!(again, without_zeroes(files));
+    }
+}
+
+/// Files, each as what is stored in it.
+#[derive(Default)]
+struct Stretches(Vec<(Part, u64, Vec<(u64, Vec<u8>)>)>);
+
+impl Unpacking for Stretches {
+    fn begin(&mut self, part: Part, length: u64) -> io::Result<()> {
+        assert!(self.0.last().is_none_or(|(last, ..)| *last < part));
+        self.0.push((part, length, Vec::new()));
+        Ok(())
+    }
+
+    fn store(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let (_, length, stretches) = self.0.last_mut().expect("a file has begun");
+        let end = stretches
+            .last()
+            .map_or(0, |(at, last)| at + last.len() as u64);
+        assert!(offset >= end && offset + bytes.len() as u64 <= *length && !bytes.is_empty());
+        stretches.push((offset, bytes.to_vec()));
+        Ok(())
+    }
+}
+
+fn without_zeroes(
+    mut files: Vec<(Part, u64, Vec<(u64, Vec<u8>)>)>,
+) -> Vec<(Part, u64, Vec<(u64, Vec<u8>)>)> {
+    for (_, _, stretches) in &mut files {
+        stretches.retain(|(_, bytes)| !block::is_zero(bytes));
+    }
+    files
+}
+
+fn unpacked(bytes: &[u8]) -> Option<(Description, Stretches)> {
+    let body = verify(&mut Cursor::new(bytes)).ok()?;
+    let mut parcel = &bytes[..body as usize];
+    let description = open(&mut parcel).ok()?;
+    let mut files = Stretches::default();
+    unpack(&mut parcel, &mut files).ok()?;
+    Some((description, files))
 }
 
 fn file(bytes: &[u8]) -> File {

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use self::log::{Log, LogFile};
+use super::bits::BitsId;
 use super::ledger::Ledger;
 use crate::names::Name;
 
@@ -245,6 +246,16 @@ pub(crate) struct BitmapRecord {
     pub(crate) era: u32,
     /// The era since which it records, if it does.
     pub(crate) since: Option<u32>,
+}
+
+impl BitmapRecord {
+    /// Which file has its bits.
+    pub(super) fn bits_id(&self) -> BitsId {
+        BitsId {
+            uuid: self.uuid,
+            revision: self.revision,
+        }
+    }
 }
 
 /// What was asked for, to be compared when it is asked for again.

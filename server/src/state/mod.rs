@@ -5,7 +5,9 @@
 //! image is not the one that was left, or not as it was left, nothing that was known of it can be
 //! used, and the next backup is a full one with the reason.
 
+mod arrival;
 mod bits;
+mod departure;
 mod fingerprint;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
@@ -14,6 +16,7 @@ mod header;
 mod identity;
 mod journal;
 mod ledger;
+mod parcel;
 mod start;
 
 use std::fs::File;
@@ -25,12 +28,15 @@ use bitmap::{Era, EraMap, Granularity, PAGE_BYTES, PageTable, Salt};
 use block::{Cells, Storage};
 use uuid::Uuid;
 
+pub(crate) use arrival::NotTaken;
 pub(crate) use bits::{BitsFolder, BitsId, read as read_bits, write as write_bits};
+pub(crate) use identity::ImageIdentity;
 pub(crate) use journal::{
     BackupRecord, BitmapRecord, BitmapsRecord, CheckpointRecord, FrozenBitmapRecord, Outcome,
     Record, RequestRecord,
 };
 pub(crate) use ledger::{ENDED_MAX, Ledger};
+pub(crate) use parcel::{Description, Unfit, open as open_parcel, verify as verify_parcel};
 
 use crate::disk::{
     Before, Durability, Ending, Growth, Intents, Lease, Loss, OnTrackingError, Recovery,
@@ -41,7 +47,6 @@ use crate::image::Image;
 use crate::new_size::NewSize;
 use growth::admit_enlarged;
 use header::{Format, Header, HeaderError, Life};
-use identity::ImageIdentity;
 use journal::{Damage, JOURNAL, Journal};
 use start::{Start, changed_image, ending_of, journal_loss, life_here};
 
@@ -109,6 +114,7 @@ impl State {
         image: &Image,
         enlarged: Option<NewSize>,
     ) -> Result<Opened, Failure> {
+        Self::settle_in(dir).map_err(|error| cannot_use(dir, &error))?;
         let mut lost = None;
         let mut found = match find(dir)? {
             Ok(Some(found)) => found,

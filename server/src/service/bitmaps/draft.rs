@@ -56,6 +56,17 @@ pub(crate) enum Action {
         /// The others.
         sources: Vec<Source>,
     },
+    /// What is dirty elsewhere is dirty in it.
+    Populate {
+        /// On this disk.
+        node: String,
+        /// Which.
+        name: String,
+        /// What is dirty.
+        bits: Arc<Bits>,
+        /// So is what has changed since this era.
+        since: Era,
+    },
     /// The transaction is to fail.
     Abort,
 }
@@ -288,6 +299,25 @@ impl Draft {
                 target,
                 sources,
             } => self.merge(&node, &target, &sources),
+            Action::Populate {
+                node,
+                name,
+                bits,
+                since,
+            } => {
+                let (disk, bitmap) = self.bitmap(&node, &name)?;
+                bitmap.parts.push(Part::Bits(bits));
+                match bitmap.recording {
+                    Recording::Off => {
+                        let granularity = bitmap.bitmap.granularity;
+                        bitmap.parts.push(Part::Changed(disk, since, granularity));
+                    }
+                    // As if it had recorded all the time; so it is lost with what it might miss.
+                    Recording::FromNow => bitmap.recording = Recording::Since(since),
+                    Recording::Since(era) => bitmap.recording = Recording::Since(era.min(since)),
+                }
+                Ok(())
+            }
             Action::Abort => Err(Failure::new(
                 "aborted",
                 "Transaction aborted using Abort action",
@@ -424,7 +454,12 @@ impl Draft {
     }
 }
 
-fn granularity_on(node: &str, chunk: u64, wanted: Option<u64>) -> Result<BitGranularity, Failure> {
+/// How coarse a bitmap of a disk is whose chunks have `chunk` bytes, if it is `wanted` so.
+pub(in crate::service) fn granularity_on(
+    node: &str,
+    chunk: u64,
+    wanted: Option<u64>,
+) -> Result<BitGranularity, Failure> {
     let granularity = BitGranularity::new(wanted.unwrap_or(GRANULARITY.max(chunk)))
         .map_err(|_| bad("Granularity must be power of 2 and at least 512"))?;
     if granularity.bytes() < chunk {

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use bitmap::{BitGranularity, DirtySet, Era};
 use uuid::Uuid;
 
+pub(super) use draft::granularity_on;
 pub(crate) use draft::{Action, Addition, Source};
 pub(super) use restore::load_bitmaps;
 
@@ -118,7 +119,8 @@ impl Bitmaps {
         self.0.get(disk).map_or(&[], Vec::as_slice)
     }
 
-    fn find(&self, disk: &str, name: &str) -> Option<&Bitmap> {
+    /// The one of this name.
+    pub(super) fn find(&self, disk: &str, name: &str) -> Option<&Bitmap> {
         self.of(disk).iter().find(|bitmap| bitmap.name == name)
     }
 }
@@ -179,7 +181,7 @@ impl Service {
     }
 }
 
-fn not_found(name: &str) -> Failure {
+pub(super) fn not_found(name: &str) -> Failure {
     Failure::new("unknown-bitmap", format!("Dirty bitmap '{name}' not found"))
 }
 
@@ -196,7 +198,7 @@ fn in_use(name: &str) -> Failure {
     Failure::new("bitmap-in-use", message)
 }
 
-fn inconsistent(name: &str) -> Failure {
+pub(super) fn inconsistent(name: &str) -> Failure {
     let message = format!("Bitmap '{name}' is inconsistent and cannot be used");
     Failure::new("bitmap-inconsistent", message)
         .hint("Try block-dirty-bitmap-remove to delete this bitmap from disk")

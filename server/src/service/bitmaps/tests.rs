@@ -89,7 +89,8 @@ impl Model {
             Action::Remove { name, .. }
             | Action::Clear { name, .. }
             | Action::Enable { name, .. }
-            | Action::Disable { name, .. } => name,
+            | Action::Disable { name, .. }
+            | Action::Populate { name, .. } => name,
             Action::Abort => return false,
         };
         if self.is_busy(name) || !self.bitmaps.contains_key(name) {

@@ -8,6 +8,7 @@
 pub(crate) mod answers;
 mod arguments;
 pub(crate) mod bitmaps;
+mod carry;
 mod decoder;
 mod execute;
 #[cfg(feature = "fuzzing")]

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
-use super::arguments::{Arguments, bad_argument, bad_request, shortened};
-use super::bitmaps;
+use super::arguments::{Arguments, bad_request, shortened};
 use super::messages::Reply;
+use super::{bitmaps, carry};
 use crate::failure::Failure;
 use crate::names::Name;
 use crate::push::PushRequest;
@@ -277,24 +277,6 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
             disks: arguments.names("disks")?,
             force: arguments.flag("force")?,
         },
-        "checkpoint-import" => Command::ImportCheckpoint {
-            import: import(arguments)?,
-            name: arguments.required_name("name")?,
-        },
-        "bitmap-import" => Command::ImportBitmap {
-            import: import(arguments)?,
-            bitmap: ImportedBitmap {
-                name: arguments.required_text("name")?,
-                granularity: arguments.number("granularity", u32::MAX.into())?,
-                transient: arguments.flag("transient")?,
-                disabled: arguments.flag("disabled")?,
-            },
-        },
-        "query-changes" => Command::Changes {
-            disk: arguments.required_name("disk")?,
-            of: changes_of(arguments)?,
-            offset: arguments.number("offset", u64::MAX)?.unwrap_or(0),
-        },
         "backup-begin" => Command::Begin(BeginRequest {
             id: arguments.name("id")?,
             disks: arguments.names("disks")?,
@@ -343,31 +325,15 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
             if let Some(action) = bitmaps::action(name, arguments)? {
                 return Ok(Command::Bitmaps(vec![action]));
             }
+            if let Some(command) = carry::command(name, arguments)? {
+                return Ok(command);
+            }
             let name = shortened(name);
             return Err(Refusal::NotFound(format!(
                 "The command {name} has not been found"
             )));
         }
     })
-}
-
-fn import(arguments: &mut Arguments) -> Result<Import, Refusal> {
-    Ok(Import {
-        disk: arguments.required_name("disk")?,
-        from: arguments.required_text("from")?.into(),
-        bitmap: arguments.text("bitmap")?,
-        as_of: arguments.text("as_of")?,
-    })
-}
-
-fn changes_of(arguments: &mut Arguments) -> Result<ChangesOf, Refusal> {
-    match (arguments.text("checkpoint")?, arguments.text("bitmap")?) {
-        (Some(name), None) => Ok(ChangesOf::Checkpoint(name)),
-        (None, Some(name)) => Ok(ChangesOf::Bitmap(name)),
-        _ => Err(bad_argument(
-            "either 'checkpoint' or 'bitmap' says what is meant, and one of them has to",
-        )),
-    }
 }
 
 #[cfg(test)]

@@ -129,9 +129,12 @@ pub fn parcel(bytes: &[u8]) {
     }
 }
 
-/// Files, each as what is stored in it.
+/// Files.
 #[derive(Default)]
-struct Stretches(Vec<(Part, u64, Vec<(u64, Vec<u8>)>)>);
+struct Stretches(Vec<Unpacked>);
+
+/// A file: which, how long, and what is stored in it.
+type Unpacked = (Part, u64, Vec<(u64, Vec<u8>)>);
 
 impl Unpacking for Stretches {
     fn begin(&mut self, part: Part, length: u64) -> io::Result<()> {
@@ -151,9 +154,7 @@ impl Unpacking for Stretches {
     }
 }
 
-fn without_zeroes(
-    mut files: Vec<(Part, u64, Vec<(u64, Vec<u8>)>)>,
-) -> Vec<(Part, u64, Vec<(u64, Vec<u8>)>)> {
+fn without_zeroes(mut files: Vec<Unpacked>) -> Vec<Unpacked> {
     for (_, _, stretches) in &mut files {
         stretches.retain(|(_, bytes)| !block::is_zero(bytes));
     }

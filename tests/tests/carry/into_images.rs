@@ -62,14 +62,13 @@ fn an_image_of_any_kind_gets_a_bitmap_that_qemu_reads_as_we_serve_it() {
         let backing = server.path("base.raw");
         stillpoint_tests::tools::sparse_file(&backing, size);
         let has_backing = seed.is_multiple_of(3) && !kind.contains("preallocation");
-        let mut options = kind.to_owned();
-        if has_backing {
-            let separator = if kind.is_empty() { "" } else { "," };
-            options += &format!(
-                "{separator}backing_file={},backing_fmt=raw",
-                backing.display()
-            );
-        }
+        let separator = if kind.is_empty() { "" } else { "," };
+        let options = if has_backing {
+            let backing = backing.display();
+            format!("{kind}{separator}backing_file={backing},backing_fmt=raw")
+        } else {
+            kind.to_owned()
+        };
         let how = format!("seed {seed}: '{options}'");
         create(&image, &options, size);
         let drawn: Vec<_> = (0..rng.random_range(0..100))

@@ -227,7 +227,7 @@ fn what_is_whole_and_makes_no_sense_is_refused() {
     });
     refused(&server, &import, "damaged-export", "another disk");
     with(b"eras", &|bytes, at| {
-        bytes[at..at + 4].copy_from_slice(b"../a")
+        bytes[at..at + 4].copy_from_slice(b"../a");
     });
     refused(&server, &import, "damaged-export", "strange name");
     // The first entry of the map.

@@ -138,12 +138,11 @@ impl Refcounts {
         let Range { start, end } = plan.clusters;
         for index in start / per_block..end.div_ceil(per_block) {
             let added = plan.blocks.iter().find(|(added, _)| *added == index);
-            let (place, mut counts) = match added {
-                Some((_, place)) => (place * self.cluster, vec![0; self.cluster as usize]),
-                None => {
-                    let place = self.block(index);
-                    (place, read_at(file, place, self.cluster)?)
-                }
+            let (place, mut counts) = if let Some((_, place)) = added {
+                (place * self.cluster, vec![0; self.cluster as usize])
+            } else {
+                let place = self.block(index);
+                (place, read_at(file, place, self.cluster)?)
             };
             let base = index * per_block;
             for at in start.max(base)..end.min(base + per_block) {
@@ -224,7 +223,7 @@ impl Refcounts {
         let bit = at * bits;
         let byte = (bit / 8) as usize;
         if bits < 8 {
-            let mask = (((1 << bits) - 1) << (bit % 8)) as u8;
+            let mask = (((1_u64 << bits) - 1) << (bit % 8)) as u8;
             counts[byte] = counts[byte] & !mask | (count << (bit % 8)) as u8;
             return;
         }

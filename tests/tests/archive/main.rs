@@ -6,4 +6,5 @@ mod interruptions;
 mod order;
 mod points;
 mod pruning;
+mod reading;
 mod refusals;

@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use rand::{Rng as _, RngCore as _};
 use stillpoint::archive::{
-    Archive, Chunk, DiskPlan, Draft, Identity, Leftover, Mode, Origin, Piece, Plan, Point, Since,
+    Archive, Chunk, DiskPlan, Draft, Identity, Leftover, Mode, Origin, Piece, Plan, Point,
+    Progress, Since,
 };
 use tempfile::TempDir;
 use time::OffsetDateTime;
@@ -225,7 +227,10 @@ impl BackupFolder {
     #[track_caller]
     pub fn pull(&mut self, rng: &mut Rng) -> u64 {
         let archive = Archive::open_for_writing(&self.path()).expect("it can be written");
-        let draft = archive.begin(self.plan()).expect("a point begins");
+        let mut draft = archive.begin(self.plan()).expect("a point begins");
+        if rng.random() {
+            draft.follow(&(Arc::new(()) as Arc<dyn Progress>));
+        }
         self.put_all(&draft, rng);
         let point = draft.finish(&()).expect("a point is made");
         self.note(&point)

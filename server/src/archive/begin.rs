@@ -62,6 +62,7 @@ impl Interrupted {
         Ok(Draft {
             number: self.number,
             disks: disks.collect::<Result<_, ArchiveError>>()?,
+            followers: Vec::new(),
             plan: self.plan,
             folder: self.folder,
             place: self.place,
@@ -107,6 +108,7 @@ pub(super) fn begin(
             number,
             plan: document.plan,
             disks,
+            followers: Vec::new(),
             place: archive.folder_of(number),
             folder,
             writer,

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use rustix::fs::{Advice, fadvise};
 
 use super::begin::remove;
 use super::chunk::{self, Chunk};
@@ -17,6 +18,7 @@ use super::manifest::{Parent, Point};
 use super::map::Map;
 use super::plan::{self, DiskPlan, Plan};
 use super::progress::{Progress, step};
+use super::read_back::Follower;
 use super::records::Records;
 use super::zeroes::{self, Space};
 use super::{publish, runs};
@@ -29,6 +31,8 @@ pub struct Draft {
     pub(super) number: u64,
     pub(super) plan: Plan,
     pub(super) disks: Vec<Arc<DiskDraft>>,
+    /// Who reads them back already; of the first of them.
+    pub(super) followers: Vec<Follower>,
     /// Where it is made, and where it is then.
     pub(super) folder: PathBuf,
     pub(super) place: PathBuf,
@@ -75,15 +79,28 @@ impl Draft {
         &self.disks
     }
 
+    /// Begins to sync and to read back what comes, on other threads: [`finish`](Self::finish) then
+    /// has only the rest to do.
+    pub fn follow(&mut self, progress: &Arc<dyn Progress>) {
+        let more = self
+            .disks
+            .iter()
+            .take(FOLLOWERS_MAX)
+            .skip(self.followers.len());
+        let more = more.map_while(|disk| Follower::of(disk, Arc::clone(progress)));
+        self.followers.extend(more);
+    }
+
     /// Syncs, drops what is cached, reads back, compares with the hashes of what was received, and
     /// publishes. When this returns a point, it is durable. After an error it stays as it is, and
     /// another run goes on with it.
-    pub fn finish(self, progress: &dyn Progress) -> Result<Point, ArchiveError> {
-        publish::finish(&self, progress)
+    pub fn finish(mut self, progress: &dyn Progress) -> Result<Point, ArchiveError> {
+        publish::finish(&mut self, progress)
     }
 
     /// Removes it.
-    pub fn discard(self) -> Result<(), ArchiveError> {
+    pub fn discard(mut self) -> Result<(), ArchiveError> {
+        self.followers.clear();
         remove(&self.folder)
     }
 }
@@ -185,9 +202,24 @@ impl DiskDraft {
             return Err(ArchiveError::Plan(reason));
         }
         let hash = hash(data);
-        self.store(self.map.host(chunk), data)
+        let place = self.map.host(chunk);
+        self.store(place, data)
             .and_then(|()| self.records.add(chunk.index, hash))
-            .map_err(|error| ArchiveError::writing(&self.path, error))
+            .map_err(|error| ArchiveError::writing(&self.path, error))?;
+        self.begin_to_write_back(place, length);
+        Ok(())
+    }
+
+    /// Has the kernel write back what was stored up to here, now and then, and waits for nothing: so
+    /// whoever syncs finds less to do. Where the advice does nothing, nothing is lost.
+    fn begin_to_write_back(&self, place: u64, length: u64) {
+        let (before, now) = (place / WRITTEN_BACK, (place + length) / WRITTEN_BACK);
+        if now > before {
+            // With one more, as chunks come in no strict order.
+            let start = before.saturating_sub(1) * WRITTEN_BACK;
+            let length = now * WRITTEN_BACK - start;
+            let _ = fadvise(&self.file, start, length.try_into().ok(), Advice::DontNeed);
+        }
     }
 
     fn store(&self, mut offset: u64, data: &[Piece]) -> io::Result<()> {
@@ -253,6 +285,13 @@ impl From<io::Error> for ArchiveErrorOrIo {
         Self::Io(error)
     }
 }
+
+/// So much is written back together: enough for a device to be busy with.
+const WRITTEN_BACK: u64 = 8 << 20;
+
+/// Disks that are read back while they come. Each takes two threads; of more disks than that the rest
+/// have to wait.
+const FOLLOWERS_MAX: usize = 16;
 
 /// How that ends.
 pub(super) const DONE: &str = "done";

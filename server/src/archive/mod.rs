@@ -14,6 +14,7 @@ mod draft;
 mod map;
 mod plan;
 mod publish;
+mod read_back;
 mod records;
 
 mod manifest;

@@ -3,7 +3,12 @@
 use super::error::ArchiveError;
 
 /// Hears how far a long operation is, and may stop it.
-pub trait Progress: Sync {
+pub trait Progress: Send + Sync {
+    /// So many bytes are going to be read, where that is known before.
+    fn expect(&self, bytes: u64) {
+        let _ = bytes;
+    }
+
     /// So many more bytes of files were read back.
     fn checked(&self, bytes: u64) {
         let _ = bytes;

@@ -2,8 +2,8 @@
 //!
 //! The order, and what a crash or a power cut leaves after each step:
 //!
-//! 1. Each file is synced, dropped from the page cache, read back and compared. *A draft*: the next run
-//!    reads it back and goes on.
+//! 1. Each file is synced, dropped from the page cache, read back and compared: by stretches, while the rest
+//!    of it comes, or now. *A draft*: the next run reads it back and goes on.
 //! 2. The manifest is written into the draft and synced, with the hash of each file; then the folder of
 //!    the draft is synced. *A draft still*: its plan is there, and the manifest is written anew.
 //! 3. The folder is renamed from `N.partial` to `N`. *A draft or a point*, never a part of one: the rename is
@@ -14,24 +14,25 @@
 
 use std::fs;
 
-use rustix::fs::{Advice, CWD, RenameFlags, fadvise, renameat_with};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
 use super::begin::sweep;
 use super::draft::{DiskDraft, Draft};
 use super::error::ArchiveError;
 use super::folder::{sync_folder, write_aside};
-use super::inspect::{Expected, inspect};
 use super::manifest::{Contents, DiskEntry, MANIFEST, Manifest, Point};
 use super::plan::file_name;
 use super::progress::Progress;
+use super::read_back::{Follower, read_back};
 use super::runs;
 
 /// Makes the draft a point.
-pub(super) fn finish(draft: &Draft, progress: &dyn Progress) -> Result<Point, ArchiveError> {
+pub(super) fn finish(draft: &mut Draft, progress: &dyn Progress) -> Result<Point, ArchiveError> {
     let (mut disks, mut contents) = (Vec::new(), Vec::new());
+    let mut followers = std::mem::take(&mut draft.followers).into_iter();
     for disk in &draft.disks {
-        let (entry, holds) = verified(disk, progress)?;
+        let (entry, holds) = verified(disk, followers.next(), progress)?;
         disks.push(entry);
         contents.push(holds);
     }
@@ -66,6 +67,7 @@ pub(super) fn finish(draft: &Draft, progress: &dyn Progress) -> Result<Point, Ar
 /// What a disk has become, if what is stored is what was received.
 fn verified(
     disk: &DiskDraft,
+    follower: Option<Follower>,
     progress: &dyn Progress,
 ) -> Result<(DiskEntry, Contents), ArchiveError> {
     let (plan, map) = (disk.plan(), &disk.map);
@@ -76,25 +78,10 @@ fn verified(
             "{missing} chunks of {name} are missing"
         )));
     }
-    let synced = disk.file.sync_all();
-    synced.map_err(|error| ArchiveError::writing(&disk.path, error))?;
-    // What is clean goes, so that what is read comes from where it will be read one day. It is
-    // advice: in a file system in memory there is no other place.
-    let _ = fadvise(&disk.file, 0, None, Advice::DontNeed);
-
-    let contents = Contents {
-        data: map.data.clone(),
-        zero: map.zero.clone(),
-        hashes: disk.records.hashes(),
+    let found = match follower {
+        Some(follower) => follower.outcome()?,
+        None => read_back(disk, progress)?,
     };
-    let mut chunks = contents.chunks(map.chunk_size);
-    let expected = Expected {
-        layout: &map.layout,
-        cluster_size: map.cluster_size,
-        chunks: &mut chunks,
-    };
-    let found = inspect(&disk.file, expected, progress)?;
-    drop(chunks);
     if let Some(fault) = found.faults.first() {
         return Err(ArchiveError::Differs {
             path: disk.path.clone(),
@@ -102,6 +89,14 @@ fn verified(
             what: fault.to_string(),
         });
     }
+    // The data is durable, and this has what else there is to a file.
+    let synced = disk.file.sync_all();
+    synced.map_err(|error| ArchiveError::writing(&disk.path, error))?;
+    let contents = Contents {
+        data: map.data.clone(),
+        zero: map.zero.clone(),
+        hashes: disk.records.hashes(),
+    };
     let entry = DiskEntry {
         name: plan.name.clone(),
         uuid: plan.uuid,

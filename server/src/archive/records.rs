@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Condvar, Mutex};
 
 use super::digest::Digest;
 
@@ -18,6 +18,8 @@ use super::digest::Digest;
 pub(super) struct Records {
     file: File,
     state: Mutex<State>,
+    /// Something of the state has changed.
+    changed: Condvar,
 }
 
 #[derive(Debug)]
@@ -25,6 +27,8 @@ struct State {
     hashes: BTreeMap<u64, Digest>,
     /// Where the next record goes.
     end: u64,
+    /// Nobody waits for any more.
+    is_given_up: bool,
 }
 
 impl Records {
@@ -33,11 +37,7 @@ impl Records {
         let mut options = File::options();
         let options = options.read(true).write(true).create(true).truncate(true);
         let file = options.mode(0o600).open(path)?;
-        let state = Mutex::new(State {
-            hashes: BTreeMap::new(),
-            end: 0,
-        });
-        Ok(Self { file, state })
+        Ok(Self::of(file, BTreeMap::new(), 0))
     }
 
     /// The file that another run has left, of which only those are kept that `are_true`.
@@ -63,8 +63,19 @@ impl Records {
             }
         }
         let end = length.next_multiple_of(RECORD as u64);
-        let state = Mutex::new(State { hashes, end });
-        Ok(Self { file, state })
+        Ok(Self::of(file, hashes, end))
+    }
+
+    fn of(file: File, hashes: BTreeMap<u64, Digest>, end: u64) -> Self {
+        Self {
+            file,
+            state: Mutex::new(State {
+                hashes,
+                end,
+                is_given_up: false,
+            }),
+            changed: Condvar::new(),
+        }
     }
 
     /// Records that the data of a chunk is stored.
@@ -73,6 +84,7 @@ impl Records {
         self.file.write_all_at(&encode(index, hash), state.end)?;
         state.end += RECORD as u64;
         state.hashes.insert(index, hash);
+        self.changed.notify_all();
         Ok(())
     }
 
@@ -80,6 +92,25 @@ impl Records {
     pub(super) fn hash_of(&self, index: u64) -> Option<Digest> {
         let state = self.state.lock().expect("nobody panics with it");
         state.hashes.get(&index).copied()
+    }
+
+    /// The same, when it is stored; none if that is given up before.
+    pub(super) fn wait_for(&self, index: u64) -> Option<Digest> {
+        let state = self.state.lock().expect("nobody panics with it");
+        let is_coming =
+            |state: &mut State| !state.hashes.contains_key(&index) && !state.is_given_up;
+        let state = self.changed.wait_while(state, is_coming);
+        let state = state.expect("nobody panics with it");
+        state.hashes.get(&index).copied()
+    }
+
+    /// Lets go whoever waits.
+    pub(super) fn give_up(&self) {
+        self.state
+            .lock()
+            .expect("nobody panics with it")
+            .is_given_up = true;
+        self.changed.notify_all();
     }
 
     /// All of them.

@@ -86,6 +86,7 @@ pub fn restore(
         .iter()
         .filter(|segment| matches!(segment.from, Source::Layer(_)));
     let data = runs::union(data.map(|segment| segment.range.clone()));
+    watch.expect(runs::bytes(&data));
     let Restoration {
         output,
         format,
@@ -263,6 +264,10 @@ pub fn read_through(
         data_bytes: 0,
     };
     restorer.open_files()?;
+    let data = segments
+        .iter()
+        .filter(|segment| matches!(segment.from, Source::Layer(_)));
+    watch.expect(data.map(|it| it.range.end - it.range.start).sum());
     let mut at = 0;
     for (window, layers) in windows(&segments) {
         if at < window.start {

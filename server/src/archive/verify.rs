@@ -49,7 +49,9 @@ pub fn verify(
     if scope.point.is_none() {
         verifier.identity()?;
     }
-    for number in verifier.numbers() {
+    let numbers = verifier.numbers();
+    watch.expect(verifier.bytes(&numbers));
+    for number in numbers {
         verifier.point(number)?;
     }
     Ok(verifier.verified)
@@ -83,6 +85,14 @@ impl Verifier<'_> {
         }
         // Of what is not there its child tells.
         wanted.intersection(&all).copied().collect()
+    }
+
+    /// How many bytes there are to read of these, by those that are sound.
+    fn bytes(&self, numbers: &[u64]) -> u64 {
+        let points = numbers.iter().filter_map(|it| self.archive.point(*it));
+        let disks = points.flat_map(|point| &point.disks);
+        let wanted = disks.filter(|disk| self.wants(&disk.name));
+        wanted.map(|disk| disk.file_size).sum()
     }
 
     fn wants(&self, disk: &str) -> bool {

@@ -28,6 +28,8 @@ pub(super) struct Comparison<'a> {
     pub(super) disk: &'a str,
     pub(super) uri: &'a NbdUri,
     pub(super) tls_creds: Option<&'a Path>,
+    /// Whether to say nothing but what is wrong.
+    pub(super) is_quiet: bool,
 }
 
 /// A stretch of the disk at the point; without bytes it is zeroes.
@@ -58,6 +60,7 @@ impl Comparison<'_> {
             .map_err(|error| Problem::new("no-runtime", format!("cannot begin: {error}")))?;
         let creds = self.tls_creds.or(self.uri.tls_creds.as_deref());
         let tls = creds.map(ClientTls::read).transpose()?;
+        finder.begin("compare", Some(self.disk));
         let (give, mut take) = mpsc::channel::<Stretch>(STRETCHES);
         thread::scope(|scope| {
             let reader = scope.spawn(move || {
@@ -158,7 +161,11 @@ impl Comparison<'_> {
             let hint = "is it the export of the instant of that point?";
             return Err(Problem::new("verification-failed", message).hint(hint));
         }
-        let text = format!("identical: {disk} of point {point}, {}\n", size(length));
+        let text = if self.is_quiet {
+            String::new()
+        } else {
+            format!("identical: {disk} of point {point}, {}\n", size(length))
+        };
         Ok(Done { text, exit })
     }
 }

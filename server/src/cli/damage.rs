@@ -1,18 +1,19 @@
-//! Damage to backups, told as it is found.
+//! Damage to backups, told as it is found; and how far the looking for it is.
 
 use std::io::Write;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 
 use super::Answers;
+use super::reading::{Reading, Way};
 use crate::archive::{Damage, Progress, Watch};
 
 /// Prints what is found, a line each.
 pub(super) struct Finder {
     is_json: bool,
     /// One line at a time.
-    out: Mutex<std::io::Stdout>,
+    reading: Mutex<Reading>,
 }
 
 /// A line of JSON.
@@ -24,17 +25,27 @@ pub(super) struct Event<T> {
 }
 
 impl Finder {
-    pub(super) fn new(answers: &Answers) -> Self {
+    /// One that shows how far it is, unless it is to be quiet; JSON lines are for programs, which are
+    /// told in any case.
+    pub(super) fn new(answers: &Answers, is_quiet: bool) -> Self {
+        let way = match (answers.is_json, is_quiet) {
+            (true, _) => Way::Json,
+            (false, true) => Way::Nothing,
+            (false, false) => Way::human(),
+        };
         Self {
             is_json: answers.is_json,
-            out: Mutex::new(std::io::stdout()),
+            reading: Mutex::new(Reading::new(way)),
         }
     }
-}
 
-impl Finder {
     pub(super) fn is_json(&self) -> bool {
         self.is_json
+    }
+
+    /// What is read next, in a word, and of which disk if it is one.
+    pub(super) fn begin(&self, phase: &'static str, disk: Option<&str>) {
+        self.reading().begin(phase, disk);
     }
 
     /// Prints one of them.
@@ -44,9 +55,13 @@ impl Finder {
         } else {
             format!("{words}\n")
         };
-        let mut out = self.out.lock().expect("nobody panics with it");
         // Whoever does not listen still hears the exit code.
-        let _ = out.write_all(line.as_bytes());
+        let print = || std::io::stdout().write_all(line.as_bytes());
+        let _ = self.reading().beside(print);
+    }
+
+    fn reading(&self) -> MutexGuard<'_, Reading> {
+        self.reading.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -65,7 +80,15 @@ impl<T: Serialize> Event<T> {
     }
 }
 
-impl Progress for Finder {}
+impl Progress for Finder {
+    fn expect(&self, bytes: u64) {
+        self.reading().expect(bytes);
+    }
+
+    fn checked(&self, bytes: u64) {
+        self.reading().add(bytes);
+    }
+}
 
 impl Watch for Finder {
     fn found(&self, damage: &Damage) {

@@ -21,6 +21,7 @@ mod problem;
 mod progress;
 mod prune;
 mod pull;
+mod reading;
 mod restore;
 mod run_dir;
 mod scratch_options;

@@ -341,11 +341,12 @@ fn line(watch: &Watch) -> String {
     text
 }
 
-const BAR: &str = "{prefix}  [{bar:30}] {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} to go  {msg}";
+/// How a bar looks.
+pub(super) const BAR: &str = "{prefix}  [{bar:30}] {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} to go  {msg}";
 const VERIFYING: &str = "verified";
 
 /// So often a log is told.
-const LINE_INTERVAL: Duration = Duration::from_secs(10);
+pub(super) const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// So often a program is told, which may draw bars of its own.
-const JSON_INTERVAL: Duration = Duration::from_secs(1);
+pub(super) const JSON_INTERVAL: Duration = Duration::from_secs(1);

@@ -39,6 +39,9 @@ pub(super) struct RestoreArgs {
     /// Restore what there is, and zeroes for what is damaged, which is told.
     #[arg(long)]
     keep_going: bool,
+    /// Say nothing but what is wrong.
+    #[arg(long, short)]
+    quiet: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -74,7 +77,7 @@ impl RestoreArgs {
         let archive = Archive::open(&self.folder)?;
         let point = archive.find(&self.at, self.disk.as_deref())?;
         let disks = self.disks(point)?;
-        let finder = Finder::new(answers);
+        let finder = Finder::new(answers, self.quiet);
         let mut restored = Vec::new();
         for (disk, output) in &disks {
             let wanted = Restoration {
@@ -96,11 +99,17 @@ impl RestoreArgs {
                     OnDamage::Refuse
                 },
             };
+            finder.begin("restore", Some(disk.as_str()));
             let done = archive::restore(&archive, &wanted, &finder);
             restored.push(done.map_err(|error| self.refusal(error))?);
         }
+        drop(finder);
         let disks: Vec<_> = disks.iter().zip(&restored).collect();
-        report(point, &disks, answers)
+        let mut done = report(point, &disks, answers)?;
+        if self.quiet && !answers.is_json {
+            done.text.clear();
+        }
+        Ok(done)
     }
 
     /// The disks to restore, and where each goes.

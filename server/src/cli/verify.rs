@@ -33,6 +33,9 @@ pub(super) struct VerifyArgs {
     /// client-cert.pem to those that ask.
     #[arg(long, value_name = "DIR", requires = "against")]
     tls_creds: Option<PathBuf>,
+    /// Say nothing but what is wrong.
+    #[arg(long, short)]
+    quiet: bool,
 }
 
 #[derive(Serialize)]
@@ -59,12 +62,14 @@ impl VerifyArgs {
             let message = format!("'{folder}' has no disk '{disk}'");
             return Err(Problem::new("unknown-disk", message));
         }
-        let finder = Finder::new(answers);
+        let finder = Finder::new(answers, self.quiet);
         if let Some(uri) = &self.against {
             return self.compare(&archive, uri, &finder);
         }
+        finder.begin("verify", disk);
         let disk = self.disk;
         let verified = verify(&archive, &Scope { disk, point }, &finder)?;
+        drop(finder);
         let is_sound = verified.damages == 0;
         let exit = if is_sound { 0 } else { exit::DAMAGED };
         if answers.is_json {
@@ -81,6 +86,10 @@ impl VerifyArgs {
             let message = format!("{} found", damages(verified.damages));
             let hint = "stillpoint restore --keep-going restores what there is";
             return Err(Problem::new("verification-failed", message).hint(hint));
+        }
+        if self.quiet {
+            let text = String::new();
+            return Ok(Done { text, exit });
         }
         let text = format!(
             "sound: {} points, {} files, {}\n",
@@ -108,6 +117,7 @@ impl VerifyArgs {
             disk,
             uri,
             tls_creds: self.tls_creds.as_deref(),
+            is_quiet: self.quiet,
         };
         comparison.run(finder)
     }

@@ -96,6 +96,7 @@ pub(crate) async fn execute(
             nothing()
         }
         Command::PushTarget { to } => answer(&TargetAnswer::new(control.jobs.look(to).await?)),
+        Command::PushPoints { to } => answer(&control.jobs.points(to).await?),
         Command::Push(request) => answer(&JobAnswer::new(&*control.jobs.start(request)?)),
         Command::Jobs => {
             let jobs = control.jobs.all();

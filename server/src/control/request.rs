@@ -114,6 +114,11 @@ pub(crate) enum Command {
         /// The folder.
         to: PathBuf,
     },
+    /// `query-push-points`.
+    PushPoints {
+        /// The folder.
+        to: PathBuf,
+    },
     /// `push`.
     Push(PushRequest),
     /// `query-jobs`.
@@ -211,6 +216,7 @@ pub(crate) const COMMANDS: &[&str] = &[
     "query-consumers",
     "consumer-forget",
     "query-push-target",
+    "query-push-points",
     "push",
     "query-jobs",
     "job-cancel",
@@ -304,6 +310,9 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
             name: arguments.required_name("name")?,
         },
         "query-push-target" => Command::PushTarget {
+            to: arguments.required_text("to")?.into(),
+        },
+        "query-push-points" => Command::PushPoints {
             to: arguments.required_text("to")?.into(),
         },
         "push" => Command::Push(PushRequest {

@@ -18,3 +18,8 @@ pub(crate) fn without_checkpoint(newest: &Point) -> String {
         ),
     }
 }
+
+/// A dirty bitmap says nothing of what is new.
+pub(crate) fn resized(then: u64, now: u64) -> String {
+    format!("its size was {then} then, and is {now} now")
+}

@@ -71,15 +71,32 @@ pub(crate) async fn run<S: Source + 'static, T: Target>(
         };
         // Whoever failed has given its room back, so this is asked soon enough.
         while let Some(ended) = under_way.try_join_next() {
-            ended??;
+            end(ended, &mut under_way).await?;
         }
         let (storing, progress) = (Arc::clone(&storing), Arc::clone(&progress));
         under_way.spawn_local(fetch.perform(storing, progress));
     }
     while let Some(ended) = under_way.join_next().await {
-        ended??;
+        end(ended, &mut under_way).await?;
     }
     Ok(())
+}
+
+type Ended = Result<Result<(), CopyError>, JoinError>;
+
+/// What came of one fetch. If it failed, the others come to their ends too before that is told: so
+/// nothing is stored any more.
+async fn end(
+    ended: Ended,
+    under_way: &mut JoinSet<Result<(), CopyError>>,
+) -> Result<(), CopyError> {
+    let failed = match ended {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(error)) => error,
+        Err(error) => error.into(),
+    };
+    while under_way.join_next().await.is_some() {}
+    Err(failed)
 }
 
 /// One chunk on its way.

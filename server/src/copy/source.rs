@@ -3,7 +3,8 @@
 use std::io;
 use std::ops::Range;
 
-use proto::client::Piece;
+use proto::Errno;
+use proto::client::{self, Piece};
 use thiserror::Error;
 
 use crate::failure::Failure;
@@ -47,11 +48,23 @@ pub(crate) enum Content {
 pub(crate) enum SourceError {
     /// The server says no, or is gone.
     #[error(transparent)]
-    Client(#[from] proto::client::Error),
+    Client(#[from] client::Error),
     /// The disk cannot be read.
     #[error(transparent)]
     Io(#[from] io::Error),
     /// It cannot be had at all, for a reason that whoever asked can do something about.
     #[error(transparent)]
     Unusable(#[from] Failure),
+}
+
+impl SourceError {
+    /// Whether it is the connection that is lost, and not what it led to.
+    pub(crate) fn is_disconnection(&self) -> bool {
+        use client::Error::{Closed, Ended, Failed, Io, Leaving};
+        match self {
+            Self::Client(Closed | Ended | Io(_) | Leaving) => true,
+            Self::Client(Failed(failure)) => failure.errno == Errno::Shutdown,
+            Self::Client(_) | Self::Io(_) | Self::Unusable(_) => false,
+        }
+    }
 }

@@ -10,7 +10,7 @@ mod job;
 mod work;
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 pub(crate) use job::{DiskJob, Job, JobStatus};
 
-use crate::archive::{Archive, Identity, Leftover, Mode, Point};
+use crate::archive::{Archive, ArchiveError, Identity, Leftover, Mode, Point};
 use crate::failure::Failure;
 use crate::names::Name;
 use crate::service::{Backup, Event, Service};
@@ -113,6 +113,32 @@ impl Jobs {
             })
         };
         joined(spawn_blocking(look).await)?
+    }
+
+    /// What a push into a folder could build on: its newest point of each disk, and those whose
+    /// checkpoints the server has; nothing if it is not there. Nothing is made.
+    pub(crate) async fn points(&self, to: PathBuf) -> Result<Vec<Point>, Failure> {
+        check_path(&to)?;
+        let read = move || match Archive::open(&to) {
+            Ok(archive) => Ok(archive.points().to_vec()),
+            Err(ArchiveError::NoFolder(_)) => Ok(Vec::new()),
+            Err(error) => Err(error),
+        };
+        let all = joined(spawn_blocking(read).await)??;
+        let book = self.service.book();
+        let known: BTreeSet<Uuid> = book.checkpoints.iter().map(|it| it.uuid).collect();
+        let mut seen = BTreeSet::new();
+        let mut bases: Vec<Point> = all.into_iter().rev().collect();
+        bases.retain(|point| {
+            let mut is_newest = false;
+            for disk in &point.disks {
+                is_newest |= seen.insert(disk.name.clone());
+            }
+            let checkpoint = point.checkpoint.as_ref();
+            is_newest || checkpoint.is_some_and(|of| known.contains(&of.uuid))
+        });
+        bases.reverse();
+        Ok(bases)
     }
 
     /// Begins a job.

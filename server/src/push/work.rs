@@ -9,8 +9,8 @@ use super::PushRequest;
 use super::base::{Coming, coming};
 use super::job::{Job, Wish};
 use crate::archive::{
-    Archive, ArchiveError, DiskPlan, Draft, Identity, Interrupted, Leftover, Mode, Origin, Plan,
-    Point,
+    self, Archive, ArchiveError, DiskPlan, Draft, Identity, Interrupted, Leftover, Mode, Origin,
+    Plan, Point,
 };
 use crate::copy::{self, CopyError, FrozenSource, SourceError, survey};
 use crate::failure::Failure;
@@ -68,11 +68,13 @@ impl Work {
                 planned = self.draft() => planned,
             }
         };
-        let draft = match LocalSet::new().block_on(&runtime, planning) {
+        let mut draft = match LocalSet::new().block_on(&runtime, planning) {
             Ok(draft) => draft,
             Err(failed) => return self.end(failed, None),
         };
         self.job.plan(&draft);
+        let follower = Arc::clone(&self.job) as Arc<dyn archive::Progress>;
+        draft.follow(&follower);
         let copied = LocalSet::new().block_on(&runtime, self.copy(&draft));
         // What was being stored when somebody wanted us to end has been stored when this returns.
         drop(runtime);

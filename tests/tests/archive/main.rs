@@ -6,4 +6,6 @@ mod interruptions;
 mod order;
 mod points;
 mod pruning;
+mod read_back;
+mod reading;
 mod refusals;

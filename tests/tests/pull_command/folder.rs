@@ -68,7 +68,19 @@ impl Folder {
     /// Pulls, and is killed at the `n`th of these system calls.
     #[track_caller]
     pub(crate) fn pull_killed_at(&self, server: &Server, calls: &str, n: usize) {
-        let pull = self.command(server, &[]);
+        self.pull_with_killed_at(server, &[], calls, n);
+    }
+
+    /// The same, with arguments.
+    #[track_caller]
+    pub(crate) fn pull_with_killed_at(
+        &self,
+        server: &Server,
+        args: &[&str],
+        calls: &str,
+        n: usize,
+    ) {
+        let pull = self.command(server, args);
         let mut killed = killing(calls, n);
         killed.arg(pull.get_program()).args(pull.get_args());
         run(&mut killed).exits(137);

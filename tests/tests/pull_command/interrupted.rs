@@ -31,7 +31,13 @@ impl UnderWay {
     /// Returns when clients have read so much of a disk.
     #[track_caller]
     fn begin(server: &Server, folder: &Folder, read: u64) -> Self {
-        let pull = folder.command(server, &[]);
+        Self::begin_with(server, folder, &[], read)
+    }
+
+    /// The same of a pull with these arguments.
+    #[track_caller]
+    fn begin_with(server: &Server, folder: &Folder, args: &[&str], read: u64) -> Self {
+        let pull = folder.command(server, args);
         let mut slow = Command::new("strace");
         slow.args(SLOWLY)
             .arg(pull.get_program())
@@ -307,10 +313,30 @@ fn a_full_target_loses_nothing_and_the_pull_goes_on_when_there_is_room() {
 }
 
 #[test]
-fn a_server_that_stops_is_waited_for_by_nobody_and_the_next_run_goes_on() {
+fn a_server_that_comes_back_is_waited_for_and_the_same_run_goes_on() {
+    for is_killed in [false, true] {
+        let (mut server, guest) = full_disk(64 * MIB, &[]);
+        let folder = Folder::new();
+        let pull = UnderWay::begin(&server, &folder, 16 * MIB);
+        if is_killed {
+            server.kill();
+        } else {
+            server.stop();
+        }
+        server.start();
+        assert_eq!(pull.wait(), 0);
+        assert_eq!(folder.points(), [1]);
+        folder.holds(1, "vda", &guest.disk, "over a restart, in one run");
+        assert_eq!(open_backups(&server), json!([]));
+    }
+}
+
+#[test]
+fn a_server_that_stays_away_is_waited_for_as_long_as_was_said_and_the_next_run_goes_on() {
     let (mut server, guest) = full_disk(64 * MIB, &[]);
     let folder = Folder::new();
-    let pull = UnderWay::begin(&server, &folder, 16 * MIB);
+    let args = ["--reconnect=500ms"];
+    let pull = UnderWay::begin_with(&server, &folder, &args, 16 * MIB);
     server.stop();
     assert_eq!(pull.wait(), 1);
     assert!(folder.has_draft());

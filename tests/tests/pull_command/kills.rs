@@ -129,7 +129,8 @@ fn pull_and_kill(rng: &mut Rng, server: &mut Server, folder: &Folder) -> (i32, b
     let (puller, server_too) = [(true, false), (false, true), (true, true)][rng.random_range(0..3)];
     let killer =
         server_too.then(|| Killer::of(server, CALLS_OF_A_SERVER, rng.random_range(1..400)));
-    let pull = folder.command(server, &[]);
+    // Nobody starts the server again before the puller has ended.
+    let pull = folder.command(server, &["--reconnect=0s"]);
     let output = if puller {
         let mut command = killing(CALLS_OF_A_PULLER, rng.random_range(1..250));
         command.arg(pull.get_program()).args(pull.get_args());

@@ -21,7 +21,8 @@ fn command(server: &Server, folder: &Folder, args: &[&str]) -> Command {
     server.cli_command(&args)
 }
 
-fn push(server: &Server, folder: &Folder, args: &[&str]) -> Pulled {
+/// A push into a folder, whatever comes of it.
+pub(crate) fn push(server: &Server, folder: &Folder, args: &[&str]) -> Pulled {
     Pulled::from(run(&mut command(server, folder, args)))
 }
 

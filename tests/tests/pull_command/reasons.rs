@@ -4,6 +4,7 @@ use serde_json::json;
 use stillpoint_tests::{CHUNK, Guest, MIB, Server};
 
 use crate::folder::Folder;
+use crate::push::push;
 
 const SIZE: u64 = 16 * MIB;
 
@@ -281,6 +282,38 @@ fn a_dry_run_says_what_would_be_done_and_does_nothing() {
         server.cli_json(&["checkpoint", "list"]),
         "no instant was taken"
     );
+}
+
+#[test]
+fn a_dry_run_of_a_push_says_what_one_of_a_pull_says_and_does_nothing() {
+    let server = Server::builder().disk("vda", MIB).disk("vdb", MIB).start();
+    let mut guest = Guest::new(&server, "vda");
+    let folder = Folder::new();
+    for args in [&[][..], &["vda"], &[], &["--full"]] {
+        let dry = push(&server, &folder, &[args, &["--dry-run"]].concat());
+        let same = folder.pull(&server, &[args, &["--dry-run"]].concat());
+        assert_eq!(dry.lines, same.lines, "{args:?}");
+        let points = folder.path().exists().then(|| folder.points());
+        let published = push(&server, &folder, args);
+        let planned = dry.lines[0]["disks"].as_array().expect("disks");
+        for disk in planned {
+            let name = disk["disk"].as_str().expect("a name");
+            let made = published.disk(published.output.code(), name);
+            for key in ["mode", "reason", "since_uuid", "parent"] {
+                assert_eq!(disk[key], made[key], "{args:?}: {key} of {name}");
+            }
+        }
+        let number = published.result(dry.output.code())["point"].as_u64();
+        assert_eq!(number, Some(points.unwrap_or_default().len() as u64 + 1));
+        guest.write(0, &[1; 512]);
+    }
+    assert!(server.cli_json(&["backup", "list"]) == json!([]));
+
+    let other = Server::builder().disk("vda", MIB).start();
+    let refused = push(&other, &folder, &["--dry-run"]);
+    assert_eq!(refused.error(1).0, "other-disk");
+    let stranger = Folder::at(&server.path("images"));
+    push(&server, &stranger, &["vdz", "--dry-run"]).error(1);
 }
 
 #[test]

@@ -62,7 +62,15 @@ fn what_does_not_go_together_is_a_usage_error() {
     let server = Server::with_disk(MIB);
     for args in [
         &["pull"][..],
-        &["pull", "--to", "/x", "--bitmap", "b"],
+        &[
+            "pull",
+            "--to",
+            "/x",
+            "--uri",
+            "nbd://h/",
+            "--reconnect",
+            "1s",
+        ],
         &["pull", "--to", "/x", "--uri", "vda"],
         &["pull", "--to", "/x", "--uri", "nbd://h/", "--consumer", "c"],
         &["pull", "--to", "/x", "--uri", "nbd://h/", "vda", "vdb"],

@@ -117,7 +117,8 @@ fn why_full(base: &Base, answer: &BackupDisk) -> String {
     }
 }
 
-fn entry<'a>(point: &'a Point, (name, uuid): (&str, Uuid)) -> Option<&'a DiskEntry> {
+/// A disk in a point, by its name and its uuid.
+pub(super) fn entry<'a>(point: &'a Point, (name, uuid): (&str, Uuid)) -> Option<&'a DiskEntry> {
     let mut entries = point.disks.iter();
     entries.find(|entry| entry.name == name && entry.uuid == Some(uuid))
 }

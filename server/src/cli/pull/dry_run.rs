@@ -1,14 +1,15 @@
 //! What a pull would do, as far as it can be known without an instant.
 
 use super::Common;
-use super::base::Base;
-use super::local::{base_of, refuse_others};
+use super::base::{Base, Coming};
+use super::bitmap::{Bitmap, also};
+use super::local::{base_of, bitmap_of, refuse_others};
 use super::report::Row;
 use super::server::Server;
 use crate::archive::{Mode, Point};
 use crate::cli::Done;
 use crate::cli::problem::Problem;
-use crate::control::answers::DiskAnswer;
+use crate::control::answers::{CheckpointAnswer, DiskAnswer};
 
 /// Says how each disk would come.
 pub(super) fn dry_run(
@@ -19,8 +20,60 @@ pub(super) fn dry_run(
     let points = common.points()?;
     refuse_others(&common.args.to, &points, disks)?;
     let known = server.checkpoints()?;
+    let bitmap = bitmap_of(common, server, &known)?;
+    let rows = foreseen(&points, common.args.full, disks, &known);
+    let rows = rows.into_iter().zip(disks);
+    let rows: Vec<Row> = rows
+        .map(|(row, disk)| match &bitmap {
+            Some(bitmap) => by_bitmap(row, bitmap, &points, disk),
+            None => row,
+        })
+        .collect();
+    Ok(common.dry_run(&points, &rows))
+}
+
+/// How a disk would come if there is a dirty bitmap to come by; `row` says how else.
+fn by_bitmap(row: Row, bitmap: &Bitmap, points: &[Point], disk: &DiskAnswer) -> Row {
+    let name = disk.disk.as_str();
+    match bitmap.of(name) {
+        Err(why_not) => Row {
+            reason: row.reason.map(|reason| also(&why_not, reason)),
+            ..row
+        },
+        Ok(dirty) => match bitmap.on_top_of(points, (name, disk.uuid), disk.size) {
+            Coming::Full(reason) => Row {
+                mode: Mode::Full,
+                reason: Some(reason),
+                since: None,
+                since_uuid: None,
+                parent: None,
+                changed_bytes: disk.size,
+                copy_bytes: disk.size,
+                ..row
+            },
+            Coming::Incremental { since, parent } => Row {
+                mode: Mode::Incremental,
+                reason: None,
+                since: Some(since.name),
+                since_uuid: None,
+                parent: Some(parent),
+                changed_bytes: dirty,
+                copy_bytes: dirty,
+                ..row
+            },
+        },
+    }
+}
+
+/// How each disk would come into a folder with these points, from a server that has these checkpoints.
+pub(super) fn foreseen(
+    points: &[Point],
+    full: bool,
+    disks: &[DiskAnswer],
+    known: &[CheckpointAnswer],
+) -> Vec<Row> {
     let rows = disks.iter().map(|disk| {
-        let (reason, checkpoint, parent) = match base_of(common, &points, disk, &known) {
+        let (reason, checkpoint, parent) = match base_of(full, points, disk, known) {
             Base::None(reason) => (Some(reason), None, None),
             Base::Checkpoint(uuid) => {
                 let is_of =
@@ -52,6 +105,5 @@ pub(super) fn dry_run(
             copied_bytes: 0,
         }
     });
-    let rows: Vec<Row> = rows.collect();
-    Ok(common.dry_run(&points, &rows))
+    rows.collect()
 }

@@ -1,9 +1,10 @@
 //! What earlier runs have left, in the folder and on the server.
 
+use super::bitmap::is_by_bitmap;
 use super::local::{BROKEN, Local};
 use super::stop::Stop;
 use super::{Ready, broken, source_problem};
-use crate::archive::{Identity, Interrupted, Leftover, Mode, Plan};
+use crate::archive::{DiskPlan, Identity, Interrupted, Leftover, Mode, Plan};
 use crate::cli::problem::Problem;
 use crate::control::answers::{BackupAnswer, BackupState, DiskAnswer};
 
@@ -109,7 +110,14 @@ impl Local<'_> {
             let mut planned = plan.disks.iter();
             planned.any(|of| of.name == disk.disk.as_str() && of.uuid == Some(disk.uuid))
         };
+        // What came by a bitmap came by the one that is asked for.
+        let asked = self.common.args.bitmap.as_deref();
+        let is_other = |disk: &DiskPlan| {
+            let since = disk.since.as_ref().map(|since| since.name.as_str());
+            is_by_bitmap(disk) && since != asked
+        };
         (is_full || !self.common.args.full)
+            && !plan.disks.iter().any(is_other)
             && plan.disks.len() == disks.len()
             && disks.iter().all(has)
     }

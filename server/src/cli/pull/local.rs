@@ -12,6 +12,7 @@ use tokio::time::sleep;
 use uuid::Uuid;
 
 use super::base::{self, Base, Coming};
+use super::bitmap::{Bitmap, is_by_bitmap};
 use super::dry_run::dry_run;
 use super::server::{Beginning, Server};
 use super::stop::Stop;
@@ -69,20 +70,28 @@ impl Local<'_> {
     /// had begun.
     async fn begin(&mut self, disks: &[DiskAnswer], stop: &mut Stop) -> Result<Ready, Problem> {
         let known = self.server.checkpoints()?;
-        let base = |disk| base_of(self.common, self.archive.points(), disk, &known);
+        let bitmap = bitmap_of(self.common, &mut self.server, &known)?;
+        let base = |disk| base_of(self.common.args.full, self.archive.points(), disk, &known);
         let bases: Vec<Base> = disks.iter().map(base).collect();
         let names: Vec<String> = disks.iter().map(|disk| disk.disk.to_string()).collect();
         let id = format!("{}{}", self.prefix()?, short(Uuid::new_v4()));
+        // A disk whose bitmap cannot be believed comes without it, and is not to keep others from theirs.
+        let frozen = bitmap
+            .as_ref()
+            .filter(|bitmap| !bitmap.is_in_the_way(&names));
+        let frozen: Vec<&str> = frozen.map(Bitmap::name).into_iter().collect();
         let beginning = Beginning {
             id: &id,
             disks: &names,
             since: base::since(&bases),
             consumer: &self.consumer()?,
+            bitmaps: &frozen,
         };
         let (backup, held) = self.server.begin(&beginning, &self.common.args.hooks)?;
         self.thaw_failed = held.as_ref().is_some_and(|held| held.error.is_some());
         let held = held.map(|held| held.time_us);
-        let drafted = self.draft(&backup, held, (&names, &bases), stop).await;
+        let bases = (&names[..], &bases[..], bitmap.as_ref());
+        let drafted = self.draft(&backup, held, bases, stop).await;
         if drafted.is_err() {
             // What cannot be aborted now is found by the next run.
             let _ = self.server.abort(&id);
@@ -94,17 +103,18 @@ impl Local<'_> {
         &mut self,
         backup: &BackupAnswer,
         held_us: Option<u64>,
-        (names, bases): (&[String], &[Base]),
+        (names, bases, bitmap): (&[String], &[Base], Option<&Bitmap>),
         stop: &mut Stop,
     ) -> Result<Ready, Problem> {
         let (mut disks, mut sources) = (Vec::new(), Vec::new());
         for disk in &backup.disks {
             let at = names.iter().position(|name| name == disk.disk.as_str());
             let base = at.map(|at| &bases[at]).ok_or_else(|| unexpected(backup))?;
-            let coming = if self.common.args.full {
-                Coming::Full(ASKED_FOR.to_owned())
-            } else {
-                base::coming(self.archive.points(), base, disk)
+            let points = self.archive.points();
+            let coming = match bitmap {
+                _ if self.common.args.full => Coming::Full(ASKED_FOR.to_owned()),
+                Some(bitmap) => bitmap.coming(points, base, disk),
+                None => base::coming(points, base, disk),
             };
             let planning = async {
                 let bitmap = match &coming {
@@ -140,7 +150,7 @@ impl Local<'_> {
         let draft = self.archive.begin(Plan {
             origin: Origin {
                 place: self.server.run_dir().to_string_lossy().into_owned(),
-                vouched: true,
+                vouched: !disks.iter().any(is_by_bitmap),
             },
             backup: Some(Identity {
                 name: backup.id.to_string(),
@@ -155,13 +165,13 @@ impl Local<'_> {
     }
 
     /// Copies, verifies, publishes, commits.
-    async fn complete(mut self, ready: Ready, stop: &mut Stop) -> Result<Done, Problem> {
+    async fn complete(mut self, mut ready: Ready, stop: &mut Stop) -> Result<Done, Problem> {
         let identity = ready.draft.plan().backup.clone();
         let identity = identity.expect("drafts of a server's disks have a backup");
         let rows = self.common.announce(&ready.draft);
         let watch = Arc::new(Watch::of(&ready.draft));
         let telling = self.tell(&watch, identity.uuid);
-        let outcome = self.common.fetch(&ready, &watch, stop).await;
+        let outcome = self.fetch(&mut ready, &identity, &watch, stop).await;
         telling.abort();
         match outcome {
             Ok(()) => {}
@@ -353,15 +363,27 @@ pub(super) fn refuse_others(
 
 /// What a disk's changes could be relative to.
 pub(super) fn base_of(
-    common: &Common<'_>,
+    full: bool,
     points: &[Point],
     disk: &DiskAnswer,
     known: &[CheckpointAnswer],
 ) -> Base {
-    if common.args.full {
+    if full {
         return Base::None(ASKED_FOR.to_owned());
     }
     base::find(points, (disk.disk.as_str(), disk.uuid), known)
+}
+
+/// The dirty bitmap that was asked for, on the disks of a server.
+pub(super) fn bitmap_of(
+    common: &Common<'_>,
+    server: &mut Server,
+    known: &[CheckpointAnswer],
+) -> Result<Option<Bitmap>, Problem> {
+    match &common.args.bitmap {
+        Some(name) if !common.args.full => Ok(Some(Bitmap::find(name, &server.nodes()?, known))),
+        _ => Ok(None),
+    }
 }
 
 /// Enough of a uuid to tell some apart.

@@ -9,8 +9,10 @@ pub(super) mod push;
 mod local;
 
 mod base;
+mod bitmap;
 mod dry_run;
 mod leftover;
+mod reconnect;
 mod server;
 
 mod remote;
@@ -32,8 +34,9 @@ use tokio::time::sleep;
 use super::hooks::HookArgs;
 use super::problem::{Problem, error_chain, exit};
 use super::progress::Watch;
+use super::units::parse_duration;
 use super::{Answers, Done};
-use crate::archive::{Archive, ArchiveError, Draft, Interrupted, Point};
+use crate::archive::{self, Archive, ArchiveError, Draft, Interrupted, Point};
 use crate::copy::{self, CopyError, NbdSource, SourceError};
 use crate::nbd_uri::{NbdUri, NbdUriError};
 use crate::tls::ClientTls;
@@ -62,13 +65,18 @@ pub(super) struct PullArgs {
     /// and commit.
     #[arg(long, value_name = "URI", value_parser = parse_uri)]
     uri: Option<NbdUri>,
-    /// Copy what is dirty in this bitmap of that export, on top of the last point in the folder.
-    #[arg(long, value_name = "NAME", requires = "uri")]
+    /// Copy what is dirty in this bitmap, such as one that is stored in a qcow2 image, on top of the last
+    /// point in the folder. It has to have recorded since then.
+    #[arg(long, value_name = "NAME")]
     bitmap: Option<String>,
     /// Believe servers whose certificates ca-cert.pem of this directory vouches for, and show
     /// client-cert.pem to those that ask.
     #[arg(long, value_name = "DIR", visible_alias = "tls-certificates")]
     tls_creds: Option<PathBuf>,
+    /// How long to try again when the connection to the server is lost; 0s for not at all.
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
+    #[arg(conflicts_with = "uri")]
+    reconnect: Duration,
     /// Say nothing but errors.
     #[arg(long, short)]
     quiet: bool,
@@ -174,10 +182,12 @@ impl Common<'_> {
     /// Fetches what a draft lacks, while somebody watches.
     async fn fetch(
         &self,
-        ready: &Ready,
+        ready: &mut Ready,
         watch: &Arc<Watch>,
         stop: &mut Stop,
     ) -> Result<(), Failed> {
+        let follower = Arc::clone(watch) as Arc<dyn archive::Progress>;
+        ready.draft.follow(&follower);
         let disks = ready.sources.iter().cloned();
         let disks = disks.zip(ready.draft.disks().iter().cloned()).collect();
         let copying = copy::run(disks, Arc::clone(watch) as Arc<dyn copy::Progress>);

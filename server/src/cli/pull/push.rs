@@ -13,7 +13,10 @@ use tokio::runtime::Builder;
 use tokio::time::sleep;
 use uuid::Uuid;
 
+use super::dry_run::foreseen;
+use super::local::refuse_others;
 use super::report::{Finished, Report, Row};
+use super::server::wanted;
 use super::stop::Stop;
 use super::stopped;
 use crate::archive::{Mode, Point};
@@ -38,6 +41,9 @@ pub(in crate::cli) struct PushArgs {
     /// Copy all of each disk, whatever is in the folder.
     #[arg(long)]
     full: bool,
+    /// Say what would be copied, and do nothing.
+    #[arg(long)]
+    dry_run: bool,
     /// Whose backup this is for the server [default: a name made for the folder].
     #[arg(long, value_name = "NAME")]
     consumer: Option<String>,
@@ -64,6 +70,9 @@ impl PushArgs {
             report: &report,
             begun: Instant::now(),
         };
+        if self.dry_run {
+            return push.dry_run();
+        }
         runtime.block_on(push.run())
     }
 }
@@ -87,6 +96,7 @@ struct Begun {
 impl Push<'_> {
     async fn run(&mut self) -> Result<Done, Problem> {
         let disks = self.disks()?;
+        let disks: Vec<String> = disks.iter().map(|disk| disk.disk.to_string()).collect();
         let to = self.to.clone();
         let target: TargetAnswer = self.ask("query-push-target", &To { to: &to })?;
         let begun = match target.interrupted {
@@ -102,6 +112,21 @@ impl Push<'_> {
         self.finished(&begun, &job)
     }
 
+    /// Says how each disk would come.
+    fn dry_run(&mut self) -> Result<Done, Problem> {
+        let disks = self.disks()?;
+        let to = self.to.clone();
+        let points: Vec<Point> = self.ask("query-push-points", &To { to: &to })?;
+        refuse_others(&to, &points, &disks)?;
+        let known: Vec<CheckpointAnswer> = self.ask("query-checkpoints", &NONE)?;
+        let rows = foreseen(&points, self.args.full, &disks, &known);
+        self.report.plan(&to, None, &rows);
+        Ok(Done {
+            text: self.report.nothing_done(),
+            exit: self.exit(&rows),
+        })
+    }
+
     fn ask<T: DeserializeOwned>(
         &mut self,
         command: &str,
@@ -111,16 +136,9 @@ impl Push<'_> {
     }
 
     /// The disks that are wanted, in the server's order.
-    fn disks(&mut self) -> Result<Vec<String>, Problem> {
+    fn disks(&mut self) -> Result<Vec<DiskAnswer>, Problem> {
         let all: Vec<DiskAnswer> = self.ask("query-disks", &NONE)?;
-        let all: Vec<String> = all.into_iter().map(|disk| disk.disk.to_string()).collect();
-        let wanted = &self.args.disks;
-        if let Some(unknown) = wanted.iter().find(|name| !all.contains(name)) {
-            let message = format!("there is no disk '{unknown}'");
-            return Err(Problem::new("unknown-disk", message).hint("see: stillpoint status"));
-        }
-        let is_wanted = |name: &String| wanted.is_empty() || wanted.contains(name);
-        Ok(all.into_iter().filter(is_wanted).collect())
+        wanted(all, &self.args.disks)
     }
 
     /// Goes on with what an interrupted push has left, if that is what is asked for and the instant
@@ -292,15 +310,23 @@ impl Push<'_> {
         let text = self.report.finished(&finished);
         // It has been read; and whoever asks for it once more has been told.
         let _ = self.client.execute("job-dismiss", &Id { id });
-        let is_surprise = |row: &Row| {
-            row.mode == Mode::Full && !self.args.full && row.reason.as_deref() != Some(FIRST)
-        };
-        let exit = match begun.is_well {
-            true if rows.iter().any(is_surprise) => exit::FULL,
-            true => 0,
-            false => exit::FAILED,
+        let exit = if begun.is_well {
+            self.exit(&rows)
+        } else {
+            exit::FAILED
         };
         Ok(Done { text, exit })
+    }
+
+    /// How to exit when all is well.
+    fn exit(&self, rows: &[Row]) -> u8 {
+        let is_surprise =
+            |row: &Row| row.mode == Mode::Full && row.reason.as_deref() != Some(FIRST);
+        if !self.args.full && rows.iter().any(is_surprise) {
+            exit::FULL
+        } else {
+            0
+        }
     }
 
     /// What has changed since a point, by disk; what cannot be known is left out.

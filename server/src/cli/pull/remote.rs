@@ -12,7 +12,7 @@ use crate::archive::{DiskPlan, Leftover, Mode, Origin, Plan, Point, Since};
 use crate::cli::Done;
 use crate::cli::problem::Problem;
 use crate::cli::progress::Watch;
-use crate::copy::reasons::{ASKED_FOR, FIRST};
+use crate::copy::reasons::{ASKED_FOR, FIRST, resized};
 use crate::copy::{CopyError, NbdSource, Source, SourceError, Survey, survey};
 use crate::names::Name;
 use crate::nbd_uri::NbdUri;
@@ -57,11 +57,11 @@ pub(super) async fn pull(
     })?;
     let rows = common.announce(&draft);
     let watch = Arc::new(Watch::of(&draft));
-    let ready = Ready {
+    let mut ready = Ready {
         draft,
         sources: vec![Rc::new(source)],
     };
-    match common.fetch(&ready, &watch, stop).await {
+    match common.fetch(&mut ready, &watch, stop).await {
         Ok(()) => {}
         Err(Failed::Stopped) => return Err(stopped()),
         Err(Failed::Copy(CopyError::Source(_, error))) => return Err(source_problem(&error)),
@@ -100,10 +100,7 @@ async fn open(
         _ if common.args.full => Some(ASKED_FOR.to_owned()),
         (_, None) => Some(FIRST.to_owned()),
         (None, Some(_)) => Some("no --bitmap says what has changed".to_owned()),
-        (Some(_), Some((_, entry))) if entry.size != size => Some(format!(
-            "its size was {} then, and is {size} now",
-            entry.size
-        )),
+        (Some(_), Some((_, entry))) if entry.size != size => Some(resized(entry.size, size)),
         (Some(_), Some(_)) => None,
     };
     let source = match (&why_full, bitmap) {

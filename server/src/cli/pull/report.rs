@@ -294,11 +294,14 @@ fn summary(finished: &Finished<'_>) -> String {
         );
     }
     if !point.origin.vouched {
+        let what = match &point.backup {
+            None => ", nor that all of this is one instant",
+            Some(_) => " since the point before: that is as the dirty bitmap says",
+        };
         say(
             &mut text,
             format_args!(
-                "this server cannot vouch that what it calls unchanged has not changed, nor that all \
-                 of this is one instant"
+                "this server cannot vouch that what it calls unchanged has not changed{what}"
             ),
         );
     }

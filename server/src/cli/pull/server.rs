@@ -10,6 +10,7 @@ use crate::cli::hooks::{Held, HookArgs};
 use crate::cli::problem::Problem;
 use crate::cli::{NONE, pick};
 use crate::control::answers::{BackupAnswer, CheckpointAnswer, DiskAnswer};
+use crate::control::bitmaps::Node;
 
 /// A server in its run directory.
 pub(super) struct Server {
@@ -26,6 +27,9 @@ pub(super) struct Beginning<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) since: Option<String>,
     pub(super) consumer: &'a str,
+    /// Dirty bitmaps to freeze.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub(super) bitmaps: &'a [&'a str],
 }
 
 impl Server {
@@ -43,20 +47,16 @@ impl Server {
     /// The disks of these names, in the server's order; all without any.
     pub(super) fn disks(&mut self, wanted: &[String]) -> Result<Vec<DiskAnswer>, Problem> {
         let answer = self.client.execute("query-disks", &NONE)?;
-        let mut disks: Vec<DiskAnswer> = client::parse(&answer)?;
-        let is_there = |name: &&String| disks.iter().any(|disk| disk.disk.as_str() == *name);
-        if let Some(unknown) = wanted.iter().find(|name| !is_there(name)) {
-            let message = format!("there is no disk '{unknown}'");
-            return Err(Problem::new("unknown-disk", message).hint("see: stillpoint status"));
-        }
-        disks.retain(|disk| {
-            wanted.is_empty() || wanted.iter().any(|name| name == disk.disk.as_str())
-        });
-        Ok(disks)
+        self::wanted(client::parse(&answer)?, wanted)
     }
 
     pub(super) fn checkpoints(&mut self) -> Result<Vec<CheckpointAnswer>, Problem> {
         client::parse(&self.client.execute("query-checkpoints", &NONE)?)
+    }
+
+    /// The disks as QEMU would describe them, with their dirty bitmaps.
+    pub(super) fn nodes(&mut self) -> Result<Vec<Node>, Problem> {
+        client::parse(&self.client.execute("query-named-block-nodes", &NONE)?)
     }
 
     /// The open backups, broken ones too.
@@ -95,6 +95,20 @@ impl Server {
     pub(super) fn abort(&mut self, id: &str) -> Result<(), Problem> {
         self.client.execute("backup-abort", &Id { id }).map(drop)
     }
+}
+
+/// Those of the disks that have these names, in their order; all without any.
+pub(super) fn wanted(
+    mut disks: Vec<DiskAnswer>,
+    names: &[String],
+) -> Result<Vec<DiskAnswer>, Problem> {
+    let is_there = |name: &&String| disks.iter().any(|disk| disk.disk.as_str() == *name);
+    if let Some(unknown) = names.iter().find(|name| !is_there(name)) {
+        let message = format!("there is no disk '{unknown}'");
+        return Err(Problem::new("unknown-disk", message).hint("see: stillpoint status"));
+    }
+    disks.retain(|disk| names.is_empty() || names.iter().any(|name| name == disk.disk.as_str()));
+    Ok(disks)
 }
 
 #[derive(Serialize)]

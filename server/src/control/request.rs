@@ -6,10 +6,12 @@ use serde_json::{Map, Value};
 
 use super::arguments::{Arguments, bad_argument, bad_request, shortened};
 use super::bitmaps;
+use super::disk_arguments;
 use super::messages::Reply;
 use crate::failure::Failure;
 use crate::names::Name;
 use crate::push::PushRequest;
+use crate::served::DiskSpec;
 use crate::service::{Action, BeginRequest, ChangesOf, Import, ImportedBitmap};
 
 /// Something to do.
@@ -25,6 +27,15 @@ pub(crate) enum Command {
     Status,
     /// `query-disks`.
     Disks,
+    /// `disk-add`.
+    AddDisk(Box<DiskSpec>),
+    /// `disk-remove`.
+    RemoveDisk {
+        /// Which.
+        disk: Name,
+        /// Even if clients have it open.
+        force: bool,
+    },
     /// `disk-resize`.
     ResizeDisk {
         /// Which.
@@ -188,6 +199,8 @@ pub(crate) const COMMANDS: &[&str] = &[
     "query-commands",
     "query-status",
     "query-disks",
+    "disk-add",
+    "disk-remove",
     "disk-resize",
     "disk-settle",
     "query-checkpoints",
@@ -255,6 +268,11 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
         "query-commands" => Command::Commands,
         "query-status" => Command::Status,
         "query-disks" => Command::Disks,
+        "disk-add" => Command::AddDisk(Box::new(disk_arguments::spec(arguments)?)),
+        "disk-remove" => Command::RemoveDisk {
+            disk: arguments.required_name("disk")?,
+            force: arguments.flag("force")?,
+        },
         "disk-resize" => Command::ResizeDisk {
             disk: arguments.required_name("disk")?,
             size: arguments.required_number("size", u64::MAX)?,

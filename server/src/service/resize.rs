@@ -1,6 +1,7 @@
 //! Disks that become larger, while they are served or while nobody has them.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use block::{Engine, Storage};
 
@@ -28,9 +29,21 @@ impl Service {
     pub(crate) async fn resize_disk(&self, name: &Name, size: u64) -> Result<Resized, Failure> {
         let _alone = self.instants.lock().await;
         let disk = self.disk(name)?;
+        disk.resizing.store(true, Ordering::Relaxed);
+        let resized = self.resize_served(&disk, size).await;
+        disk.resizing.store(false, Ordering::Relaxed);
+        resized
+    }
+
+    async fn resize_served(&self, disk: &Arc<ServedDisk>, size: u64) -> Result<Resized, Failure> {
         check(disk, size).await?;
         if size == disk.disk.size() {
             return Ok(unchanged(size));
+        }
+        if let Some(remote) = disk.disk.image().remote() {
+            // A server that was started anew for it has that size by now, and is to take a flush.
+            let expected = remote.expect(size).await;
+            expected.map_err(|error| Failure::new("cannot-resize", error.to_string()))?;
         }
         self.freeze(vec![next_instant(disk)?]).await?;
         grow(disk, size).await
@@ -52,6 +65,7 @@ pub(crate) async fn resize_alone(spec: &DiskSpec, size: NewSize) -> Result<Resiz
         }
         _ => failure,
     })?;
+    disk.stays();
     if past.ending != Ending::Clean && !past.ledger.open.is_empty() {
         let message = format!(
             "disk '{}': its last server did not end in good order, and left backups open",

@@ -51,6 +51,8 @@ pub(super) struct Keeper {
     pub(super) sync_failed: bool,
     /// Since when nobody answers.
     pub(super) gone_since: Option<Instant>,
+    /// Another size that it may come back with, as somebody says.
+    pub(super) expected: Option<u64>,
     /// The size that its server has given it, as somebody says, and who waits for that.
     pub(super) growing: Option<Growing>,
     pub(super) numbers: u64,
@@ -153,9 +155,15 @@ impl Keeper {
                 let _ = answer.send(Err(io::Error::other(message)));
             }
         }
-        if let Some(why) = self.can.differ(&now) {
+        let own = self.side.size.load(Ordering::Acquire);
+        let mut like = self.can;
+        if now.size == own || Some(now.size) == self.expected {
+            like.size = now.size;
+        }
+        if let Some(why) = like.differ(&now) {
             return Err(why);
         }
+        self.can = like;
         let given = async {
             for run in self.unsynced.runs(SLOTS) {
                 self.give_again(&link.client, run).await?;
@@ -235,7 +243,18 @@ impl Keeper {
     fn take(&mut self, request: Request) {
         let begun = Instant::now();
         self.numbers += 1;
+        if let Task::Expect(size) = request.task {
+            self.expected = Some(size);
+            let _ = request.answer.send(Ok(Answer::Done));
+            return;
+        }
         if let Task::Grow(size) = request.task {
+            if self.can.size == size && self.gone_since.is_none() {
+                // It came back so.
+                self.side.size.store(size, Ordering::Release);
+                let _ = request.answer.send(Ok(Answer::Done));
+                return;
+            }
             self.growing = Some(Growing {
                 size,
                 deadline: begun + self.patience,

@@ -43,7 +43,7 @@ impl Service {
         if let Some(remote) = disk.disk.image().remote() {
             // A server that was started anew for it has that size by now, and is to take a flush.
             let expected = remote.expect(size).await;
-            expected.map_err(|error| Failure::new("cannot-resize", error.to_string()))?;
+            expected.map_err(|error| unreachable(&disk.name, &error))?;
         }
         self.freeze(vec![next_instant(disk)?]).await?;
         grow(disk, size).await
@@ -213,6 +213,12 @@ async fn grow(disk: &ServedDisk, size: u64) -> Result<Resized, Failure> {
     })?;
     tracing::info!(disk = %name, from = before, to = size, "the disk has been enlarged");
     Ok(Resized { before, now: size })
+}
+
+fn unreachable(disk: &Name, error: &std::io::Error) -> Failure {
+    let message = format!("disk '{disk}': {error}");
+    let hint = "see that the server which has the image is there, with the old size or this one";
+    Failure::new("base-unreachable", message).hint(hint)
 }
 
 fn unchanged(size: u64) -> Resized {

@@ -53,6 +53,8 @@ pub(super) struct Keeper {
     pub(super) gone_since: Option<Instant>,
     /// Another size that it may come back with, as somebody says.
     pub(super) expected: Option<u64>,
+    /// Who waits for it to come back, with that size or as it was.
+    pub(super) expecting: Option<(Instant, oneshot::Sender<io::Result<Answer>>)>,
     /// The size that its server has given it, as somebody says, and who waits for that.
     pub(super) growing: Option<Growing>,
     pub(super) numbers: u64,
@@ -100,6 +102,9 @@ impl Keeper {
                 None => return,
             }
             self.gone_since = None;
+            if let Some((_, answer)) = self.expecting.take() {
+                let _ = answer.send(Ok(Answer::Done));
+            }
             tracing::info!(disk = self.name, "the base is back");
         }
     }
@@ -245,7 +250,10 @@ impl Keeper {
         self.numbers += 1;
         if let Task::Expect(size) = request.task {
             self.expected = Some(size);
-            let _ = request.answer.send(Ok(Answer::Done));
+            match self.gone_since {
+                None => drop(request.answer.send(Ok(Answer::Done))),
+                Some(_) => self.expecting = Some((begun + self.patience, request.answer)),
+            }
             return;
         }
         if let Task::Grow(size) = request.task {
@@ -401,7 +409,9 @@ impl Keeper {
     fn next_deadline(&self) -> Option<Instant> {
         let all = self.under_way.values().chain(&self.waiting);
         let growing = self.growing.iter().map(|growing| growing.deadline);
-        all.map(|pending| pending.deadline).chain(growing).min()
+        let expecting = self.expecting.iter().map(|(deadline, _)| *deadline);
+        let all = all.map(|pending| pending.deadline);
+        all.chain(growing).chain(expecting).min()
     }
 
     /// Answers what has waited for too long. Nothing of it is under way.
@@ -409,6 +419,9 @@ impl Keeper {
         let now = Instant::now();
         if let Some(growing) = self.growing.take_if(|growing| growing.deadline <= now) {
             let _ = growing.answer.send(Err(io::Error::other(Unreachable)));
+        }
+        if let Some((_, answer)) = self.expecting.take_if(|(deadline, _)| *deadline <= now) {
+            let _ = answer.send(Err(io::Error::other(Unreachable)));
         }
         let all = std::mem::take(&mut self.waiting);
         for pending in all {

@@ -135,7 +135,7 @@ impl RemoteStorage {
     }
 
     /// It may come back with that size, by the doing of its server, and is gone on with at the size that
-    /// it has for us.
+    /// it has for us. Returns when it is there.
     pub(crate) async fn expect(&self, size: u64) -> io::Result<()> {
         self.ask(Task::Expect(size)).await.map(drop)
     }
@@ -237,6 +237,7 @@ fn keeper(
         sync_failed: false,
         gone_since: None,
         expected: None,
+        expecting: None,
         growing: None,
         numbers: 0,
     };

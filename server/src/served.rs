@@ -416,11 +416,12 @@ pub(crate) async fn locate(spec: &DiskSpec, engine: Engine) -> Result<(Image, Pa
     Ok((image, dir))
 }
 
-/// Keeps everyone else out of the state in `dir`, which is made if need be.
-pub(crate) fn claim_state(spec: &DiskSpec, dir: &Path) -> Result<LockFile, Failure> {
-    let lock = claim_folder(dir, "state")?;
+/// Keeps everyone else out of the state in `dir`, which is made if need be, and then stays.
+pub(crate) fn claim_state(spec: &DiskSpec, dir: &Path) -> Result<Folder, Failure> {
+    let folder = Folder::claim(dir, "state")?;
     refuse_memory(spec, dir)?;
-    Ok(lock)
+    folder.stays();
+    Ok(folder)
 }
 
 /// As people are told of it.

@@ -137,11 +137,10 @@ fn resize_image(
 }
 
 fn added(disk: &DiskAnswer) -> String {
-    let mut text = format!("{}  {}  {}\n", disk.disk, size(disk.size), disk.path);
-    for uri in &disk.live_uris {
-        text += &format!("  live  {uri}\n");
-    }
-    text
+    let first = format!("{}  {}  {}\n", disk.disk, size(disk.size), disk.path);
+    disk.live_uris
+        .iter()
+        .fold(first, |text, uri| text + "  live  " + uri + "\n")
 }
 
 fn resized(answer: &ResizeAnswer) -> String {

@@ -258,6 +258,22 @@ fn command(mut members: Map<String, Value>) -> Result<Command, Refusal> {
     Ok(command)
 }
 
+/// What is done to a disk that is served.
+fn disk_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refusal> {
+    let disk = arguments.required_name("disk")?;
+    Ok(match name {
+        "disk-remove" => Command::RemoveDisk {
+            disk,
+            force: arguments.flag("force")?,
+        },
+        "disk-resize" => Command::ResizeDisk {
+            disk,
+            size: arguments.required_number("size", u64::MAX)?,
+        },
+        _ => Command::SettleDisk { disk },
+    })
+}
+
 fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refusal> {
     Ok(match name {
         "qmp_capabilities" => {
@@ -269,17 +285,7 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
         "query-status" => Command::Status,
         "query-disks" => Command::Disks,
         "disk-add" => Command::AddDisk(Box::new(disk_arguments::spec(arguments)?)),
-        "disk-remove" => Command::RemoveDisk {
-            disk: arguments.required_name("disk")?,
-            force: arguments.flag("force")?,
-        },
-        "disk-resize" => Command::ResizeDisk {
-            disk: arguments.required_name("disk")?,
-            size: arguments.required_number("size", u64::MAX)?,
-        },
-        "disk-settle" => Command::SettleDisk {
-            disk: arguments.required_name("disk")?,
-        },
+        "disk-remove" | "disk-resize" | "disk-settle" => disk_command(name, arguments)?,
         "query-checkpoints" => Command::Checkpoints {
             disk: arguments.name("disk")?,
         },

@@ -141,8 +141,8 @@ impl Connection {
                 }
             }
             tokio::select! {
-                sent = self.output.send(&mut writer), if !self.output.is_empty() => {
-                    self.progress.took(sent?, self.output.is_empty());
+                written = self.output.send(&mut writer), if !self.output.is_empty() => {
+                    self.progress.took(written?, self.output.is_empty());
                 }
                 received = reader.read_buf(&mut self.input), if listens => {
                     let received = received?;

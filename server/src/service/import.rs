@@ -119,6 +119,11 @@ impl Service {
         let told_bytes = bits.dirty_bytes();
 
         let _alone = self.instants.lock().await;
+        // Reading took its time, and the disk may have been removed, also added again.
+        if !Arc::ptr_eq(&disk, &self.disk(&import.disk)?) {
+            let message = format!("disk '{}' was removed meanwhile", import.disk);
+            return Err(Failure::new("unknown-disk", message).hint("try again"));
+        }
         self.check_checkpoint_name(&name)?;
         self.check_room(std::iter::once(&disk.name))?;
         refuse_untrusted(&disk)?;

@@ -38,8 +38,8 @@ pub(crate) use book::{
     Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Last, Outcome, Usage,
 };
 pub(crate) use changes::{Changes, ChangesOf};
-pub(crate) use import::{Import, Imported, ImportedBitmap};
 pub(crate) use disks::Opening;
+pub(crate) use import::{Import, Imported, ImportedBitmap};
 use keepers::Keepers;
 pub(crate) use resize::{Resized, resize_alone};
 

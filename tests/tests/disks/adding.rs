@@ -25,7 +25,7 @@ fn a_disk_that_is_added_is_tracked_from_its_first_write() {
     guest.write(5 * CHUNK, &[1; 4096]);
     server.checkpoint("cp1");
     guest.touched.clear();
-    guest.write(7 * CHUNK + 100, &[2; 70_000]);
+    guest.write(7 * CHUNK + 100, &vec![2; 70_000]);
     assert_eq!(changed(&server, "i1", "vdb", "cp1"), guest.expected_map());
 
     // One instant of both, and the new disk is full where it was not there yet.

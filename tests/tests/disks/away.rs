@@ -93,9 +93,9 @@ fn consumers_go_on_disk_by_disk() {
     };
     let mut guests = [Guest::new(&server, "vda"), Guest::new(&server, "vdb")];
     back_up("b1", 0);
-    guests
-        .iter_mut()
-        .for_each(|guest| guest.write(CHUNK, &[1; 512]));
+    for guest in &mut guests {
+        guest.write(CHUNK, &[1; 512]);
+    }
     let [mut vda, vdb] = guests;
     drop(vdb);
     remove(&server, "vdb");

@@ -183,7 +183,7 @@ fn write_until_sent_away(
         }
     }
     let event = |number: u64| {
-        let acknowledged = events.iter().any(|answered| *answered == (number, true));
+        let acknowledged = events.contains(&(number, true));
         Event {
             offset: place(number),
             length: SECTOR,

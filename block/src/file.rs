@@ -18,6 +18,7 @@ use crate::buffer::{ALIGNMENT, Buffer};
 use crate::direct::Direct;
 use crate::engine::{Data, Engine};
 use crate::fiemap;
+use crate::lock::ImageLock;
 use crate::pool::blocking;
 use crate::storage::{Extent, Storage, Zeroing};
 
@@ -135,6 +136,14 @@ impl FileStorage {
             )?)
         })
         .await
+    }
+}
+
+impl Drop for FileStorage {
+    /// Nobody waits for a read any more that a device still holds up, and which has the file open: the
+    /// lock is not to outlive us with it. Of a write the outcome is waited for by who holds us.
+    fn drop(&mut self) {
+        ImageLock::release(&self.file);
     }
 }
 

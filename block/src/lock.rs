@@ -76,6 +76,15 @@ impl ImageLock {
         Ok(Self(()))
     }
 
+    /// Gives `file` back, whoever still has this descriptor open.
+    pub(crate) fn release(file: &File) {
+        // What is not locked, or cannot be told of, has no lock to give back.
+        let _ = flock(file, FlockOperation::Unlock);
+        for byte in qemu_bytes() {
+            let _ = ofd::unlock(file, byte);
+        }
+    }
+
     /// Locks `file` against writers for as long as this descriptor is open anywhere. Others may read
     /// it, and lock it likewise.
     pub fn share(file: &File) -> Result<Self, LockError> {
@@ -156,6 +165,12 @@ mod ofd {
     /// Takes a shared lock on one byte, without waiting.
     pub(super) fn lock_shared(file: &File, byte: i64) -> Result<(), Errno> {
         let mut lock = description(libc::F_RDLCK, byte);
+        call(file, libc::F_OFD_SETLK, &mut lock)
+    }
+
+    /// Gives up the lock on one byte.
+    pub(super) fn unlock(file: &File, byte: i64) -> Result<(), Errno> {
+        let mut lock = description(libc::F_UNLCK, byte);
         call(file, libc::F_OFD_SETLK, &mut lock)
     }
 

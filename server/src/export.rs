@@ -13,6 +13,7 @@ use scratch::FrozenError;
 use thiserror::Error;
 use tokio::sync::Semaphore;
 
+use crate::clients::Clients;
 use crate::served::ServedDisk;
 use crate::service::{Base, Book, FrozenDisk, Service, Usage};
 
@@ -100,9 +101,9 @@ pub(crate) fn find(service: &Service, role: Role, name: &str) -> Option<Export> 
         Role::Live => {
             let disk = match name {
                 "" => only(service)?,
-                _ => service.disks().get(name)?,
+                _ => service.disks().get(name).cloned()?,
             };
-            Some(Export::Live(Arc::clone(disk)))
+            Some(Export::Live(disk))
         }
         Role::Backup => find_frozen(service, name),
     }
@@ -111,11 +112,11 @@ pub(crate) fn find(service: &Service, role: Role, name: &str) -> Option<Export> 
 fn find_frozen(service: &Service, name: &str) -> Option<Export> {
     let book = service.book();
     let Some((disk, instant)) = name.split_once('@') else {
-        let disk = if name.is_empty() {
-            only(service)?.name.as_str()
-        } else {
-            name
+        let only = match name {
+            "" => Some(only(service)?),
+            _ => None,
         };
+        let disk = only.as_ref().map_or(name, |disk| disk.name.as_str());
         let parts = book
             .backups
             .iter()
@@ -182,9 +183,10 @@ fn difference_bases(book: &Book, part: &FrozenDisk) -> Vec<(String, Era)> {
     }
 }
 
-fn only(service: &Service) -> Option<&Arc<ServedDisk>> {
-    let mut disks = service.disks().values();
-    disks.next().filter(|_| disks.next().is_none())
+fn only(service: &Service) -> Option<Arc<ServedDisk>> {
+    let served = service.disks();
+    let mut disks = served.values();
+    disks.next().filter(|_| disks.next().is_none()).cloned()
 }
 
 /// The names that `role` lists, each with what it is.
@@ -407,6 +409,11 @@ impl Export {
             Self::Live(disk) => disk,
             Self::Frozen(part) | Self::Difference(part, ..) => &part.disk,
         }
+    }
+
+    /// Whoever performs requests here has a seat among these.
+    pub(crate) fn clients(&self) -> &Arc<Clients> {
+        &self.disk().clients
     }
 
     /// Whoever has one of its permits asks contexts of this disk.

@@ -17,10 +17,12 @@ mod tls;
 mod carry;
 mod copy;
 
+mod clients;
 mod export;
 mod push;
 mod service;
 
+mod disk_spec;
 mod served;
 mod state;
 
@@ -29,6 +31,7 @@ pub mod archive;
 pub mod disk;
 mod failure;
 mod files;
+mod folder;
 mod hooks;
 mod image;
 mod io_engine;

@@ -52,6 +52,13 @@ impl Drop for LockFile {
     }
 }
 
+impl Holder {
+    /// Whether that is ourselves.
+    pub(crate) fn is_this_process(&self) -> bool {
+        self.0 == Some(std::process::id())
+    }
+}
+
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.map_or(Ok(()), |pid| write!(f, " (pid {pid})"))

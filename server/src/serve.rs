@@ -28,8 +28,8 @@ use crate::lock_file::LockFile;
 use crate::nbd::{Client, Entrance, Peer, Stream, Workers};
 use crate::notify;
 use crate::push::Jobs;
-use crate::served::{DiskSpec, ServedDisk};
-use crate::service::{ScratchOptions, Service};
+use crate::served::DiskSpec;
+use crate::service::{Opening, ScratchOptions, Service};
 use crate::tls::{Terms, Tls, TlsOptions};
 
 /// How to serve.
@@ -39,6 +39,8 @@ pub(crate) struct ServeOptions {
     pub(crate) disks: Vec<DiskSpec>,
     /// Where the sockets are.
     pub(crate) run_dir: PathBuf,
+    /// From where else than its own folder an image may have the files that it names.
+    pub(crate) allow_backing: Vec<PathBuf>,
     /// Where scratch goes, if not beside each disk's state.
     pub(crate) scratch_dir: Option<PathBuf>,
     /// More places where live exports are offered.
@@ -82,25 +84,26 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     allow_descriptors();
     // From here on a signal is a wish, also one that comes before the first client.
     let signals = Signals::watch().map_err(|error| cannot("wait for signals", &error))?;
-    let scratch_dir = options.scratch_dir.as_deref();
     let _run_dir = claim_run_dir(&options.run_dir)?;
     let engine = options.io_engine.choose()?;
-    let terms = (options.on_tracking_error, engine);
+    let opening = Opening {
+        scratch_dir: options.scratch_dir.clone(),
+        allow_backing: options.allow_backing.clone(),
+        on_tracking_error: options.on_tracking_error,
+        engine,
+    };
     let mut disks = Vec::new();
     for spec in &options.disks {
-        disks.push(ServedDisk::open(spec, scratch_dir, terms, None).await?);
+        disks.push(opening.open(spec).await?);
     }
     let service = Service::new(disks, options.freeze_timeout, wall_clock, options.scratch)
         .map_err(|error| cannot("restore backups", &error))?;
     let settled = service.settle().await;
     settled.map_err(|error| cannot("record what was found", &error))?;
-    let mut keepers = tokio::task::JoinSet::new();
     for disk in service.disks().values() {
-        let kept = Arc::clone(disk);
-        keepers.spawn_local(async move { kept.look_after().await });
-        let (service, disk) = (Arc::clone(&service), Arc::clone(disk));
-        keepers.spawn_local(async move { service.watch_tracking(&disk).await });
+        service.keep(disk);
     }
+    let mut keepers = tokio::task::JoinSet::new();
     keepers.spawn_local(Arc::clone(&service).keep_to_expiry());
     let guarded = Arc::clone(&service);
     keepers.spawn_local(async move { guarded.guard_reserves().await });
@@ -115,7 +118,7 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
         live_addresses: listeners.endpoints(Role::Live),
         backup_addresses: listeners.endpoints(Role::Backup),
         run_dir: options.run_dir.clone(),
-        engine,
+        opening,
         jobs: Rc::new(Jobs::new(
             Arc::clone(&service),
             options.run_dir.to_string_lossy().into_owned(),
@@ -149,6 +152,7 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     keepers.shutdown().await;
     // What a control client has begun may still go on, whether or not that client is there.
     let _at_rest = service.rest().await;
+    service.let_all_go().await;
     for disk in service.disks().values() {
         if let Err(error) = disk.close().await {
             let message = format!(
@@ -210,6 +214,7 @@ async fn accept(
     loops.shutdown().await;
     // Whoever is being told something on the control socket hears the end of it.
     control.stop.send_replace(true);
+    control.service.dismiss_clients();
     while conversations.join_next().await.is_some() {}
     workers
 }

@@ -2,9 +2,9 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use bitmap::{Era, Granularity};
@@ -12,12 +12,13 @@ use block::{Engine, Storage};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
+use crate::clients::Clients;
 use crate::disk::{Disk, Durability, Ending, Growth, GrowthRecord, LossRecord, OnTrackingError};
 use crate::failure::Failure;
 use crate::files::Files;
+use crate::folder::{Folder, cannot_write};
 use crate::hooks::Hooks;
 use crate::image::{Image, RemoteSpec, Stored, cannot_open};
-use crate::lock_file::LockFile;
 use crate::lookups::Lookups;
 use crate::names::Name;
 use crate::new_size::NewSize;
@@ -117,10 +118,14 @@ pub(crate) struct ServedDisk {
     pub(crate) stored: Vec<Stored>,
     /// How many ask at once what of it is where.
     pub(crate) lookups: Lookups,
+    /// Who has it open, or what a backup keeps of it.
+    pub(crate) clients: Arc<Clients>,
+    /// It is made larger at this moment.
+    pub(crate) resizing: AtomicBool,
     scratch_dir: PathBuf,
     /// Its last server was killed.
     was_killed: bool,
-    _locks: Vec<LockFile>,
+    folders: Vec<Folder>,
 }
 
 /// What a disk's state says of the time before.
@@ -149,6 +154,11 @@ impl ServedDisk {
         opened.map_err(context)
     }
 
+    /// Whatever was made for it stays; else that goes when this is dropped.
+    pub(crate) fn stays(&self) {
+        self.folders.iter().for_each(Folder::stays);
+    }
+
     /// Makes `record` durable in the journal.
     pub(crate) async fn record(&self, record: &Record) -> io::Result<()> {
         self.state.lock().await.record(record).await
@@ -159,6 +169,18 @@ impl ServedDisk {
         if let Err(error) = self.state.lock().await.record_or_owe(record).await {
             tracing::warn!(disk = %self.name, %error, "the journal cannot be written");
         }
+    }
+
+    /// Writes the journal anew if that is worth it.
+    pub(crate) async fn tidy(&self) {
+        if let Err(error) = self.state.lock().await.tidy().await {
+            tracing::warn!(disk = %self.name, %error, "the journal cannot be written anew");
+        }
+    }
+
+    /// What the journal says.
+    pub(crate) async fn ledger(&self) -> Ledger {
+        self.state.lock().await.ledger().clone()
     }
 
     /// How much changed in `era` or later, and how much of that is only presumed: all of it, where
@@ -237,10 +259,7 @@ impl ServedDisk {
             if let Err(error) = retired {
                 tracing::error!(disk = %self.name, %error, "regions cannot be retired");
             }
-            let mut state = self.state.lock().await;
-            if let Err(error) = state.record_doubt(self.disk.in_doubt()).await {
-                tracing::error!(disk = %self.name, %error, "a failed sync cannot be recorded");
-            }
+            self.record_doubt().await;
         }
     }
 
@@ -292,6 +311,14 @@ impl ServedDisk {
         state.close(era, self.disk.image(), self.disk.map()).await
     }
 
+    /// Records that what was stored lately cannot be believed, if a sync has failed.
+    pub(crate) async fn record_doubt(&self) {
+        let in_doubt = self.disk.in_doubt();
+        if let Err(error) = self.state.lock().await.record_doubt(in_doubt).await {
+            tracing::error!(disk = %self.name, %error, "a failed sync cannot be recorded");
+        }
+    }
+
     /// The folder for this disk's share of a backup.
     pub(crate) fn snapshot_dir(&self, backup: &Name) -> PathBuf {
         self.scratch_dir.join(backup.as_str())
@@ -323,11 +350,11 @@ async fn open_disk(
 ) -> Result<(ServedDisk, Past), Failure> {
     let image = Image::open(spec, engine).await?;
     let state = state_dir(spec, &image)?;
-    let mut locks = vec![claim_folder(&state, "state")?];
+    let mut folders = vec![Folder::claim(&state, "state")?];
     let scratch_dir = match scratch_root {
         Some(root) => {
             let dir = root.join(spec.name.as_str());
-            locks.push(claim_folder(&dir, "scratch")?);
+            folders.push(Folder::claim(&dir, "scratch")?);
             dir.join("backups")
         }
         None => state.join("backups"),
@@ -368,7 +395,9 @@ async fn open_disk(
         lookups: Lookups::default(),
         scratch_dir,
         was_killed: opened.ending == Ending::Killed,
-        _locks: locks,
+        clients: Clients::new(),
+        resizing: AtomicBool::new(false),
+        folders,
     };
     Ok((
         served,
@@ -387,11 +416,12 @@ pub(crate) async fn locate(spec: &DiskSpec, engine: Engine) -> Result<(Image, Pa
     Ok((image, dir))
 }
 
-/// Keeps everyone else out of the state in `dir`, which is made if need be.
-pub(crate) fn claim_state(spec: &DiskSpec, dir: &Path) -> Result<LockFile, Failure> {
-    let lock = claim_folder(dir, "state")?;
+/// Keeps everyone else out of the state in `dir`, which is made if need be, and then stays.
+pub(crate) fn claim_state(spec: &DiskSpec, dir: &Path) -> Result<Folder, Failure> {
+    let folder = Folder::claim(dir, "state")?;
     refuse_memory(spec, dir)?;
-    Ok(lock)
+    folder.stays();
+    Ok(folder)
 }
 
 /// As people are told of it.
@@ -423,27 +453,6 @@ fn state_dir(spec: &DiskSpec, image: &Image) -> Result<PathBuf, Failure> {
     Err(Failure::new("no-state-dir", message).hint("add ,state=DIR"))
 }
 
-/// Makes `dir` if need be, and keeps every other server out of it. What is in it may be removed; so
-/// it must be ours from the beginning.
-fn claim_folder(dir: &Path, what: &str) -> Result<LockFile, Failure> {
-    // Old contents of disks lie here: nobody else may look.
-    let made = fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir);
-    made.map_err(|error| cannot_write(dir, &error))?;
-    let path = dir.join(FOLDER_LOCK);
-    refuse_foreign_folder(dir, &path, what)?;
-    let lock = LockFile::take(&path).map_err(|error| cannot_write(&path, &error))?;
-    lock.map_err(|holder| {
-        let message = format!(
-            "the {what} directory '{}' is in use by another server{holder}",
-            dir.display()
-        );
-        Failure::new("locked", message)
-    })
-}
-
 /// What lies in memory is gone with the machine, and everything that is said about a power cut would
 /// be empty.
 fn refuse_memory(spec: &DiskSpec, state: &Path) -> Result<(), Failure> {
@@ -464,31 +473,9 @@ fn refuse_memory(spec: &DiskSpec, state: &Path) -> Result<(), Failure> {
     Err(Failure::new("state-in-memory", message).hint(hint))
 }
 
-fn refuse_foreign_folder(dir: &Path, lock: &Path, what: &str) -> Result<(), Failure> {
-    let mut entries = fs::read_dir(dir).map_err(|error| cannot_write(dir, &error))?;
-    if entries.next().is_none() || lock.exists() {
-        return Ok(());
-    }
-    let message = format!(
-        "the {what} directory '{}' has files in it that are not Stillpoint's",
-        dir.display()
-    );
-    Err(Failure::new("foreign-directory", message).hint("name an empty directory, or a new one"))
-}
-
-fn cannot_write(path: &Path, error: &io::Error) -> Failure {
-    Failure::new(
-        "cannot-write",
-        format!("cannot write '{}': {error}", path.display()),
-    )
-}
-
 /// A region that nobody enters for this long, or up to twice as long, is retired; about as long as
 /// the kernel leaves written pages in memory.
 const IDLE_CHECK: Duration = Duration::from_secs(30);
-
-/// Its presence says that a folder is Stillpoint's, and its lock that a server uses it.
-const FOLDER_LOCK: &str = "stillpoint.lock";
 
 /// Of tmpfs, which devtmpfs is as well, and of ramfs (Linux `magic.h`).
 const MEMORY_MAGICS: [i128; 2] = [0x0102_1994, 0x8584_58f6];

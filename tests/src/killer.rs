@@ -1,6 +1,7 @@
-//! Kills a process at a system call of one's choice.
+//! Kills a process at a system call of one's choice, or slows it down there.
 
 use std::io::{BufRead as _, BufReader};
+use std::path::Path;
 use std::process::{ChildStderr, Command, Stdio};
 
 use crate::Server;
@@ -17,7 +18,29 @@ impl Killer {
     /// Kills the server when one of its threads makes one of these calls for the `n`th time.
     #[track_caller]
     pub fn of(server: &Server, calls: &str, n: usize) -> Self {
-        let mut strace = killing(calls, n);
+        Self::attach(server, killing(calls, n))
+    }
+
+    /// Has the server make such calls for the file at `path` so many microseconds late.
+    #[track_caller]
+    pub fn slowing(server: &Server, calls: &str, path: &Path, late_us: u32) -> Self {
+        let mut strace = Command::new("strace");
+        strace
+            .args([
+                "-f",
+                "-o",
+                "/dev/null",
+                "-e",
+                &format!("trace={calls}"),
+                "-P",
+            ])
+            .arg(path)
+            .args(["-e", &format!("inject={calls}:delay_enter={late_us}")]);
+        Self::attach(server, strace)
+    }
+
+    #[track_caller]
+    fn attach(server: &Server, mut strace: Command) -> Self {
         strace.arg(format!("--attach={}", server.pid()));
         let mut strace = KilledOnDrop::spawn(strace.stderr(Stdio::piped()));
         let told = strace.child.stderr.take().expect("it was asked for");

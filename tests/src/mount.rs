@@ -102,6 +102,14 @@ impl Mount {
         as_root("mount", &[path(device.path()), path(self.path())]).ok();
     }
 
+    /// Unmounts it, which nobody may be in the way of, and mounts it again.
+    #[track_caller]
+    pub fn again(&self) {
+        let (device, _) = self.device.as_ref().expect("it is on a device");
+        as_root("umount", &[path(self.path())]).ok();
+        as_root("mount", &[path(device.path()), path(self.path())]).ok();
+    }
+
     /// Takes all the space that is left, until what is returned is dropped.
     #[track_caller]
     pub fn fill(&self) -> Filler {

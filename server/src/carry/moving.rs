@@ -47,6 +47,7 @@ pub(crate) async fn export_state(
     look(spec).await.map_err(|failure| of_disk(spec, failure))?;
     let terms = (OnTrackingError::FailWrite, Engine::Threads);
     let (disk, _) = ServedDisk::open(spec, None, terms, None).await?;
+    disk.stays();
     let image = disk.disk.image();
     let closed = async {
         disk.catch_up().await?;

@@ -8,6 +8,7 @@ use serde::Serialize;
 use tokio::runtime;
 use tokio::task::LocalSet;
 
+use super::add_arguments::AddArguments;
 use super::client::{self, Client};
 use super::disk_option;
 use super::problem::Problem;
@@ -20,6 +21,24 @@ use crate::service::resize_alone;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum DiskCommand {
+    /// Serve one disk more, until the server stops: what it is to have at its next start is what its own
+    /// --disk say.
+    Add {
+        /// The disk, as --disk of serve has it.
+        #[arg(
+            value_name = "NAME=PATH[,KEY=VALUE]...",
+            value_parser = OsStringValueParser::new().try_map(|text| disk_option::parse(&text).map(Box::new))
+        )]
+        disk: Box<DiskSpec>,
+    },
+    /// Serve a disk no more. What is known of it stays with it, for whoever serves it next.
+    Remove {
+        /// The disk.
+        disk: String,
+        /// Also if clients have it open: they are disconnected.
+        #[arg(long)]
+        force: bool,
+    },
     /// Make a disk larger. Without --disk it is one that the server has.
     Resize {
         /// The disk is this image, which no server has; as for serve.
@@ -46,6 +65,8 @@ pub(super) enum DiskCommand {
 impl DiskCommand {
     pub(super) fn name(&self) -> &'static str {
         match self {
+            Self::Add { .. } => "disk add",
+            Self::Remove { .. } => "disk remove",
             Self::Resize { .. } => "disk resize",
             Self::Settle { .. } => "disk settle",
         }
@@ -53,6 +74,16 @@ impl DiskCommand {
 
     pub(super) fn run(self, run_dir: &Path, answers: &Answers) -> Result<Done, Problem> {
         match self {
+            Self::Add { disk } => {
+                let arguments = AddArguments::of(&disk)?;
+                let answer = Client::connect(run_dir)?.execute("disk-add", &arguments)?;
+                answers.show(&answer, added)
+            }
+            Self::Remove { disk, force } => {
+                let arguments = Remove { disk: &disk, force };
+                let answer = Client::connect(run_dir)?.execute("disk-remove", &arguments)?;
+                Ok(answers.confirm(&answer, &format!("{disk} is removed\n")))
+            }
             Self::Resize { image, disk, size } => {
                 let answer = match image {
                     Some(image) => resize_image(&image, &disk, size)?,
@@ -105,6 +136,13 @@ fn resize_image(
     Ok(serde_json::value::to_raw_value(&answer).expect("names and numbers can be JSON"))
 }
 
+fn added(disk: &DiskAnswer) -> String {
+    let first = format!("{}  {}  {}\n", disk.disk, size(disk.size), disk.path);
+    disk.live_uris
+        .iter()
+        .fold(first, |text, uri| text + "  live  " + uri + "\n")
+}
+
 fn resized(answer: &ResizeAnswer) -> String {
     let ResizeAnswer {
         disk,
@@ -136,6 +174,12 @@ fn parse_new_size(text: &str) -> Result<NewSize, String> {
 struct Resize<'a> {
     disk: &'a str,
     size: u64,
+}
+
+#[derive(Serialize)]
+struct Remove<'a> {
+    disk: &'a str,
+    force: bool,
 }
 
 #[derive(Serialize)]

@@ -2,16 +2,12 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::time::Duration;
 
 use bitmap::Granularity;
 
 use super::units::{parse_duration, parse_size};
-use crate::disk::Durability;
-use crate::image::RemoteSpec;
 use crate::names::Name;
-use crate::nbd_uri::NbdUriError;
-use crate::served::{Cache, DiskSpec, Format};
+use crate::served::DiskSpec;
 
 /// Reads it; an error says what is wrong.
 pub(super) fn parse(text: &OsStr) -> Result<DiskSpec, String> {
@@ -23,28 +19,7 @@ pub(super) fn parse(text: &OsStr) -> Result<DiskSpec, String> {
         .map_err(|error| format!("the name {error}"))?;
     let mut parts = split_at_commas(&text[at + 1..]).into_iter();
     let path = parts.next().unwrap_or_default();
-    if path.is_empty() {
-        return Err("no path is given".to_owned());
-    }
-    let remote = path.to_str().filter(|text| is_uri(text));
-    let remote = remote.map(str::parse).transpose();
-    let remote = remote.map_err(|error: NbdUriError| error.to_string())?;
-    let mut spec = DiskSpec {
-        name,
-        path: path.into(),
-        remote: remote.map(|uri| RemoteSpec {
-            uri,
-            tls_creds: None,
-            patience: PATIENCE,
-        }),
-        format: None,
-        allow_backing: Vec::new(),
-        granularity: None,
-        state: None,
-        read_only: false,
-        durability: Durability::default(),
-        cache: Cache::default(),
-    };
+    let mut spec = DiskSpec::new(name, path.into())?;
     let mut seen = Vec::new();
     for part in parts {
         let (key, value) = split_key(&part);
@@ -66,13 +41,7 @@ fn set(spec: &mut DiskSpec, key: &str, value: Option<OsString>) -> Result<(), St
         .as_ref()
         .map(|value| value.to_string_lossy().into_owned());
     match (key, text.as_deref()) {
-        ("format", Some("raw")) => spec.format = Some(Format::Raw),
-        ("format", Some("qcow2")) => spec.format = Some(Format::Qcow2),
-        ("format", Some(other)) => {
-            return Err(format!(
-                "format '{other}' is not supported: only raw and qcow2 are"
-            ));
-        }
+        ("format", Some(name)) => spec.set_format(name)?,
         ("granularity", Some(size)) => {
             let bytes = parse_size(size)?;
             spec.granularity = Some(Granularity::new(bytes).map_err(|error| error.to_string())?);
@@ -83,20 +52,11 @@ fn set(spec: &mut DiskSpec, key: &str, value: Option<OsString>) -> Result<(), St
         ("read-only", Some(other)) => {
             return Err(format!("read-only is on or off, not '{other}'"));
         }
-        ("durability", Some(name)) => {
-            let refusal = || format!("durability is power, process or none, not '{name}'");
-            spec.durability = Durability::named(name).ok_or_else(refusal)?;
-        }
-        ("cache", Some(_)) if spec.remote.is_some() => {
-            return Err("the cache of another server's export is that server's".to_owned());
-        }
-        ("reconnect", Some(time)) => of_remote(spec, key)?.patience = parse_patience(time)?,
+        ("durability", Some(name)) => spec.set_durability(name)?,
+        ("cache", Some(name)) => spec.set_cache(name)?,
+        ("reconnect", Some(time)) => spec.set_patience(key, parse_duration(time)?)?,
         ("tls-creds", Some(dir)) if !dir.is_empty() => {
-            of_remote(spec, key)?.tls_creds = value.map(Into::into);
-        }
-        ("cache", Some(name)) => {
-            let refusal = || format!("cache is writeback or none, not '{name}'");
-            spec.cache = Cache::named(name).ok_or_else(refusal)?;
+            spec.set_tls_creds(key, value.unwrap_or_default().into())?;
         }
         (
             "format" | "granularity" | "state" | "durability" | "cache" | "reconnect" | "tls-creds",
@@ -112,27 +72,6 @@ fn set(spec: &mut DiskSpec, key: &str, value: Option<OsString>) -> Result<(), St
         }
     }
     Ok(())
-}
-
-/// Whether it is meant as a URI and not as a path.
-fn is_uri(text: &str) -> bool {
-    let schemes = ["nbd", "nbds", "nbd+unix", "nbds+unix"];
-    text.split_once("://")
-        .is_some_and(|(scheme, _)| schemes.contains(&scheme))
-}
-
-/// What is said about another server's export.
-fn of_remote<'a>(spec: &'a mut DiskSpec, key: &str) -> Result<&'a mut RemoteSpec, String> {
-    let refusal = || format!("'{key}' is for the exports of other servers, as in nbd://HOST/NAME");
-    spec.remote.as_mut().ok_or_else(refusal)
-}
-
-fn parse_patience(text: &str) -> Result<Duration, String> {
-    let time = parse_duration(text)?;
-    if time.is_zero() || time > PATIENCE_MAX {
-        return Err(format!("reconnect is from 1ms to 1d, not '{text}'"));
-    }
-    Ok(time)
 }
 
 /// Splits at single commas; a doubled one stands for itself.
@@ -157,16 +96,13 @@ fn split_key(part: &OsStr) -> (String, Option<OsString>) {
     (String::from_utf8_lossy(key).into_owned(), value)
 }
 
-/// How long a request waits for another server: as long as guests wait for a disk, mostly.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-const PATIENCE_MAX: Duration = Duration::from_secs(86_400);
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+    use std::time::Duration;
 
     use super::*;
+    use crate::served::Format;
 
     fn parse(text: &str) -> Result<DiskSpec, String> {
         super::parse(OsStr::new(text))

@@ -4,6 +4,7 @@
 //! else; except that a disk can be resized or moved that no server has, that `pull` is a client of NBD servers
 //! too, and that folders of backups are looked at, restored from and pruned without one.
 
+mod add_arguments;
 mod against;
 mod backup;
 mod bitmap;

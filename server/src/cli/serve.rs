@@ -93,13 +93,9 @@ fn options(args: ServeArgs, run_dir: PathBuf) -> Result<ServeOptions, Problem> {
         let message = format!("two disks are called '{}'", twice.name);
         return Err(Problem::usage(message).hint("each --disk needs a name of its own"));
     }
-    let allow_backing = args.allow_backing;
-    let allow = |disk| DiskSpec {
-        allow_backing: allow_backing.clone(),
-        ..disk
-    };
     Ok(ServeOptions {
-        disks: args.disks.into_iter().map(allow).collect(),
+        disks: args.disks,
+        allow_backing: args.allow_backing,
         run_dir,
         scratch_dir: args.scratch_dir,
         live_listen: args.live_listen,

@@ -176,8 +176,9 @@ fn is_false(flag: &bool) -> bool {
 /// do not feel.
 pub(super) async fn nodes(service: Arc<Service>) -> Result<Vec<Node>, Failure> {
     tokio::task::spawn_blocking(move || {
-        let disks = service.disks().values();
-        disks.map(|disk| node(&service, disk)).collect()
+        let disks = service.disks();
+        let nodes = disks.values().map(|disk| node(&service, disk));
+        nodes.collect()
     })
     .await
     .map_err(|error| {

@@ -22,6 +22,7 @@ use super::request::{COMMANDS, Command};
 use crate::export::{Export, difference_name, frozen_name};
 use crate::failure::Failure;
 use crate::names::Name;
+use crate::push::Job;
 use crate::served::ServedDisk;
 use crate::service::{Backup, Base, Checkpoint, FrozenDisk, Last, Outcome, Service, Usage};
 
@@ -41,6 +42,15 @@ pub(crate) async fn execute(
         ),
         Command::Status => answer(&control.status().await?),
         Command::Disks => answer(&control.disks().await?),
+        Command::AddDisk(spec) => {
+            let disk = service.add_disk(*spec, &control.opening).await?;
+            answer(&control.disk(&disk, &uncertain(service).await?))
+        }
+        Command::RemoveDisk { disk, force } => {
+            control.refuse_pushed(&disk)?;
+            service.remove_disk(&disk, force).await?;
+            nothing()
+        }
         Command::ResizeDisk { disk, size } => {
             let resized = service.resize_disk(&disk, size).await?;
             answer(&ResizeAnswer::new(disk, resized))
@@ -129,7 +139,7 @@ impl Control {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             run_dir: path_text(&self.run_dir),
-            io_engine: self.engine.name().to_owned(),
+            io_engine: self.opening.engine.name().to_owned(),
             disks: self.disks().await?,
             checkpoints: self.service.book().checkpoints.len(),
             scratch_used_bytes: self.service.scratch().used(),
@@ -145,12 +155,18 @@ impl Control {
     }
 
     async fn disks(&self) -> Result<Vec<DiskAnswer>, Failure> {
-        let uncertain = uncertain(Arc::clone(&self.service)).await?;
-        let describe = |served: &Arc<ServedDisk>| DiskAnswer {
+        let uncertain = uncertain(&self.service).await?;
+        let disks = self.service.disks();
+        let describe = |served: &Arc<ServedDisk>| self.disk(served, &uncertain);
+        Ok(disks.values().map(describe).collect())
+    }
+
+    fn disk(&self, served: &ServedDisk, uncertain: &BTreeMap<Name, u64>) -> DiskAnswer {
+        DiskAnswer {
             disk: served.name.clone(),
             uuid: served.uuid,
             path: path_text(&served.path),
-            format: "raw".to_owned(),
+            format: served.disk.image().format().to_owned(),
             size: served.disk.size(),
             granularity: served.disk.map().granularity().bytes(),
             read_only: served.read_only,
@@ -163,8 +179,23 @@ impl Control {
             unsettled_bytes: served.disk.unsettled_bytes(),
             live_export: served.name.to_string(),
             live_uris: uris(&self.live_addresses, served.name.as_str()),
+        }
+    }
+
+    /// Refuses to let a disk go that is being copied.
+    fn refuse_pushed(&self, disk: &Name) -> Result<(), Failure> {
+        let book = self.service.book();
+        let copies = |job: &&Arc<Job>| {
+            let backup = book.backup(job.id.as_str());
+            !job.is_over() && backup.is_some_and(|backup| backup.disks.contains_key(disk))
         };
-        Ok(self.service.disks().values().map(describe).collect())
+        let jobs = self.jobs.all();
+        let Some(job) = jobs.iter().find(copies) else {
+            return Ok(());
+        };
+        let id = &job.id;
+        let message = format!("disk '{disk}' is being copied by job '{id}'");
+        Err(Failure::new("disk-in-use", message).hint("wait until it is over, or cancel it"))
     }
 
     fn backups(&self, id: Option<&Name>) -> Result<Vec<BackupAnswer>, Failure> {
@@ -313,14 +344,16 @@ async fn describe_checkpoint(
     only: Option<Name>,
 ) -> Result<CheckpointAnswer, Failure> {
     let count = move || {
+        let served = service.disks();
         let eras = checkpoint.eras.iter();
         let wanted = eras.filter(|(name, _)| only.as_ref().is_none_or(|only| only == *name));
         let disks = wanted.filter_map(|(name, era)| {
-            let served = service.disks().get(name)?;
-            let (dirty_bytes, uncertain_bytes) = served.dirty_bytes(*era);
+            // It may have been removed since.
+            let disk = served.get(name)?;
+            let (dirty_bytes, uncertain_bytes) = disk.dirty_bytes(*era);
             Some(CheckpointDisk {
                 disk: name.clone(),
-                disk_uuid: served.uuid,
+                disk_uuid: disk.uuid,
                 dirty_bytes,
                 uncertain_bytes,
             })
@@ -362,9 +395,9 @@ fn describe_last(
     disk: &Name,
     last: &Last,
 ) -> Option<ConsumerDisk> {
-    let served = service.disks().get(disk)?;
+    let served = service.disks().get(disk).cloned()?;
     let (reason, (dirty_bytes, uncertain_bytes)) =
-        match service.base_of_last(consumer, served, last) {
+        match service.base_of_last(consumer, &served, last) {
             Base::Checkpoint { era, .. } => (None, served.dirty_bytes(era)),
             Base::Unusable(reason) => (Some(reason), (served.disk.size(), served.disk.size())),
             Base::None => return None,
@@ -382,17 +415,16 @@ fn describe_last(
 }
 
 /// What is only presumed to have changed since the oldest checkpoint of each disk that has one.
-async fn uncertain(service: Arc<Service>) -> Result<BTreeMap<Name, u64>, Failure> {
+async fn uncertain(service: &Service) -> Result<BTreeMap<Name, u64>, Failure> {
     let oldest: Vec<_> = {
-        let book = service.book();
-        let names = service.disks().keys();
-        let eras = names.filter_map(|name| Some((name.clone(), book.oldest_era(name)?)));
-        eras.collect()
+        let (disks, book) = (service.disks(), service.book());
+        let era = |disk: &Arc<ServedDisk>| Some((Arc::clone(disk), book.oldest_era(&disk.name)?));
+        disks.values().filter_map(era).collect()
     };
     let count = move || {
-        let bytes = |(name, era): (Name, Era)| {
-            let (_, uncertain) = service.disks()[&name].dirty_bytes(era);
-            (name, uncertain)
+        let bytes = |(disk, era): (Arc<ServedDisk>, Era)| {
+            let (_, uncertain) = disk.dirty_bytes(era);
+            (disk.name.clone(), uncertain)
         };
         oldest.into_iter().map(bytes).collect()
     };

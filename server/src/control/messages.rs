@@ -180,6 +180,14 @@ impl Notice {
                 of_disk = Some(disk);
                 ("TRACKING_LOST", None, None, Some(reason))
             }
+            Event::DiskAdded { disk } => {
+                of_disk = Some(disk);
+                ("DISK_ADDED", None, None, None)
+            }
+            Event::DiskRemoved { disk } => {
+                of_disk = Some(disk);
+                ("DISK_REMOVED", None, None, None)
+            }
             Event::Job { id, status } => {
                 of_job = Some(status);
                 ("JOB_STATUS_CHANGE", Some(id), None, None)

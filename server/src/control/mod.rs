@@ -10,6 +10,7 @@ mod arguments;
 pub(crate) mod bitmaps;
 mod carry;
 mod decoder;
+mod disk_arguments;
 mod execute;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
@@ -23,7 +24,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use block::Engine;
 use serde::Serialize;
 use time::OffsetDateTime;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -36,7 +36,7 @@ use tokio::task::{JoinHandle, spawn_local};
 use crate::failure::Failure;
 use crate::listeners::Endpoint;
 use crate::push::Jobs;
-use crate::service::{Event, Service};
+use crate::service::{Event, Opening, Service};
 use decoder::{Decoder, Malformed};
 use execute::execute;
 use messages::{Greeting, Notice, Reply};
@@ -52,8 +52,8 @@ pub(crate) struct Control {
     pub(crate) live_addresses: Vec<Endpoint>,
     /// Where the sockets are.
     pub(crate) run_dir: PathBuf,
-    /// What does what waits for a device.
-    pub(crate) engine: Engine,
+    /// How disks are opened.
+    pub(crate) opening: Opening,
     /// What is being copied by the server itself.
     pub(crate) jobs: Rc<Jobs>,
     /// True as soon as the server is to stop.

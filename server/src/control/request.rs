@@ -6,10 +6,11 @@ use serde_json::{Map, Value};
 
 use super::arguments::{Arguments, bad_request, shortened};
 use super::messages::Reply;
-use super::{bitmaps, carry};
+use super::{bitmaps, carry, disk_arguments};
 use crate::failure::Failure;
 use crate::names::Name;
 use crate::push::PushRequest;
+use crate::served::DiskSpec;
 use crate::service::{Action, BeginRequest, ChangesOf, Import, ImportedBitmap};
 
 /// Something to do.
@@ -25,6 +26,15 @@ pub(crate) enum Command {
     Status,
     /// `query-disks`.
     Disks,
+    /// `disk-add`.
+    AddDisk(Box<DiskSpec>),
+    /// `disk-remove`.
+    RemoveDisk {
+        /// Which.
+        disk: Name,
+        /// Even if clients have it open.
+        force: bool,
+    },
     /// `disk-resize`.
     ResizeDisk {
         /// Which.
@@ -193,6 +203,8 @@ pub(crate) const COMMANDS: &[&str] = &[
     "query-commands",
     "query-status",
     "query-disks",
+    "disk-add",
+    "disk-remove",
     "disk-resize",
     "disk-settle",
     "query-checkpoints",
@@ -251,6 +263,22 @@ fn command(mut members: Map<String, Value>) -> Result<Command, Refusal> {
     Ok(command)
 }
 
+/// What is done to a disk that is served.
+fn disk_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refusal> {
+    let disk = arguments.required_name("disk")?;
+    Ok(match name {
+        "disk-remove" => Command::RemoveDisk {
+            disk,
+            force: arguments.flag("force")?,
+        },
+        "disk-resize" => Command::ResizeDisk {
+            disk,
+            size: arguments.required_number("size", u64::MAX)?,
+        },
+        _ => Command::SettleDisk { disk },
+    })
+}
+
 fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refusal> {
     Ok(match name {
         "qmp_capabilities" => {
@@ -261,13 +289,8 @@ fn named_command(name: &str, arguments: &mut Arguments) -> Result<Command, Refus
         "query-commands" => Command::Commands,
         "query-status" => Command::Status,
         "query-disks" => Command::Disks,
-        "disk-resize" => Command::ResizeDisk {
-            disk: arguments.required_name("disk")?,
-            size: arguments.required_number("size", u64::MAX)?,
-        },
-        "disk-settle" => Command::SettleDisk {
-            disk: arguments.required_name("disk")?,
-        },
+        "disk-add" => Command::AddDisk(Box::new(disk_arguments::spec(arguments)?)),
+        "disk-remove" | "disk-resize" | "disk-settle" => disk_command(name, arguments)?,
         "query-checkpoints" => Command::Checkpoints {
             disk: arguments.name("disk")?,
         },

@@ -6,6 +6,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::task::LocalSet;
 
 use super::*;
+use crate::disk::OnTrackingError;
 use crate::names::Name;
 use crate::service::{BeginRequest, ScratchOptions};
 
@@ -33,7 +34,12 @@ impl Client {
             backup_addresses: Vec::new(),
             live_addresses: Vec::new(),
             run_dir: "/run/stillpoint".into(),
-            engine: Engine::Threads,
+            opening: Opening {
+                scratch_dir: None,
+                allow_backing: Vec::new(),
+                on_tracking_error: OnTrackingError::default(),
+                engine: Engine::Threads,
+            },
             stop: watch::channel(false).0,
         });
         let (ours, theirs) = UnixStream::pair().unwrap();

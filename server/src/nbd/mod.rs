@@ -90,7 +90,7 @@ async fn converse<S: AsyncRead + AsyncWrite + AsFd + Unpin>(
     let telling = (greeting, stop.clone());
     let negotiated = negotiate(&mut stream, &mut negotiation, &mut input, telling);
     match handshake.in_time(negotiated).await? {
-        Some(Chosen::Export(session)) => serve(stream, session, input, (&visitor, stop)).await,
+        Some(Chosen::Export(session)) => serve(stream, session, input, &visitor).await,
         Some(Chosen::Tls) => {
             let secured = async {
                 let mut stream = tls.accept(stream).await.map_err(Ended::Tls)?;
@@ -101,7 +101,7 @@ async fn converse<S: AsyncRead + AsyncWrite + AsFd + Unpin>(
             };
             match handshake.in_time(secured).await? {
                 Some((stream, Chosen::Export(session))) => {
-                    serve(stream, session, input, (&visitor, stop)).await
+                    serve(stream, session, input, &visitor).await
                 }
                 _ => Ok(()),
             }
@@ -115,12 +115,16 @@ async fn serve<S: AsyncRead + AsyncWrite + AsFd + Unpin>(
     stream: S,
     session: proto::Session<Exports>,
     input: BytesMut,
-    (visitor, stop): (&Visitor, watch::Receiver<bool>),
+    visitor: &Visitor,
 ) -> Result<(), Ended> {
     visitor.is_served();
     let (peer, role) = (visitor.peer, visitor.entrance.role);
+    let Some(seat) = session.export.clients().enter(role, peer.to_string()) else {
+        // The disk has gone since it was chosen, or the server stops.
+        return Ok(());
+    };
     tracing::info!(%peer, ?role, export = session.info.name, "connected");
-    transmission::run(stream, session, input, (&visitor.entrance, stop)).await
+    transmission::run(stream, session, input, (&visitor.entrance, seat)).await
 }
 
 /// How long a client may choose.

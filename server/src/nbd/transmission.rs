@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use proto::{Admission, Command, Errno, Incoming, Origin, Request, RequestDecoder};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::budget::Share;
@@ -24,16 +24,16 @@ use super::progress::{Lapse, Owed, Progress};
 use super::under_way::{Pending, UnderWay, weight};
 use super::vigil::Vigil;
 use super::{Ended, INPUT_PIECE};
+use crate::clients::Seat;
 use crate::export::Role;
 use crate::limits::Limits;
 
-/// Serves requests until the client leaves or the server stops; returns when all that was begun has
-/// ended.
+/// Serves requests until the client leaves or is told to; returns when all that was begun has ended.
 pub(super) async fn run<S: AsyncRead + AsyncWrite + AsFd + Unpin>(
     stream: S,
     session: proto::Session<Exports>,
     input: BytesMut,
-    (entrance, stop): (&Entrance, watch::Receiver<bool>),
+    (entrance, mut seat): (&Entrance, Seat),
 ) -> Result<(), Ended> {
     let (admission, decoder) = (session.admission(), session.requests());
     let target = Rc::new(Target {
@@ -60,7 +60,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + AsFd + Unpin>(
         progress: Progress::new(&entrance.limits, entrance.role == Role::Live),
         limits: entrance.limits.clone(),
     };
-    connection.run((stream, line), stop).await
+    connection.run((stream, line), &mut seat).await
 }
 
 /// Waits until `moment`, or for ever where there is none.
@@ -96,10 +96,10 @@ impl Connection {
     async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         mut self,
         stream: (S, Line),
-        stop: watch::Receiver<bool>,
+        seat: &mut Seat,
     ) -> Result<(), Ended> {
         let under_way = Rc::clone(&self.under_way);
-        let result = self.exchange(stream, stop).await;
+        let result = self.exchange(stream, seat).await;
         self.target.leaving.set(true);
         self.target.asking.close();
         // Nobody hears the answers any more, but what was begun is ended.
@@ -112,7 +112,7 @@ impl Connection {
     async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
         &mut self,
         (stream, line): (S, Line),
-        mut stop: watch::Receiver<bool>,
+        seat: &mut Seat,
     ) -> Result<(), Ended> {
         let (mut reader, mut writer) = tokio::io::split(stream);
         let under_way = Rc::clone(&self.under_way);
@@ -120,7 +120,7 @@ impl Connection {
         let mut withdrawn = std::pin::pin!(target.export.withdrawn());
         let mut looking = std::pin::pin!(sleep(Duration::ZERO));
         let (mut look, mut give_up) = (None, None);
-        let (mut stopping, mut is_withdrawn) = (false, false);
+        let (mut dismissed, mut is_withdrawn) = (false, false);
         loop {
             let listens = self.take_requests()?;
             self.collect_replies();
@@ -141,8 +141,8 @@ impl Connection {
                 }
             }
             tokio::select! {
-                sent = self.output.send(&mut writer), if !self.output.is_empty() => {
-                    self.progress.took(sent?, self.output.is_empty());
+                written = self.output.send(&mut writer), if !self.output.is_empty() => {
+                    self.progress.took(written?, self.output.is_empty());
                 }
                 received = reader.read_buf(&mut self.input), if listens => {
                     let received = received?;
@@ -164,10 +164,10 @@ impl Connection {
                     look = None;
                     self.progress.look(owed, Instant::now())?;
                 }
-                _ = stop.wait_for(|stop| *stop), if !stopping => {
-                    (stopping, self.last_words) = (true, true);
+                why = seat.dismissed(), if !dismissed => {
+                    (dismissed, self.last_words) = (true, true);
                     self.target.leaving.set(true);
-                    self.refuse_postponed();
+                    self.refuse_postponed(why);
                     give_up = Some(Instant::now() + GOODBYE_MAX);
                 }
                 _ = &mut withdrawn, if !is_withdrawn => {
@@ -175,7 +175,7 @@ impl Connection {
                     give_up.get_or_insert_with(|| Instant::now() + GOODBYE_MAX);
                 }
                 () = until(give_up) => {
-                    if stopping {
+                    if dismissed {
                         return Ok(());
                     }
                     if !self.output.is_empty() {
@@ -255,10 +255,10 @@ impl Connection {
         }
     }
 
-    fn refuse_postponed(&mut self) {
+    fn refuse_postponed(&mut self, why: &str) {
         if let Some((origin, _)) = self.postponed.take() {
-            let (replies, text) = (self.target.replies, "the server is shutting down");
-            replies.error(self.output.end(), origin, Errno::Shutdown, text);
+            let replies = self.target.replies;
+            replies.error(self.output.end(), origin, Errno::Shutdown, why);
         }
     }
 

@@ -126,7 +126,7 @@ impl Job {
         self.outcome.get()
     }
 
-    pub(super) fn is_over(&self) -> bool {
+    pub(crate) fn is_over(&self) -> bool {
         self.outcome.get().is_some()
     }
 

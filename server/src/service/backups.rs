@@ -300,6 +300,14 @@ impl Service {
         }
     }
 
+    /// Ends the open backup with this identity, if there is one; that is recorded already.
+    pub(super) async fn end_by_uuid(&self, uuid: Uuid, outcome: Outcome) {
+        let open = self.book().backups.clone();
+        if let Some(backup) = open.iter().find(|backup| backup.uuid == uuid) {
+            self.end(backup, outcome).await;
+        }
+    }
+
     async fn end(&self, backup: &Backup, outcome: Outcome) {
         self.enter_end(backup, outcome);
         for part in backup.disks.values() {

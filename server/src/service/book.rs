@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use super::bitmaps::{Bitmaps, FrozenBitmap};
+use super::members::Away;
 use crate::files::{Files, SnapshotDir};
 use crate::names::Name;
 use crate::served::ServedDisk;
@@ -32,6 +33,8 @@ pub(crate) struct Book {
     pub(crate) consumers: BTreeMap<Name, BTreeMap<Name, Last>>,
     /// Dirty bitmaps, which have a namespace of their own.
     pub(crate) bitmaps: Bitmaps,
+    /// The disks that have gone since the server began, by uuid.
+    pub(super) away: BTreeMap<Uuid, Away>,
 }
 
 /// Where a consumer is on a disk: at the checkpoint of the last backup that it has committed.
@@ -54,6 +57,15 @@ pub(crate) struct Ended {
 }
 
 impl Ended {
+    /// Takes in what is known elsewhere. What was told here of an id goes on being told.
+    pub(super) fn join(&mut self, other: Self) {
+        for (id, outcome) in other.outcomes {
+            if self.get(&id).is_none() {
+                self.insert(id, outcome);
+            }
+        }
+    }
+
     /// How the backup with this id ended.
     pub(crate) fn get(&self, id: &Name) -> Option<Outcome> {
         self.outcomes.get(id).copied()
@@ -254,6 +266,13 @@ impl Book {
         consumers
             .find(|(_, lasts)| is_there(lasts))
             .map(|(name, _)| name)
+    }
+
+    /// Oldest first.
+    pub(super) fn sort(&mut self) {
+        self.checkpoints
+            .sort_by_key(|checkpoint| checkpoint.created);
+        self.backups.sort_by_key(|backup| backup.frozen_at);
     }
 
     /// Checkpoints that were made for a consumer and that nobody needs any more, and where.

@@ -55,7 +55,7 @@ impl Service {
         of: ChangesOf,
         offset: u64,
     ) -> Result<Changes, Failure> {
-        let disk = Arc::clone(self.disk(disk)?);
+        let disk = self.disk(disk)?;
         let map = Arc::clone(disk.disk.map());
         let (known, uuid, revision, granularity) = match of {
             ChangesOf::Checkpoint(name) => {

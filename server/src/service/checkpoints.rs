@@ -69,7 +69,7 @@ impl Service {
                 },
                 automatic: false,
             });
-            if let Err(error) = self.disks[disk].record(&record).await {
+            if let Err(error) = self.disks()[disk].record(&record).await {
                 let undo = Record::Deleted {
                     uuid: checkpoint.uuid,
                     disks,
@@ -87,8 +87,9 @@ impl Service {
         Ok(())
     }
 
-    fn identities<'a>(&self, disks: impl Iterator<Item = &'a Name>) -> Vec<Uuid> {
-        disks.map(|disk| self.disks[disk].uuid).collect()
+    pub(super) fn identities<'a>(&self, disks: impl Iterator<Item = &'a Name>) -> Vec<Uuid> {
+        let served = self.disks();
+        disks.map(|disk| served[disk].uuid).collect()
     }
 
     /// Forgets a checkpoint. What changed since any other one stays known. The last one of a
@@ -100,20 +101,31 @@ impl Service {
         force: bool,
     ) -> Result<(), Failure> {
         let _alone = self.instants.lock().await;
+        let is_of_all = disks.is_none();
         let disks: BTreeSet<Name> = self
             .select(disks.as_deref())?
             .into_iter()
             .map(|disk| disk.name.clone())
             .collect();
-        let checkpoint = self.deletable(name, &disks, force)?;
+        let checkpoint = self.deletable(name, (&disks, is_of_all), force)?;
         let on = checkpoint.eras.keys().filter(|disk| disks.contains(*disk));
         let on: Vec<Name> = on.cloned().collect();
+        // Those that are away hear of it when they are back.
+        let away = if is_of_all {
+            self.book().away_with(checkpoint.uuid)
+        } else {
+            Vec::new()
+        };
+        let mut told = self.identities(on.iter());
+        told.extend(&away);
         let record = Record::Deleted {
             uuid: checkpoint.uuid,
-            disks: self.identities(on.iter()),
+            disks: told,
         };
         self.record_decision(on.iter(), &record).await?;
-        self.book_mut().remove_checkpoint(checkpoint.uuid, &on);
+        let mut book = self.book_mut();
+        book.remove_checkpoint(checkpoint.uuid, &on);
+        book.owe(&record, &away);
         Ok(())
     }
 
@@ -122,7 +134,7 @@ impl Service {
     fn deletable(
         &self,
         name: &Name,
-        disks: &BTreeSet<Name>,
+        (disks, is_of_all): (&BTreeSet<Name>, bool),
         force: bool,
     ) -> Result<Checkpoint, Failure> {
         let book = self.book();
@@ -139,7 +151,9 @@ impl Service {
         if let Some(backup) = on().find_map(|disk| book.user_of(checkpoint.uuid, disk)) {
             return Err(in_use(name, backup));
         }
-        match on().find_map(|disk| book.consumer_at(checkpoint.uuid, disk)) {
+        let here = on().find_map(|disk| book.consumer_at(checkpoint.uuid, disk));
+        let away = || book.away_consumer_at(checkpoint.uuid);
+        match here.or_else(|| is_of_all.then(away).flatten()) {
             Some(consumer) if !force => {
                 let message =
                     format!("checkpoint '{name}' is the last one of consumer '{consumer}'");
@@ -173,7 +187,7 @@ impl Service {
 
     pub(super) fn check_checkpoint_name(&self, name: &Name) -> Result<(), Failure> {
         let of_disk = name.as_str().strip_prefix("backup-");
-        if of_disk.is_some_and(|disk| self.disks.contains_key(disk)) {
+        if of_disk.is_some_and(|disk| self.disks().contains_key(disk)) {
             let message = format!("'{name}' is the name that a disk's backup bitmap goes by");
             return Err(Failure::new("invalid-name", message));
         }

@@ -28,13 +28,20 @@ impl Service {
             let message = format!("there is no consumer '{consumer}'");
             Failure::new("unknown-consumer", message).hint("see: stillpoint consumer list")
         })?;
-        let at: BTreeSet<Uuid> = lasts.values().map(|last| last.uuid).collect();
+        // Those that are away hear of it when they are back.
+        let (away, there) = self.book().away_at(consumer);
+        let here = lasts.values().map(|last| last.uuid);
+        let at: BTreeSet<Uuid> = here.chain(there).collect();
         let record = Record::Forgotten {
             consumer: consumer.clone(),
             at: at.into_iter().collect(),
         };
         self.record_decision(lasts.keys(), &record).await?;
-        self.book_mut().consumers.remove(consumer);
+        {
+            let mut book = self.book_mut();
+            book.consumers.remove(consumer);
+            book.owe(&record, &away);
+        }
         self.drop_left_behind().await;
         Ok(())
     }
@@ -96,7 +103,7 @@ impl Service {
         for (uuid, disks) in left {
             let record = Record::Deleted {
                 uuid,
-                disks: disks.iter().map(|disk| self.disks[disk].uuid).collect(),
+                disks: self.identities(disks.iter()),
             };
             self.record_or_owe(disks.iter(), &record).await;
             self.book_mut().remove_checkpoint(uuid, &disks);

@@ -71,7 +71,7 @@ impl Service {
             transient,
             disabled,
         } = wanted;
-        let disk = Arc::clone(self.disk(&import.disk)?);
+        let disk = self.disk(&import.disk)?;
         let node = disk.name.to_string();
         let granularity = granularity_on(&node, chunk_of(&disk), granularity)?;
         let bits = read(import, &name, &disk, granularity).await?;
@@ -111,7 +111,7 @@ impl Service {
         import: &Import,
         name: Name,
     ) -> Result<(Checkpoint, Imported), Failure> {
-        let disk = Arc::clone(self.disk(&import.disk)?);
+        let disk = self.disk(&import.disk)?;
         self.check_checkpoint_name(&name)?;
         let granularity = BitGranularity::new(chunk_of(&disk))
             .map_err(|error| Failure::new("internal", error.to_string()))?;
@@ -119,6 +119,11 @@ impl Service {
         let told_bytes = bits.dirty_bytes();
 
         let _alone = self.instants.lock().await;
+        // Reading took its time, and the disk may have been removed, also added again.
+        if !Arc::ptr_eq(&disk, &self.disk(&import.disk)?) {
+            let message = format!("disk '{}' was removed meanwhile", import.disk);
+            return Err(Failure::new("unknown-disk", message).hint("try again"));
+        }
         self.check_checkpoint_name(&name)?;
         self.check_room(std::iter::once(&disk.name))?;
         refuse_untrusted(&disk)?;

@@ -11,16 +11,20 @@ mod book;
 mod changes;
 mod checkpoints;
 mod consumers;
+mod disks;
 mod expiry;
 mod import;
+mod keepers;
+mod members;
 mod reserve;
 mod resize;
 mod restore;
+mod same_image;
 mod space;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
@@ -34,7 +38,9 @@ pub(crate) use book::{
     Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Last, Outcome, Usage,
 };
 pub(crate) use changes::{Changes, ChangesOf};
+pub(crate) use disks::Opening;
 pub(crate) use import::{Import, Imported, ImportedBitmap};
+use keepers::Keepers;
 pub(crate) use resize::{Resized, resize_alone};
 
 use crate::disk::{Cover, Freeze, NotFrozen, Tracking, freeze};
@@ -49,8 +55,11 @@ pub(crate) use space::{Reserve, ScratchOptions};
 
 /// Disks, and what is known of their past.
 pub(crate) struct Service {
-    disks: BTreeMap<Name, Arc<ServedDisk>>,
+    /// Replaced as a whole, together with what the book says of them, by whoever holds `instants`.
+    disks: RwLock<Arc<Disks>>,
     book: RwLock<Book>,
+    /// Held by whoever adds or removes a disk, from before it holds `instants`.
+    changing: Mutex<()>,
     /// Held by whoever takes or ends an instant.
     instants: Mutex<Counter>,
     freeze_timeout: Duration,
@@ -61,7 +70,14 @@ pub(crate) struct Service {
     longest_pause_us: AtomicU64,
     events: broadcast::Sender<Event>,
     space: Space,
+    /// What is done for each disk for as long as it is served.
+    keepers: std::sync::Mutex<BTreeMap<Name, Keepers>>,
+    /// Nobody is to be a client any more.
+    dismissed: AtomicBool,
 }
+
+/// Disks by name.
+pub(crate) type Disks = BTreeMap<Name, Arc<ServedDisk>>;
 
 /// What time it is.
 pub(crate) type Clock = fn() -> OffsetDateTime;
@@ -106,6 +122,16 @@ pub(crate) enum Event {
         /// Why.
         reason: String,
     },
+    /// A disk is served from now on.
+    DiskAdded {
+        /// Which.
+        disk: Name,
+    },
+    /// A disk is not served any more, and another server may have it.
+    DiskRemoved {
+        /// Which.
+        disk: Name,
+    },
     /// A job is somewhere else than before.
     Job {
         /// Its id.
@@ -137,7 +163,8 @@ impl Service {
             disk.remove_leftovers(&open);
         }
         let service = Arc::new(Self {
-            disks: served,
+            disks: RwLock::new(Arc::new(served)),
+            changing: Mutex::default(),
             book: RwLock::new(book),
             instants: Mutex::default(),
             freeze_timeout,
@@ -146,6 +173,8 @@ impl Service {
             longest_pause_us: AtomicU64::new(0),
             events: broadcast::channel(EVENTS_MAX).0,
             space,
+            keepers: std::sync::Mutex::default(),
+            dismissed: AtomicBool::new(false),
         });
         for backup in &service.book().backups {
             service.watch(backup);
@@ -159,12 +188,13 @@ impl Service {
     /// were found broken: a later start may find their files again, and another end of its
     /// predecessor. Then what has expired meanwhile ends, and what nobody needs goes.
     pub(crate) async fn settle(&self) -> io::Result<()> {
-        for disk in self.disks.values() {
+        let disks = self.disks();
+        for disk in disks.values() {
             disk.catch_up().await?;
         }
         let owed = std::mem::take(&mut *self.owed.lock().unwrap_or_else(PoisonError::into_inner));
         for (disk, record) in owed {
-            self.disks[&disk].record(&record).await?;
+            disks[&disk].record(&record).await?;
         }
         let backups = self.book().backups.clone();
         for backup in backups {
@@ -179,23 +209,23 @@ impl Service {
                 part.disk.record(&record).await?;
             }
         }
-        self.book().bitmaps.remove_leftovers(&self.disks);
-        for disk in self.disks.values() {
+        self.book().bitmaps.remove_leftovers(disks.values());
+        for disk in disks.values() {
             disk.state.lock().await.settle().await?;
         }
         self.abort_expired().await;
         self.drop_left_behind().await;
-        for disk in self.disks.values() {
-            if let Err(error) = disk.state.lock().await.tidy().await {
-                tracing::warn!(disk = %disk.name, %error, "the journal cannot be written anew");
-            }
+        for disk in disks.values() {
+            disk.tidy().await;
+            disk.stays();
         }
         Ok(())
     }
 
-    /// The disks by name.
-    pub(crate) fn disks(&self) -> &BTreeMap<Name, Arc<ServedDisk>> {
-        &self.disks
+    /// The disks as they are now.
+    pub(crate) fn disks(&self) -> Arc<Disks> {
+        let disks = self.disks.read().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(&disks)
     }
 
     /// Checkpoints and backups as they are now.
@@ -207,10 +237,11 @@ impl Service {
         self.book.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until no instant is being taken and no disk resized; for as long as what is returned is
-    /// there, none is.
-    pub(crate) async fn rest(&self) -> impl Drop + '_ {
-        self.instants.lock().await
+    /// Waits until no instant is being taken and no disk added, removed or resized; for as long as
+    /// what is returned is there, none is.
+    pub(crate) async fn rest(&self) -> impl Sized {
+        let changing = self.changing.lock().await;
+        (changing, self.instants.lock().await)
     }
 
     /// What happens from now on.
@@ -229,26 +260,31 @@ impl Service {
     }
 
     /// The disk of this name.
-    pub(crate) fn disk(&self, name: &Name) -> Result<&Arc<ServedDisk>, Failure> {
-        self.disks.get(name).ok_or_else(|| {
-            let known: Vec<_> = self.disks.keys().map(Name::as_str).collect();
+    pub(crate) fn disk(&self, name: &Name) -> Result<Arc<ServedDisk>, Failure> {
+        let disks = self.disks();
+        disks.get(name).cloned().ok_or_else(|| {
+            let known: Vec<_> = disks.keys().map(Name::as_str).collect();
             let failure = Failure::new("unknown-disk", format!("there is no disk '{name}'"));
+            if known.is_empty() {
+                return failure.hint(NO_DISK);
+            }
             failure.hint(format!("the disks are: {}", known.join(", ")))
         })
     }
 
     fn select(&self, wanted: Option<&[Name]>) -> Result<Vec<Arc<ServedDisk>>, Failure> {
         let Some(wanted) = wanted else {
-            return Ok(self.disks.values().cloned().collect());
+            let disks = self.disks();
+            if disks.is_empty() {
+                return Err(Failure::new("unknown-disk", "the server has no disk").hint(NO_DISK));
+            }
+            return Ok(disks.values().cloned().collect());
         };
         if wanted.is_empty() {
             return Err(Failure::new("unknown-disk", "no disk is named"));
         }
         let names: BTreeSet<&Name> = wanted.iter().collect();
-        names
-            .into_iter()
-            .map(|name| self.disk(name).cloned())
-            .collect()
+        names.into_iter().map(|name| self.disk(name)).collect()
     }
 
     /// Takes the instant, and says for how long the guests were held.
@@ -288,7 +324,7 @@ impl Service {
         let Some(first) = disks.next() else {
             return Ok(());
         };
-        let decided = self.disks[first].record(record).await;
+        let decided = self.disks()[first].record(record).await;
         decided.map_err(|error| not_recorded(first, &error))?;
         self.record_or_owe(disks, record).await;
         Ok(())
@@ -297,22 +333,7 @@ impl Service {
     /// For what is so in any case: what it undoes was not acknowledged, or another disk has said it.
     async fn record_or_owe(&self, disks: impl Iterator<Item = &Name>, record: &Record) {
         for disk in disks {
-            self.disks[disk].record_or_owe(record).await;
-        }
-    }
-
-    /// Tells everyone whenever tracking of `disk` is lost, for as long as it is served.
-    pub(crate) async fn watch_tracking(&self, disk: &ServedDisk) {
-        loop {
-            disk.disk.tracking_lost().await;
-            let Some(loss) = disk.disk.loss() else {
-                continue;
-            };
-            tracing::error!(disk = %disk.name, reason = loss.reason, "tracking is lost");
-            self.announce(Event::TrackingLost {
-                disk: disk.name.clone(),
-                reason: loss.reason,
-            });
+            self.disks()[disk].record_or_owe(record).await;
         }
     }
 
@@ -349,6 +370,9 @@ fn not_recorded(disk: &Name, error: &io::Error) -> Failure {
     let message = format!("disk '{disk}': the journal cannot be written: {error}");
     Failure::new("state", message).hint("nothing has changed: see to the storage and try again")
 }
+
+/// What there is to do where there is no disk.
+const NO_DISK: &str = "add one: stillpoint disk add NAME=PATH";
 
 /// A listener that falls this far behind loses the oldest events.
 const EVENTS_MAX: usize = 256;

@@ -1,6 +1,7 @@
 //! Disks that become larger, while they are served or while nobody has them.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use block::{Engine, Storage};
 
@@ -28,9 +29,21 @@ impl Service {
     pub(crate) async fn resize_disk(&self, name: &Name, size: u64) -> Result<Resized, Failure> {
         let _alone = self.instants.lock().await;
         let disk = self.disk(name)?;
+        disk.resizing.store(true, Ordering::Relaxed);
+        let resized = self.resize_served(&disk, size).await;
+        disk.resizing.store(false, Ordering::Relaxed);
+        resized
+    }
+
+    async fn resize_served(&self, disk: &Arc<ServedDisk>, size: u64) -> Result<Resized, Failure> {
         check(disk, size).await?;
         if size == disk.disk.size() {
             return Ok(unchanged(size));
+        }
+        if let Some(remote) = disk.disk.image().remote() {
+            // A server that was started anew for it has that size by now, and is to take a flush.
+            let expected = remote.expect(size).await;
+            expected.map_err(|error| unreachable(&disk.name, &error))?;
         }
         self.freeze(vec![next_instant(disk)?]).await?;
         grow(disk, size).await
@@ -52,6 +65,7 @@ pub(crate) async fn resize_alone(spec: &DiskSpec, size: NewSize) -> Result<Resiz
         }
         _ => failure,
     })?;
+    disk.stays();
     if past.ending != Ending::Clean && !past.ledger.open.is_empty() {
         let message = format!(
             "disk '{}': its last server did not end in good order, and left backups open",
@@ -199,6 +213,12 @@ async fn grow(disk: &ServedDisk, size: u64) -> Result<Resized, Failure> {
     })?;
     tracing::info!(disk = %name, from = before, to = size, "the disk has been enlarged");
     Ok(Resized { before, now: size })
+}
+
+fn unreachable(disk: &Name, error: &std::io::Error) -> Failure {
+    let message = format!("disk '{disk}': {error}");
+    let hint = "see that the server which has the image is there, with the old size or this one";
+    Failure::new("base-unreachable", message).hint(hint)
 }
 
 fn unchanged(size: u64) -> Resized {

@@ -13,6 +13,7 @@ use scratch::{Snapshot, Terms};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use super::Disks;
 use super::agree::{Told, agree};
 use super::bitmaps::{FrozenBitmap, load_bitmaps};
 use super::book::{Backup, Base, BeginRequest, Book, Checkpoint, FrozenDisk, Last};
@@ -37,7 +38,7 @@ pub(super) struct Restored {
 
 /// Joins what the disks tell.
 pub(super) fn restore(
-    disks: &BTreeMap<Name, Arc<ServedDisk>>,
+    disks: &Disks,
     pasts: BTreeMap<Name, Past>,
     space: &Space,
 ) -> io::Result<Restored> {
@@ -47,43 +48,92 @@ pub(super) fn restore(
         told.insert(name.clone(), (disks[&name].uuid, past.ledger));
     }
     let owed = agree(&mut told);
-    let mut book = Book::default();
-    let mut open: BTreeMap<Uuid, BTreeMap<Name, BackupRecord>> = BTreeMap::new();
-    let mut broken = BTreeMap::new();
+    let (mut book, mut open) = (Book::default(), Open::default());
     for (disk, (_, ledger)) in told {
-        take_checkpoints(&mut book, &disk, &ledger);
-        let bitmaps = load_bitmaps(&disks[&disk], &ledger.bitmaps);
-        book.bitmaps.restore(disk.clone(), bitmaps);
-        for (consumer, last) in ledger.consumers {
-            let last = Last {
-                name: last.checkpoint,
-                uuid: last.uuid,
-                created: time_of(last.created),
-            };
-            let by_disk = book.consumers.entry(consumer).or_default();
-            by_disk.insert(disk.clone(), last);
-        }
-        for ended in ledger.ended {
-            if let Some(id) = ended.id {
-                book.ended.insert(id, ended.outcome);
-            }
-        }
-        for (uuid, reason) in ledger.broken {
-            broken.insert((disk.clone(), uuid), reason);
-        }
-        for (uuid, part) in ledger.open {
-            open.entry(uuid).or_default().insert(disk.clone(), part);
-        }
+        take_ledger(&mut book, &mut open, &disks[&disk], ledger);
     }
-    for (uuid, parts) in open {
-        let backup = reopen(uuid, &parts, &broken, disks, &endings, space)?;
-        book.checkpoints.extend(backup.pending_checkpoint());
-        book.backups.push(Arc::new(backup));
-    }
-    book.checkpoints
-        .sort_by_key(|checkpoint| checkpoint.created);
-    book.backups.sort_by_key(|backup| backup.frozen_at);
+    open.reopen(&mut book, disks, &endings, space)?;
+    book.sort();
     Ok(Restored { book, owed })
+}
+
+/// The same for one disk that joins others, of which `known` is the book: what its `ledger` tells
+/// now that it agrees with theirs. `disks` are those and it.
+///
+/// A backup that others have open too went on without it: it is broken, also here.
+pub(super) fn restore_one(
+    (disk, ending): (&Arc<ServedDisk>, Ending),
+    ledger: Ledger,
+    (known, disks): (&Book, &Disks),
+    space: &Space,
+) -> io::Result<Book> {
+    let (mut book, mut open) = (Book::default(), Open::default());
+    take_ledger(&mut book, &mut open, disk, ledger);
+    for uuid in open.parts.keys() {
+        let others = known.backups.iter().find(|backup| backup.uuid == *uuid);
+        if let Some(others) = others {
+            let without = || format!("it went on without disk '{}'", disk.name);
+            let reason = others.broken().unwrap_or_else(without);
+            open.broken.insert((disk.name.clone(), *uuid), reason);
+        }
+    }
+    let endings = BTreeMap::from([(disk.name.clone(), ending)]);
+    open.reopen(&mut book, disks, &endings, space)?;
+    Ok(book)
+}
+
+/// The backups that were open.
+#[derive(Default)]
+struct Open {
+    /// What the disks of each say of it.
+    parts: BTreeMap<Uuid, BTreeMap<Name, BackupRecord>>,
+    /// Why a disk's part of one is lost.
+    broken: BTreeMap<(Name, Uuid), String>,
+}
+
+impl Open {
+    fn reopen(
+        &self,
+        book: &mut Book,
+        disks: &Disks,
+        endings: &BTreeMap<Name, Ending>,
+        space: &Space,
+    ) -> io::Result<()> {
+        for (uuid, parts) in &self.parts {
+            let backup = reopen(*uuid, parts, &self.broken, disks, endings, space)?;
+            book.checkpoints.extend(backup.pending_checkpoint());
+            book.backups.push(Arc::new(backup));
+        }
+        Ok(())
+    }
+}
+
+fn take_ledger(book: &mut Book, open: &mut Open, served: &ServedDisk, ledger: Ledger) {
+    let disk = &served.name;
+    take_checkpoints(book, disk, &ledger);
+    let bitmaps = load_bitmaps(served, &ledger.bitmaps);
+    book.bitmaps.restore(disk.clone(), bitmaps);
+    for (consumer, last) in ledger.consumers {
+        let last = Last {
+            name: last.checkpoint,
+            uuid: last.uuid,
+            created: time_of(last.created),
+        };
+        let by_disk = book.consumers.entry(consumer).or_default();
+        by_disk.insert(disk.clone(), last);
+    }
+    for ended in ledger.ended {
+        if let Some(id) = ended.id {
+            book.ended.insert(id, ended.outcome);
+        }
+    }
+    for (uuid, reason) in ledger.broken {
+        open.broken.insert((disk.clone(), uuid), reason);
+    }
+    for (uuid, part) in ledger.open {
+        let parts = open.parts.entry(uuid).or_default();
+        parts.insert(disk.clone(), part);
+    }
 }
 
 fn take_checkpoints(book: &mut Book, disk: &Name, ledger: &Ledger) {
@@ -117,7 +167,7 @@ fn reopen(
     uuid: Uuid,
     records: &BTreeMap<Name, BackupRecord>,
     broken: &BTreeMap<(Name, Uuid), String>,
-    disks: &BTreeMap<Name, Arc<ServedDisk>>,
+    disks: &Disks,
     endings: &BTreeMap<Name, Ending>,
     space: &Space,
 ) -> io::Result<Backup> {

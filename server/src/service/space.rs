@@ -116,6 +116,12 @@ impl Space {
         Ok(())
     }
 
+    /// Lets go of the file systems that no backup has scratch on.
+    pub(super) fn forget_unused(&self) {
+        let mut rooms = self.rooms.lock().unwrap_or_else(PoisonError::into_inner);
+        rooms.retain(|_, room| Arc::strong_count(room) > 1);
+    }
+
     /// Backups on one file system share what is known of its free space.
     fn room(&self, folder: &Path) -> io::Result<Arc<Room>> {
         let folder = File::open(folder)?;

@@ -143,6 +143,11 @@ impl State {
             .any(|name| dir.join(name).exists())
     }
 
+    /// What the journal says.
+    pub(crate) fn ledger(&self) -> &Ledger {
+        self.journal.ledger()
+    }
+
     /// Makes `record` durable.
     pub(crate) async fn record(&mut self, record: &Record) -> io::Result<()> {
         self.journal.append(record).await

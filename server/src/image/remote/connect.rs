@@ -28,6 +28,17 @@ pub(crate) struct RemoteSpec {
     pub(crate) patience: Duration,
 }
 
+impl RemoteSpec {
+    /// With everything but the place by default.
+    pub(crate) fn new(uri: NbdUri) -> Self {
+        Self {
+            uri,
+            tls_creds: None,
+            patience: PATIENCE,
+        }
+    }
+}
+
 /// What makes connections.
 pub(super) struct Dialer {
     uri: NbdUri,
@@ -187,6 +198,9 @@ pub(super) fn error_of(error: Error) -> io::Error {
     };
     io::Error::new(kind, error)
 }
+
+/// How long a request waits for another server: as long as guests wait for a disk, mostly.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The metadata context that says what takes space.
 pub(super) const BASE_ALLOCATION: &str = "base:allocation";

@@ -51,6 +51,10 @@ pub(super) struct Keeper {
     pub(super) sync_failed: bool,
     /// Since when nobody answers.
     pub(super) gone_since: Option<Instant>,
+    /// Another size that it may come back with, as somebody says.
+    pub(super) expected: Option<u64>,
+    /// Who waits for it to come back, with that size or as it was.
+    pub(super) expecting: Option<(Instant, oneshot::Sender<io::Result<Answer>>)>,
     /// The size that its server has given it, as somebody says, and who waits for that.
     pub(super) growing: Option<Growing>,
     pub(super) numbers: u64,
@@ -98,6 +102,9 @@ impl Keeper {
                 None => return,
             }
             self.gone_since = None;
+            if let Some((_, answer)) = self.expecting.take() {
+                let _ = answer.send(Ok(Answer::Done));
+            }
             tracing::info!(disk = self.name, "the base is back");
         }
     }
@@ -153,9 +160,15 @@ impl Keeper {
                 let _ = answer.send(Err(io::Error::other(message)));
             }
         }
-        if let Some(why) = self.can.differ(&now) {
+        let own = self.side.size.load(Ordering::Acquire);
+        let mut like = self.can;
+        if now.size == own || Some(now.size) == self.expected {
+            like.size = now.size;
+        }
+        if let Some(why) = like.differ(&now) {
             return Err(why);
         }
+        self.can = like;
         let given = async {
             for run in self.unsynced.runs(SLOTS) {
                 self.give_again(&link.client, run).await?;
@@ -235,7 +248,21 @@ impl Keeper {
     fn take(&mut self, request: Request) {
         let begun = Instant::now();
         self.numbers += 1;
+        if let Task::Expect(size) = request.task {
+            self.expected = Some(size);
+            match self.gone_since {
+                None => drop(request.answer.send(Ok(Answer::Done))),
+                Some(_) => self.expecting = Some((begun + self.patience, request.answer)),
+            }
+            return;
+        }
         if let Task::Grow(size) = request.task {
+            if self.can.size == size && self.gone_since.is_none() {
+                // It came back so.
+                self.side.size.store(size, Ordering::Release);
+                let _ = request.answer.send(Ok(Answer::Done));
+                return;
+            }
             self.growing = Some(Growing {
                 size,
                 deadline: begun + self.patience,
@@ -382,7 +409,9 @@ impl Keeper {
     fn next_deadline(&self) -> Option<Instant> {
         let all = self.under_way.values().chain(&self.waiting);
         let growing = self.growing.iter().map(|growing| growing.deadline);
-        all.map(|pending| pending.deadline).chain(growing).min()
+        let expecting = self.expecting.iter().map(|(deadline, _)| *deadline);
+        let all = all.map(|pending| pending.deadline);
+        all.chain(growing).chain(expecting).min()
     }
 
     /// Answers what has waited for too long. Nothing of it is under way.
@@ -390,6 +419,9 @@ impl Keeper {
         let now = Instant::now();
         if let Some(growing) = self.growing.take_if(|growing| growing.deadline <= now) {
             let _ = growing.answer.send(Err(io::Error::other(Unreachable)));
+        }
+        if let Some((_, answer)) = self.expecting.take_if(|(deadline, _)| *deadline <= now) {
+            let _ = answer.send(Err(io::Error::other(Unreachable)));
         }
         let all = std::mem::take(&mut self.waiting);
         for pending in all {

@@ -134,6 +134,12 @@ impl RemoteStorage {
         self.side.size.load(Ordering::Acquire)
     }
 
+    /// It may come back with that size, by the doing of its server, and is gone on with at the size that
+    /// it has for us. Returns when it is there.
+    pub(crate) async fn expect(&self, size: u64) -> io::Result<()> {
+        self.ask(Task::Expect(size)).await.map(drop)
+    }
+
     /// It must have that size by now, by the doing of its server.
     pub(super) async fn grow(&self, size: u64) -> io::Result<()> {
         self.ask(Task::Grow(size)).await.map(drop)
@@ -230,6 +236,8 @@ fn keeper(
         unsynced: Unsynced::default(),
         sync_failed: false,
         gone_since: None,
+        expected: None,
+        expecting: None,
         growing: None,
         numbers: 0,
     };

@@ -55,12 +55,11 @@ impl Service {
         let eras = self.begin_eras(&drafts).await?;
         // From here on every mark carries an era of which no bitmap knows yet, or a later look at
         // the map finds it: what is read below has all that changed before the instant.
-        let maps: Maps = self
-            .disks()
+        let disks = self.disks();
+        let maps: Maps = disks
             .iter()
             .map(|(name, disk)| (name.clone(), Arc::clone(disk.disk.map())))
             .collect();
-        let disks = self.disks().clone();
         let outcomes = blocking(move || outcomes(drafts, &eras, &disks, &maps)).await?;
         let outcomes = self.make_durable(outcomes).await?;
         let replaced = self.replace(outcomes);
@@ -104,8 +103,9 @@ impl Service {
         drafts: &BTreeMap<Name, DiskDraft>,
     ) -> Result<BTreeMap<Name, Era>, Failure> {
         let (mut eras, mut freezes) = (BTreeMap::new(), Vec::new());
+        let disks = self.disks();
         for name in drafts.keys().filter(|name| drafts[*name].needs_instant) {
-            let disk = &self.disks()[name];
+            let disk = &disks[name];
             refuse_untrusted(disk)?;
             let tracking = disk.disk.tracking();
             let era = next_era(disk, &tracking)?;

@@ -1,6 +1,6 @@
 //! Bitmaps as the journals of the disks tell them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bitmap::{BitGranularity, DirtySet, Era};
@@ -79,9 +79,23 @@ fn load(disk: &ServedDisk, record: &BitmapRecord) -> Option<Bitmap> {
 }
 
 impl Bitmaps {
+    /// Takes in those of one disk more.
+    pub(in crate::service) fn join(&mut self, other: Self) {
+        self.0.extend(other.0);
+    }
+
+    /// Leaves out those of a disk.
+    pub(in crate::service) fn leave_out(&mut self, disk: &Name) {
+        self.0.remove(disk);
+    }
+
     /// Removes the files of each disk that no bitmap has.
-    pub(in crate::service) fn remove_leftovers(&self, disks: &BTreeMap<Name, Arc<ServedDisk>>) {
-        for (name, disk) in disks {
+    pub(in crate::service) fn remove_leftovers<'a>(
+        &self,
+        disks: impl Iterator<Item = &'a Arc<ServedDisk>>,
+    ) {
+        for disk in disks {
+            let name = &disk.name;
             let persistent = self.of(name.as_str()).iter().filter(|b| b.persistent);
             let known: BTreeSet<BitsId> = persistent.map(Bitmap::bits_id).collect();
             if let Err(error) = disk.bits.remove_others(&known) {

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::bitmaps::granularity_on;
 use super::book::Checkpoint;
-use super::{Action, Addition, Service, next_era, refuse_untrusted};
+use super::{Action, Addition, Service, next_era, refuse_untrusted, still_known};
 use crate::carry;
 use crate::disk::Freeze;
 use crate::failure::Failure;
@@ -83,13 +83,15 @@ impl Service {
             persistent: !transient,
             disabled,
         };
+        let _alone = self.instants.lock().await;
+        self.refuse_removed(&disk)?;
         let population = Action::Populate {
             node,
             name: name.clone(),
             bits: Arc::new(bits),
             since: self.known_since(import, &disk)?,
         };
-        self.change_bitmaps(vec![Action::Add(addition), population])
+        self.change_bitmaps_alone(vec![Action::Add(addition), population])
             .await?;
         let book = self.book();
         let made = book.bitmaps.find(disk.name.as_str(), &name);
@@ -119,11 +121,7 @@ impl Service {
         let told_bytes = bits.dirty_bytes();
 
         let _alone = self.instants.lock().await;
-        // Reading took its time, and the disk may have been removed, also added again.
-        if !Arc::ptr_eq(&disk, &self.disk(&import.disk)?) {
-            let message = format!("disk '{}' was removed meanwhile", import.disk);
-            return Err(Failure::new("unknown-disk", message).hint("try again"));
-        }
+        self.refuse_removed(&disk)?;
         self.check_checkpoint_name(&name)?;
         self.check_room(std::iter::once(&disk.name))?;
         refuse_untrusted(&disk)?;
@@ -160,6 +158,15 @@ impl Service {
         Ok((checkpoint, imported))
     }
 
+    /// Reading takes its time, and the disk may have been removed meanwhile, also added again.
+    fn refuse_removed(&self, disk: &Arc<ServedDisk>) -> Result<(), Failure> {
+        if Arc::ptr_eq(disk, &self.disk(&disk.name)?) {
+            return Ok(());
+        }
+        let message = format!("disk '{}' was removed meanwhile", disk.name);
+        Err(Failure::new("unknown-disk", message).hint("try again"))
+    }
+
     /// The era from which on the map knows what the file cannot.
     fn known_since(&self, import: &Import, disk: &ServedDisk) -> Result<Era, Failure> {
         let era = match &import.as_of {
@@ -186,20 +193,6 @@ impl Service {
             Failure::new("unknown-checkpoint", message).hint("see: stillpoint checkpoint list")
         })
     }
-}
-
-/// Refuses where something may have been written in `since` or later that the map does not know.
-fn still_known(disk: &ServedDisk, since: Era) -> Result<(), Failure> {
-    let Some(why) = disk.why_lost(since) else {
-        return Ok(());
-    };
-    let message = format!(
-        "disk '{}': what has changed since then is not known: {why}",
-        disk.name
-    );
-    let hint = "if the file tells how the disk was at a later checkpoint, name that with --as-of; \
-                else begin with a full backup";
-    Err(Failure::new("changes-not-known", message).hint(hint))
 }
 
 async fn read(

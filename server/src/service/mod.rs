@@ -352,6 +352,20 @@ fn refuse_untrusted(disk: &ServedDisk) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Refuses where something may have been written in `since` or later that the map does not know.
+fn still_known(disk: &ServedDisk, since: Era) -> Result<(), Failure> {
+    let Some(why) = disk.why_lost(since) else {
+        return Ok(());
+    };
+    let message = format!(
+        "disk '{}': what has changed since then is not known: {why}",
+        disk.name
+    );
+    let hint = "where a file tells how the disk was at a later checkpoint, name that with --as-of; \
+                else begin with a full backup";
+    Err(Failure::new("changes-not-known", message).hint(hint))
+}
+
 fn image_failed(message: String) -> Failure {
     let hint = "what the image holds is not certain any more: check the storage, then restart";
     Failure::new("image-failed", message).hint(hint)

@@ -19,7 +19,7 @@ use crate::failure::Failure;
 use crate::files::CellPages;
 use crate::names::Name;
 use crate::served::ServedDisk;
-use crate::service::{Service, next_era, not_recorded, refuse_untrusted};
+use crate::service::{Service, next_era, not_recorded, refuse_untrusted, still_known};
 use crate::state::{BitmapsRecord, BitsId, Record};
 
 /// What one disk's bitmaps become.
@@ -43,6 +43,14 @@ impl Service {
             return Err(Failure::new("bad-argument", message));
         }
         let _alone = self.instants.lock().await;
+        self.change_bitmaps_alone(actions).await
+    }
+
+    /// The same, for who holds `instants`.
+    pub(in crate::service) async fn change_bitmaps_alone(
+        &self,
+        actions: Vec<Action>,
+    ) -> Result<(), Failure> {
         let mut draft = self.draft();
         for action in actions {
             draft.perform(action)?;
@@ -60,7 +68,13 @@ impl Service {
             .iter()
             .map(|(name, disk)| (name.clone(), Arc::clone(disk.disk.map())))
             .collect();
-        let outcomes = blocking(move || outcomes(drafts, &eras, &disks, &maps)).await?;
+        let told: Vec<_> = drafts.values().flat_map(DiskDraft::told_by_maps).collect();
+        let served = Arc::clone(&disks);
+        let outcomes = blocking(move || outcomes(drafts, &eras, &served, &maps)).await?;
+        // A write that went untracked before the instant has said so by now.
+        for (name, since) in told {
+            still_known(&disks[&name], since)?;
+        }
         let outcomes = self.make_durable(outcomes).await?;
         let replaced = self.replace(outcomes);
         blocking(move || {
@@ -188,6 +202,17 @@ impl Outcome {
 impl DiskDraft {
     fn is_touched(&self) -> bool {
         self.needs_instant || self.bitmaps.iter().any(|bitmap| bitmap.fate != Fate::Stays)
+    }
+
+    /// Which maps are to tell what changed, and since when.
+    fn told_by_maps(&self) -> Vec<(Name, Era)> {
+        let changing = self.bitmaps.iter().filter(|it| it.fate == Fate::Changes);
+        let parts = changing.flat_map(|it| &it.parts);
+        let told = parts.filter_map(|part| match part {
+            Part::Bits(_) => None,
+            Part::Changed(disk, since, _) => Some((disk.clone(), *since)),
+        });
+        told.collect()
     }
 }
 

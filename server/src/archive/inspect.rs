@@ -4,12 +4,14 @@ use std::fmt;
 use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread;
 
+use block::Buffer;
 use block::qcow2::{Layout, Part};
-use rustix::fs::{Advice, fadvise};
+use rustix::fs::{Advice, OFlags, fadvise};
 
 use super::chunk::Chunk;
 use super::digest::Digest;
@@ -54,15 +56,16 @@ pub(super) fn inspect(
     progress: &dyn Progress,
 ) -> Result<Inspection, ArchiveError> {
     // What is known of the file's own is on another thread than what is known of its chunks.
-    let (full, filled) = mpsc::sync_channel::<Vec<u8>>(BUFFERS);
-    let (empty, emptied) = mpsc::sync_channel::<Vec<u8>>(BUFFERS);
+    let (full, filled) = mpsc::sync_channel::<Buffer>(BUFFERS);
+    let (empty, emptied) = mpsc::sync_channel::<Buffer>(BUFFERS);
     for _ in 0..BUFFERS {
-        empty.send(Vec::new()).expect("there is room for them");
+        empty.send(Buffer::of(0)).expect("there is room for them");
     }
     let (inspected, hash) = thread::scope(|scope| {
         let hasher = scope.spawn(move || hash_all(&filled, &empty));
         let mut reader = Reader {
             file,
+            direct: past_the_cache(file),
             full,
             emptied,
             faults: Faults::default(),
@@ -99,7 +102,16 @@ pub(super) fn inspect_tables(file: &File, layout: &Layout, cluster_size: u64) ->
     faults.list
 }
 
-fn hash_all(filled: &Receiver<Vec<u8>>, empty: &SyncSender<Vec<u8>>) -> blake3::Hash {
+/// The same file once more, for reads that go past the page cache: what comes then comes from the device,
+/// and costs no memory for pages that nobody looks at twice. All reads here are of whole clusters.
+fn past_the_cache(file: &File) -> Option<File> {
+    let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = OFlags::DIRECT.bits().cast_signed();
+    let mut options = File::options();
+    options.read(true).custom_flags(flags).open(itself).ok()
+}
+
+fn hash_all(filled: &Receiver<Buffer>, empty: &SyncSender<Buffer>) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();
     for buffer in filled {
         hasher.update(&buffer);
@@ -111,8 +123,10 @@ fn hash_all(filled: &Receiver<Vec<u8>>, empty: &SyncSender<Vec<u8>>) -> blake3::
 
 struct Reader<'a> {
     file: &'a File,
-    full: SyncSender<Vec<u8>>,
-    emptied: Receiver<Vec<u8>>,
+    /// The same file, read past the page cache, where that can be had.
+    direct: Option<File>,
+    full: SyncSender<Buffer>,
+    emptied: Receiver<Buffer>,
     faults: Faults,
     /// How far it has read.
     at: u64,
@@ -171,17 +185,29 @@ impl Reader<'_> {
     }
 
     /// The next bytes, and what went wrong with reading them.
-    fn next(&mut self, length: u64) -> (Vec<u8>, Option<String>) {
+    fn next(&mut self, length: u64) -> (Buffer, Option<String>) {
         let mut buffer = self.emptied.recv().expect("the hasher gives them back");
-        buffer.resize(length as usize, 0);
-        let error = read(self.file, &mut buffer, self.at);
+        if buffer.len() as u64 != length {
+            buffer = Buffer::of(length as usize);
+        }
+        let direct = self.direct.as_ref();
+        let is_read = direct.is_some_and(|file| file.read_exact_at(&mut buffer, self.at).is_ok());
+        // What is wrong with a read, such as that the file ends within a block, is for the page cache
+        // to say.
+        let error = if is_read {
+            None
+        } else {
+            read(self.file, &mut buffer, self.at)
+        };
         (buffer, error)
     }
 
-    fn done(&mut self, buffer: Vec<u8>, progress: &dyn Progress) -> Result<(), ArchiveError> {
+    fn done(&mut self, buffer: Buffer, progress: &dyn Progress) -> Result<(), ArchiveError> {
         let length = buffer.len() as u64;
-        // What was read once here is of no use to anybody.
-        let _ = fadvise(self.file, self.at, length.try_into().ok(), Advice::DontNeed);
+        if self.direct.is_none() {
+            // What was read once here is of no use to anybody.
+            let _ = fadvise(self.file, self.at, length.try_into().ok(), Advice::DontNeed);
+        }
         self.at += length;
         self.full.send(buffer).expect("the hasher takes all");
         step(progress, length)

@@ -74,6 +74,8 @@ pub(crate) struct Service {
     keepers: std::sync::Mutex<BTreeMap<Name, Keepers>>,
     /// Nobody is to be a client any more.
     dismissed: AtomicBool,
+    /// It began with some, as every server does: where there are none, all were removed.
+    had_disks: bool,
 }
 
 /// Disks by name.
@@ -163,6 +165,7 @@ impl Service {
             disk.remove_leftovers(&open);
         }
         let service = Arc::new(Self {
+            had_disks: !served.is_empty(),
             disks: RwLock::new(Arc::new(served)),
             changing: Mutex::default(),
             book: RwLock::new(book),
@@ -275,7 +278,7 @@ impl Service {
     fn select(&self, wanted: Option<&[Name]>) -> Result<Vec<Arc<ServedDisk>>, Failure> {
         let Some(wanted) = wanted else {
             let disks = self.disks();
-            if disks.is_empty() {
+            if disks.is_empty() && self.had_disks {
                 return Err(Failure::new("unknown-disk", "the server has no disk").hint(NO_DISK));
             }
             return Ok(disks.values().cloned().collect());

@@ -43,7 +43,7 @@ class Base:
     """The server that has the image, for one that stands between it and the client."""
 
     def __init__(self, server):
-        self.socket = f"{server.sockets}/base"
+        self.socket = f"{server.sockets}/base-{server.name}"
         command = ["nbdkit", "-f", "-U", self.socket, "file", f"file={server.image}"]
         command = processes.pinned(command, server.core)
         server.commands.append(shlex.join(command))

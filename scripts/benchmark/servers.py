@@ -66,13 +66,17 @@ class Stillpoint(Server):
     def start(self):
         self.run_dir = f"{self.sockets}/{self.name}"
         self.uri = f"nbd+unix:///vda?socket={self.run_dir}/live.sock"
-        self.launch([self.binary, "serve", "--disk", f"vda={self.image}{self.options}",
+        self.launch([self.binary, "serve", "--disk", f"vda={self.disk()}{self.options}",
                      "--run-dir", self.run_dir, "--scratch-reserve", "0"],
                     f"{self.run_dir}/control.sock")
         self.backups = 0
         self.checkpoints = len(self.cli("checkpoint", "list"))
         if not self.checkpoints:
             self.new_checkpoint()
+
+    def disk(self):
+        """Where it is, and where its state goes."""
+        return self.image
 
     def stop(self):
         processes.stop(self.process)

@@ -62,20 +62,26 @@ class StorageDaemon(Server):
     can_back_up = True
 
     def start(self):
+        self.serve([
+            "--blockdev", f"driver=file,node-name=file,filename={self.image},aio=io_uring,"
+                          "cache.direct=off,discard=unmap",
+            "--blockdev", "driver=raw,node-name=disk,file=file,discard=unmap",
+        ])
+        self.qmp.execute("block-dirty-bitmap-add", node="disk", name="checkpoint")
+
+    def serve(self, blockdevs, writable="on"):
+        """Exports the node `disk` of these."""
         self.uri = f"nbd+unix:///vda?socket={self.socket}"
         monitor = f"{self.sockets}/qmp"
         self.launch([
             self.binary,
             "--chardev", f"socket,id=qmp,path={monitor},server=on,wait=off",
             "--monitor", "chardev=qmp",
-            "--blockdev", f"driver=file,node-name=file,filename={self.image},aio=io_uring,"
-                          "cache.direct=off,discard=unmap",
-            "--blockdev", "driver=raw,node-name=disk,file=file,discard=unmap",
+            *blockdevs,
             "--nbd-server", f"addr.type=unix,addr.path={self.socket},max-connections=0",
-            "--export", "type=nbd,id=live,node-name=disk,name=vda,writable=on",
+            "--export", f"type=nbd,id=live,node-name=disk,name=vda,writable={writable}",
         ])
         self.qmp = Qmp(monitor, self.commands)
-        self.qmp.execute("block-dirty-bitmap-add", node="disk", name="checkpoint")
 
     def stop(self):
         self.qmp.close()

@@ -362,7 +362,7 @@ async fn open_disk(
     refuse_memory(spec, &state)?;
     if let Some(remote) = image.remote() {
         let kept = remote.keep_account_in(&state, !State::exists_in(&state));
-        kept.map_err(|error| cannot_write(&state, &error))?;
+        kept.await.map_err(|error| cannot_write(&state, &error))?;
     }
     let tracking = (spec.durability, policy);
     let opened = State::open(&state, spec.granularity, tracking, &image, enlarged).await?;
@@ -375,7 +375,7 @@ async fn open_disk(
     if let (Some(remote), Ending::PowerCut) = (disk.image().remote(), opened.ending) {
         // Which writes were under way when the machine stopped is not known so exactly.
         let added = remote.add_unsettled(disk.active_ranges());
-        added.map_err(|error| cannot_write(&state, &error))?;
+        added.await.map_err(|error| cannot_write(&state, &error))?;
     }
     let served = ServedDisk {
         name: spec.name.clone(),

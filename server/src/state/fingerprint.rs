@@ -51,7 +51,7 @@ pub(super) async fn store<P: Durable>(
 }
 
 /// Why `image` is not the one whose fingerprint is in `dir`, if so; what `recovery` says was written
-/// since is not compared.
+/// since is not compared, nor what may have changed by itself.
 pub(super) async fn differs<P: Durable>(
     dir: &Path,
     image: &impl Storage,
@@ -65,8 +65,14 @@ pub(super) async fn differs<P: Durable>(
         let why = "what its image held when it was left is missing, or damaged";
         return Ok(Some(why.to_owned()));
     };
+    let unsettled = image.unsettled();
+    let is_settled = |range: &Range<u64>| {
+        let mut others = unsettled.iter();
+        !others.any(|other| range.start < other.end && other.start < range.end)
+    };
     let is_left = |sample: &&Sample| {
         sample.range.end <= image.size()
+            && is_settled(&sample.range)
             && recovery.is_unchanged(&sample.range, Era::from_number(era), ending)
     };
     for sample in samples.iter().filter(is_left) {

@@ -47,6 +47,11 @@ impl Capture {
         }
     }
 
+    /// Whether it is between the first swap and the last.
+    pub(super) fn is_taking(&self) -> bool {
+        !self.copies.is_empty()
+    }
+
     /// The copies, in the order of the disks, if they were taken.
     pub(super) fn disarm(&mut self) -> Vec<Contents> {
         self.frozen.clear();

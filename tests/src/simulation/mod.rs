@@ -3,11 +3,12 @@
 //! What runs is the server's own disk, maps, gates and snapshots; storage, faults and time are
 //! passed in, with a point at every step of the contract where someone else may go on. The model is
 //! the simplest thing that can be right: a copy of the whole disk taken at the moment when the gates
-//! are closed. Whatever the interleaving, a frozen read equals that copy, every byte that differs
+//! are closed. Some disks are on another machine, which performs late what it was asked for. Whatever the interleaving, a frozen read equals that copy, every byte that differs
 //! from it today is marked, and a process killed at that very point would have left it so.
 
 mod audit;
 mod capture;
+mod elsewhere;
 mod executor;
 mod guest;
 mod history;
@@ -37,10 +38,11 @@ pub fn play(seed: u64) -> Tally {
     for index in 0..stage.guests {
         executor.spawn(format!("guest {index}"), guest::guest(Rc::clone(&stage)));
     }
+    executor.spawn("steward".to_owned(), steward::steward(Rc::clone(&stage)));
     for index in 0..2 + sim.below(3) {
         executor.spawn(format!("reader {index}"), reader::reader(Rc::clone(&stage)));
     }
-    executor.spawn("steward".to_owned(), steward::steward(Rc::clone(&stage)));
+    executor.spawn("elsewhere".to_owned(), elsewhere::lands(Rc::clone(&stage)));
     executor.run(|| {
         if sim.one_in(AUDIT) {
             audit::audit(&stage);

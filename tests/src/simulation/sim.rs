@@ -114,20 +114,27 @@ impl Sim {
         if place == Place::Nowhere {
             return false;
         }
-        let now = self.tick();
         let mut state = self.state();
         let rate = state.rates.of(place);
         let failed = rate > 0 && state.rng.random_range(0..1000) < rate;
+        drop(state);
         if failed {
-            let task = state.task;
-            state.faults.push(Fault {
-                place,
-                at: now,
-                task,
-                range: range.clone(),
-            });
+            self.fault(place, range);
         }
         failed
+    }
+
+    /// The call at `place` that is about to be made fails; it concerns `range`.
+    pub(super) fn fault(&self, place: Place, range: &Range<u64>) {
+        let at = self.tick();
+        let mut state = self.state();
+        let task = state.task;
+        state.faults.push(Fault {
+            place,
+            at,
+            task,
+            range: range.clone(),
+        });
     }
 
     /// From here on nothing fails.

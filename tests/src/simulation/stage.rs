@@ -117,7 +117,10 @@ impl Stage {
         // An odd size now and then, so that the last granule and the last chunk are partial ones.
         let size = sim.one_of(&[8, 16, 24, 48]) * GRANULE - sim.one_of(&[0, 0, 512, 3584]);
         let chunk = sim.one_of(&[4096, 8192, 16_384]);
-        let image = SimStorage::image(sim, index, size, sim.one_of(&[512, 1024, 4096]));
+        let mut image = SimStorage::image(sim, index, size, sim.one_of(&[512, 1024, 4096]));
+        if sim.one_in(3) {
+            image = image.elsewhere();
+        }
         for _ in 0..sim.below(4) {
             let range = self.stretch(size, 6 * GRANULE);
             let zero = sim.one_in(3);
@@ -255,17 +258,17 @@ impl Kept {
     }
 
     /// Whether this may be broken because of `fault`.
-    pub(super) fn may_break_by(&self, fault: &Fault, guests: usize) -> bool {
+    pub(super) fn may_break_by(&self, fault: &Fault, writers: usize) -> bool {
         match fault.place {
             Place::ScratchWrite(index)
             | Place::States(index)
             | Place::Second(index)
             | Place::Aside(index) => index == self.index,
-            // Only if it still lacks something of what could not be read for a guest's write.
+            // Only if it still lacks something of what could not be read for a write.
             Place::ImageRead(disk) => {
                 disk == self.disk
                     && fault.at > self.opened
-                    && fault.task < guests
+                    && fault.task < writers
                     && self.lacks(&fault.range)
             }
             Place::ImageSync(disk) => disk == self.disk,

@@ -4,15 +4,16 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use bitmap::Era;
+use block::Storage as _;
 use scratch::{Allowance, Budget, Room, Snapshot, SnapshotFiles, Terms};
-use stillpoint::disk::{Freeze, freeze};
+use stillpoint::disk::{Cover, Freeze, freeze};
 
-use super::GRANULE;
 use super::executor::pause;
 use super::sim::Place;
 use super::stage::{Instant, Kept, Moment, Stage, Subject};
-use super::storage::SimStorage;
+use super::storage::{Contents, SimStorage};
 use super::world::{SimPages, SimWorld};
+use super::{GRANULE, elsewhere};
 
 /// Takes checkpoints, begins backups and ends them, one after the other.
 pub(super) async fn steward(stage: Rc<Stage>) {
@@ -116,9 +117,10 @@ async fn instant(stage: &Stage) {
         .map(|subject| subject.disk.tracking().era)
         .collect();
 
+    let cover = Cover::of(&freezes);
     let result = freeze(freezes, patience(stage)).await;
 
-    let copies = stage.capture.borrow_mut().disarm();
+    let mut copies = stage.capture.borrow_mut().disarm();
     if result.is_err() {
         let after: Vec<_> = frozen
             .iter()
@@ -137,6 +139,9 @@ async fn instant(stage: &Stage) {
         "seed {}: a freeze without its moment",
         sim.seed
     );
+    if !covered(stage, cover, &plans, &mut copies).await {
+        return;
+    }
     let copies: Vec<_> = copies.into_iter().map(Rc::new).collect();
     stage.count(|tally| tally.freezes += 1);
     for ((subject, era, planned), copy) in plans.into_iter().zip(&copies) {
@@ -154,12 +159,42 @@ async fn instant(stage: &Stage) {
     stage.moments.borrow_mut().push(Moment {
         begun,
         returned: sim.tick(),
+        // What lands by itself has no place in the order of what guests do.
         copies: frozen
             .iter()
-            .map(|subject| subject.index)
             .zip(copies)
+            .filter(|(subject, _)| !subject.image.is_elsewhere())
+            .map(|(subject, copy)| (subject.index, copy))
             .collect(),
     });
+}
+
+/// Ends a freeze where disks are on another machine; says whether that succeeded. In `copies` is then what
+/// the instant holds.
+async fn covered(
+    stage: &Stage,
+    cover: Cover<SimWorld>,
+    plans: &[(&Subject, u32, Option<Planned>)],
+    copies: &mut [Contents],
+) -> bool {
+    let unsettled: Vec<_> = plans
+        .iter()
+        .map(|(subject, era, _)| elsewhere::may_change(subject, *era))
+        .collect();
+    if cover.finish().await.is_err() {
+        return false;
+    }
+    for (((subject, era, planned), ranges), copy) in plans.iter().zip(unsettled).zip(copies) {
+        subject.image.changed_in(*era, &ranges);
+        if let Some(Planned {
+            snapshot, scratch, ..
+        }) = planned
+        {
+            let kept = (snapshot.as_ref(), scratch);
+            elsewhere::settle_copy((stage, *subject), copy, kept, &ranges);
+        }
+    }
+    true
 }
 
 fn plan(stage: &Stage, subject: &Subject, era: u32, index: usize) -> io::Result<Planned> {

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use block::{Extent, Storage, Zeroing};
+use block::{Extent, Storage, Unreachable, Zeroing};
 use bytes::Bytes;
 
 use super::executor::pause;
@@ -18,6 +18,29 @@ pub(super) struct SimStorage {
     writes: Place,
     syncs: Option<Place>,
     state: Rc<RefCell<Contents>>,
+    elsewhere: Option<Rc<RefCell<Elsewhere>>>,
+}
+
+/// What storage on another machine may still do.
+#[derive(Default)]
+struct Elsewhere {
+    /// Everything that was given up, or that was repeated.
+    late: Vec<Late>,
+}
+
+/// A change that may be performed at any time from now on, and more than once.
+#[derive(Clone)]
+struct Late {
+    range: Range<u64>,
+    effect: Effect,
+}
+
+/// What a call does to any part of its range.
+#[derive(Clone)]
+enum Effect {
+    /// Puts these bytes there, of which the first belongs at this offset.
+    Put(u64, Bytes),
+    Clear(Zeroing),
 }
 
 /// What is on a disk, and what has happened to it.
@@ -35,6 +58,8 @@ pub(super) struct Contents {
     pub(super) era: u32,
     /// When each sync took effect, and whether it succeeded.
     pub(super) syncs: Vec<(u64, bool)>,
+    /// How often it could not be reached for a sync.
+    pub(super) unreachable: u64,
     /// Its space was given back: what is written now is lost, and what is read is nothing.
     pub(super) released: bool,
 }
@@ -77,6 +102,7 @@ impl SimStorage {
             changes: Vec::new(),
             era: 0,
             syncs: Vec::new(),
+            unreachable: 0,
             released: false,
         };
         Self {
@@ -85,7 +111,55 @@ impl SimStorage {
             writes,
             syncs,
             state: Rc::new(RefCell::new(contents)),
+            elsewhere: None,
         }
+    }
+
+    /// The same on another machine.
+    pub(super) fn elsewhere(self) -> Self {
+        let elsewhere = Some(Rc::default());
+        Self { elsewhere, ..self }
+    }
+
+    /// Performs, in whole or in part, something that was given up or has been performed already, if
+    /// there is such a thing.
+    pub(super) fn land(&self) -> bool {
+        let late = match &self.elsewhere {
+            Some(elsewhere) if !elsewhere.borrow().late.is_empty() => {
+                self.sim.one_of(&elsewhere.borrow().late)
+            }
+            _ => return false,
+        };
+        let Range { start, end } = late.range;
+        let words = |from: u64| self.sim.below((end - from) / 4 + 1) * 4;
+        let start = if self.sim.one_in(2) {
+            start
+        } else {
+            start + words(start)
+        };
+        let end = if self.sim.one_in(2) {
+            end
+        } else {
+            start + words(start)
+        };
+        late.effect.apply(&mut self.state.borrow_mut(), start..end);
+        true
+    }
+
+    /// Whether the byte at `at` may have come to be `byte` by itself.
+    pub(super) fn may_have_landed(&self, at: u64, byte: u8) -> bool {
+        let Some(elsewhere) = &self.elsewhere else {
+            return false;
+        };
+        let elsewhere = elsewhere.borrow();
+        let mut here = elsewhere
+            .late
+            .iter()
+            .filter(|late| late.range.contains(&at));
+        here.any(|late| match &late.effect {
+            Effect::Put(offset, data) => data[(at - offset) as usize] == byte,
+            Effect::Clear(_) => byte == 0,
+        })
     }
 
     pub(super) fn contents(&self) -> Ref<'_, Contents> {
@@ -111,12 +185,19 @@ impl SimStorage {
         contents.bytes.fill(0);
     }
 
+    /// Each of these counts as changed in `era`.
+    pub(super) fn changed_in(&self, era: u32, ranges: &[Range<u64>]) {
+        let changes = ranges.iter().map(|range| (range.clone(), era));
+        self.state.borrow_mut().changes.extend(changes);
+    }
+
     pub(super) fn begin_era(&self, era: u32) {
         self.state.borrow_mut().era = era;
     }
 
-    /// Changes `range` in two steps, with time between them, or only in part and with an error.
-    async fn change(&self, range: Range<u64>, effect: impl Fn(&mut Contents, Range<u64>)) -> Done {
+    /// Changes `range` in two steps, with time between them, or only in part and with an error; on
+    /// another machine perhaps at any time later, and with an error, or once more.
+    async fn change(&self, range: Range<u64>, effect: Effect) -> Done {
         let era = self.state.borrow().era;
         assert!(
             !self.state.borrow().released,
@@ -127,20 +208,49 @@ impl SimStorage {
         self.state.borrow_mut().in_flight += 1;
         pause(&self.sim).await;
         let middle = range.start + self.sim.below((range.end - range.start) / 4 + 1) * 4;
-        let failure = self
-            .sim
-            .fails(self.writes, &range)
-            .then(|| self.sim.below(3));
+        let is_late = self.elsewhere.is_some() && self.sim.one_in(LATE);
+        let is_given_up = is_late && self.sim.one_in(2);
+        let failed = if is_given_up {
+            self.sim.fault(self.writes, &range);
+            true
+        } else {
+            self.sim.fails(self.writes, &range)
+        };
+        let failure = failed.then(|| self.sim.below(3));
         if failure != Some(0) {
-            effect(&mut self.state.borrow_mut(), range.start..middle);
+            effect.apply(&mut self.state.borrow_mut(), range.start..middle);
             pause(&self.sim).await;
         }
         if failure.is_none_or(|extent| extent == 2) {
-            effect(&mut self.state.borrow_mut(), middle..range.end);
+            effect.apply(&mut self.state.borrow_mut(), middle..range.end);
             pause(&self.sim).await;
+        }
+        if let Some(elsewhere) = self.elsewhere.as_ref().filter(|_| is_late) {
+            elsewhere.borrow_mut().late.push(Late { range, effect });
         }
         self.state.borrow_mut().in_flight -= 1;
         failure.map_or(Ok(()), |_| Err(io::Error::other("drawn")))
+    }
+}
+
+impl Effect {
+    fn apply(&self, contents: &mut Contents, range: Range<u64>) {
+        let place = range.start as usize..range.end as usize;
+        match self {
+            Self::Put(offset, data) => {
+                let from = &data[(range.start - offset) as usize..(range.end - offset) as usize];
+                contents.bytes[place].copy_from_slice(from);
+                contents.fill(&range);
+            }
+            Self::Clear(how) => {
+                contents.bytes[place].fill(0);
+                if how.unmaps() {
+                    contents.punch(&range);
+                } else {
+                    contents.fill(&range);
+                }
+            }
+        }
     }
 }
 
@@ -167,12 +277,8 @@ impl Storage for SimStorage {
     }
 
     async fn write(&self, offset: u64, data: &Bytes) -> Done {
-        let put = |contents: &mut Contents, range: Range<u64>| {
-            let from = &data[(range.start - offset) as usize..(range.end - offset) as usize];
-            contents.bytes[range.start as usize..range.end as usize].copy_from_slice(from);
-            contents.fill(&range);
-        };
-        self.change(offset..offset + data.len() as u64, put).await
+        let range = offset..offset + data.len() as u64;
+        self.change(range, Effect::Put(offset, data.clone())).await
     }
 
     async fn zero(&self, range: Range<u64>, how: Zeroing) -> Done {
@@ -181,15 +287,7 @@ impl Storage for SimStorage {
             self.state.borrow_mut().changes.push((range, era));
             return Err(io::ErrorKind::Unsupported.into());
         }
-        let clear = |contents: &mut Contents, range: Range<u64>| {
-            contents.bytes[range.start as usize..range.end as usize].fill(0);
-            if how.unmaps() {
-                contents.punch(&range);
-            } else {
-                contents.fill(&range);
-            }
-        };
-        self.change(range, clear).await
+        self.change(range, Effect::Clear(how)).await
     }
 
     async fn sync(&self) -> Done {
@@ -197,6 +295,10 @@ impl Storage for SimStorage {
         let failed = self
             .syncs
             .is_some_and(|place| self.sim.fails(place, &(0..self.size())));
+        if failed && self.elsewhere.is_some() && self.sim.one_in(2) {
+            self.state.borrow_mut().unreachable += 1;
+            return Err(io::Error::other(Unreachable));
+        }
         let now = self.sim.tick();
         self.state.borrow_mut().syncs.push((now, !failed));
         pause(&self.sim).await;
@@ -217,6 +319,16 @@ impl Storage for SimStorage {
             return Err(io::Error::other("drawn"));
         }
         Ok(extents)
+    }
+
+    fn unsettled(&self) -> Vec<Range<u64>> {
+        let elsewhere = self.elsewhere.iter();
+        let late = elsewhere.flat_map(|elsewhere| elsewhere.borrow().late.clone());
+        late.map(|late| late.range).collect()
+    }
+
+    fn is_elsewhere(&self) -> bool {
+        self.elsewhere.is_some()
     }
 }
 
@@ -244,6 +356,16 @@ impl Contents {
         matches!(&self.extents(range)[..], [extent] if extent.hole)
     }
 
+    /// Takes what is kept of a granule for what was there.
+    pub(super) fn take(&mut self, range: &Range<u64>, bytes: &[u8], hole: bool) {
+        self.bytes[range.start as usize..range.end as usize].copy_from_slice(bytes);
+        if hole {
+            self.punch(range);
+        } else {
+            self.fill(range);
+        }
+    }
+
     fn fill(&mut self, range: &Range<u64>) {
         let blocks = range.start / self.block..range.end.div_ceil(self.block);
         if !range.is_empty() {
@@ -263,3 +385,6 @@ impl Contents {
         }
     }
 }
+
+/// On another machine one change in so many is performed later, or once more.
+const LATE: u64 = 6;

@@ -32,6 +32,8 @@ pub struct Tally {
     pub audits: u64,
     /// Things that failed on purpose.
     pub faults: u64,
+    /// Times that another machine performed what was given up, or what it had performed.
+    pub landings: u64,
 }
 
 impl Tally {
@@ -46,7 +48,7 @@ impl Tally {
         self.breaks += broken.count() as u64;
     }
 
-    fn rows(&self) -> [(&'static str, u64); 13] {
+    fn rows(&self) -> [(&'static str, u64); 14] {
         [
             ("schedules", self.schedules),
             ("guest operations", self.operations),
@@ -61,6 +63,7 @@ impl Tally {
             ("reads of the past", self.reads),
             ("audits", self.audits),
             ("faults", self.faults),
+            ("landings", self.landings),
         ]
     }
 }
@@ -80,6 +83,7 @@ impl AddAssign for Tally {
         self.reads += other.reads;
         self.audits += other.audits;
         self.faults += other.faults;
+        self.landings += other.landings;
     }
 }
 

@@ -123,6 +123,32 @@ fn a_write_that_was_repeated_may_land_twice_and_is_marked_and_preserved() {
 }
 
 #[test]
+fn a_write_that_lands_while_nobody_serves_the_disk_makes_no_other_image_of_it() {
+    let directory = temporary_directory();
+    let base = NbdBase::file(&image(&directory));
+    let relay = Relay::to(&base.socket());
+    let uri = server::uri(&relay.socket(), "");
+    let mut server = at(&uri, ",reconnect=1s").start();
+    let mut live = server.open_live("vda");
+    live.write(0, &vec![1; CHUNK as usize]).unwrap();
+    server.checkpoint("cp-b0");
+    relay.hold();
+    assert_eq!(live.write(0, &vec![2; CHUNK as usize]), Err(EIO));
+    server.wait_for_log("the base is back", 1);
+    live.write(0, &vec![3; CHUNK as usize]).unwrap();
+    checkpointed(&server, "b1", "cp-b0");
+    server.stop();
+    relay.release();
+    server.start();
+    let (bytes, marked) = first_chunk(&server, "b1", "cp-b0");
+    assert!(bytes.iter().all(|byte| *byte == 3) && marked == 1);
+    server.commit("b1");
+    checkpointed(&server, "b2", "cp-b1");
+    let (bytes, marked) = first_chunk(&server, "b2", "cp-b1");
+    assert!(bytes.iter().all(|byte| *byte == 2) && marked == 1);
+}
+
+#[test]
 fn a_base_that_hesitates_is_waited_for() {
     let base = NbdBase::nbdkit(&[
         "--filter=delay",

@@ -5,7 +5,9 @@ mod kinds;
 
 mod gone;
 mod late;
+mod returns;
 mod starts;
+mod together;
 
 use stillpoint_tests::server::Builder;
 use stillpoint_tests::tools::{nbdcopy_sha256, nbdinfo_map, sha256};

@@ -52,6 +52,13 @@ pub enum Error {
     Ended,
 }
 
+impl Error {
+    /// Whether it is about one request, and the connection goes on.
+    pub(super) fn is_of_one_request(&self) -> bool {
+        matches!(self, Self::Failed(_) | Self::Refused(_))
+    }
+}
+
 impl From<io::Error> for Error {
     fn from(error: io::Error) -> Self {
         if error.kind() == io::ErrorKind::UnexpectedEof {

@@ -35,8 +35,9 @@ pub const BYTES_MAX: usize = 64 << 20;
 /// been done or not. If it has not, it never will be.
 ///
 /// Reads and writes longer than the server takes are cut into several requests, as are other ranges
-/// that are longer than a request can say. If one of them fails, the whole fails, and the others
-/// may have been done: that can be undone by nobody, and is the same as for any write that fails.
+/// that are longer than a request can say. If one of them fails, the whole fails when all have been
+/// answered, and the others may have been done: that can be undone by nobody, and is the same as for
+/// any write that fails.
 #[derive(Clone, Debug)]
 pub struct Client {
     shared: Arc<Shared>,
@@ -236,7 +237,8 @@ impl Client {
         answered.await.map_err(|_| self.shared.why())?
     }
 
-    /// Sends these requests, as many at once as the limits allow, and waits for all the outcomes.
+    /// Sends these requests, as many at once as the limits allow, and waits for all the outcomes: also
+    /// where one has failed, since what has not been answered may still be done.
     async fn perform(
         &self,
         requests: impl IntoIterator<Item = Command>,
@@ -246,10 +248,18 @@ impl Client {
             answers.push(self.submit(command).await?);
         }
         let mut outcomes = Vec::with_capacity(answers.len());
+        let mut failed: Option<Error> = None;
         for answer in answers {
-            outcomes.push(answer.await.map_err(|_| self.shared.why())??);
+            match answer.await.unwrap_or_else(|_| Err(self.shared.why())) {
+                Ok(outcome) => outcomes.push(outcome),
+                // That the connection is gone says more: then some were not answered at all.
+                Err(error) if failed.is_none() || !error.is_of_one_request() => {
+                    failed = Some(error);
+                }
+                Err(_) => {}
+            }
         }
-        Ok(outcomes)
+        failed.map_or(Ok(outcomes), Err)
     }
 
     async fn submit(

@@ -81,6 +81,36 @@ async fn a_long_write_is_cut_as_well_and_fails_if_a_part_does() {
 }
 
 #[tokio::test]
+async fn a_write_of_which_a_part_fails_has_not_ended_before_every_part_has() {
+    let (client, _carrying, mut server) = entered_with(&[], [1, 512, 1000]).await;
+    let bytes = Bytes::from(contents(0, 2500));
+    let write = tokio::spawn(async move { client.write(0, bytes, Durability::Later).await });
+    let mut asked = Vec::new();
+    for _ in 0..3 {
+        asked.push(server.request().await);
+    }
+    server.send(&error(asked[0].cookie, DONE, 5, "")).await;
+    server.done(&asked[1]).await;
+    assert!(is_silent(&mut server).await);
+    assert!(!write.is_finished(), "the last part may still be done");
+    server.done(&asked[2]).await;
+    assert!(matches!(write.await.unwrap(), Err(Error::Failed(_))));
+}
+
+#[tokio::test]
+async fn a_part_without_an_answer_says_more_than_one_that_failed() {
+    let (client, _carrying, mut server) = entered_with(&[], [1, 512, 1000]).await;
+    let bytes = Bytes::from(contents(0, 2000));
+    let write = tokio::spawn(async move { client.write(0, bytes, Durability::Later).await });
+    let asked = server.request().await;
+    server.request().await;
+    server.send(&error(asked.cookie, DONE, 5, "")).await;
+    drop(server);
+    let outcome = write.await.unwrap();
+    assert!(matches!(outcome, Err(Error::Closed)), "{outcome:?}");
+}
+
+#[tokio::test]
 async fn a_hole_is_a_hole() {
     let (client, _carrying, mut server) = entered(&[]).await;
     let serve = async {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
-use proto::client::{Client, Error, Haggling};
+use proto::client::{Client, Connection, Error, Haggling};
 use proto::{ExportInfo, TransmissionFlags as Flags};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
@@ -39,7 +39,12 @@ impl RemoteSpec {
     }
 }
 
-/// What makes connections.
+/// Makes connections that have entered the export.
+pub(super) trait Dial {
+    async fn dial(&self) -> Result<Link, Error>;
+}
+
+/// What makes them by the URI.
 pub(super) struct Dialer {
     uri: NbdUri,
     tls: Option<ClientTls>,
@@ -51,6 +56,28 @@ pub(super) struct Link {
     /// Told when the connection has ended.
     pub(super) gone: Rc<Notify>,
     carried: JoinHandle<()>,
+}
+
+impl Link {
+    /// Has a task carry `connection`.
+    pub(super) fn carried<S>(client: Client, connection: Connection<S>) -> Self
+    where
+        S: AsyncRead + AsyncWrite + Unpin + 'static,
+    {
+        let gone = Rc::new(Notify::new());
+        let ended = Rc::clone(&gone);
+        let carried = tokio::task::spawn_local(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "the connection has ended");
+            }
+            ended.notify_one();
+        });
+        Self {
+            client,
+            gone,
+            carried,
+        }
+    }
 }
 
 impl Drop for Link {
@@ -84,33 +111,6 @@ impl Dialer {
         })
     }
 
-    /// Connects and enters the export.
-    pub(super) async fn dial(&self) -> Result<Link, Error> {
-        let haggling = match &self.uri.address {
-            Address::Unix(path) => self.begin(UnixStream::connect(path).await?).await?,
-            Address::Tcp { host, port } => {
-                let stream = TcpStream::connect((host.as_str(), *port)).await?;
-                stream.set_nodelay(true)?;
-                self.begin(stream).await?
-            }
-        };
-        let entered = haggling.enter(&self.uri.export, &[BASE_ALLOCATION]);
-        let (client, connection) = entered.await?;
-        let gone = Rc::new(Notify::new());
-        let ended = Rc::clone(&gone);
-        let carried = tokio::task::spawn_local(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "the connection has ended");
-            }
-            ended.notify_one();
-        });
-        Ok(Link {
-            client,
-            gone,
-            carried,
-        })
-    }
-
     async fn begin<S>(&self, stream: S) -> Result<Haggling<Box<dyn Stream>>, Error>
     where
         S: AsyncRead + AsyncWrite + Unpin + 'static,
@@ -123,6 +123,22 @@ impl Dialer {
         let (plain, after) = haggling.start_tls().await?;
         let secure = tls.connect(&self.uri.server_name, plain).await?;
         Ok(after.go_on(Box::new(secure)))
+    }
+}
+
+impl Dial for Dialer {
+    async fn dial(&self) -> Result<Link, Error> {
+        let haggling = match &self.uri.address {
+            Address::Unix(path) => self.begin(UnixStream::connect(path).await?).await?,
+            Address::Tcp { host, port } => {
+                let stream = TcpStream::connect((host.as_str(), *port)).await?;
+                stream.set_nodelay(true)?;
+                self.begin(stream).await?
+            }
+        };
+        let entered = haggling.enter(&self.uri.export, &[BASE_ALLOCATION]);
+        let (client, connection) = entered.await?;
+        Ok(Link::carried(client, connection))
     }
 }
 

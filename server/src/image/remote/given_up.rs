@@ -30,8 +30,12 @@ struct Slots {
 impl GivenUp {
     /// Keeps account in the file at `path` from here on. What was under way for an earlier server, or
     /// given up by it, is given up; where that cannot be read, anything may have been. Of a state that
-    /// is new it is nothing.
-    pub(super) fn keep_at(&self, path: &Path, is_new: bool) -> io::Result<()> {
+    /// is new it is nothing. All of that is durable when this returns.
+    pub(super) async fn keep_at(&self, path: &Path, is_new: bool) -> io::Result<()> {
+        self.open(path, is_new)?.sync().await
+    }
+
+    fn open(&self, path: &Path, is_new: bool) -> io::Result<Cells> {
         let cells = match Cells::open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Cells::create(path)?,
             other => other?,
@@ -39,7 +43,7 @@ impl GivenUp {
         let mut slots = self.slots();
         let bank = load(&cells, BANK)?;
         slots.bank = usize::from(bank == Some(1..2));
-        if is_new {
+        if bank.is_none() && is_new {
             // Written and not only reserved: nothing that is stored here later may need room.
             let empty = encode(&(0..0)).repeat(BANK + 1);
             cells.store(0, &empty)?;
@@ -53,10 +57,11 @@ impl GivenUp {
                 .lost
                 .extend(Some(found).filter(|range| !range.is_empty()));
         }
-        slots.cells = Some(cells);
+        slots.cells = Some(cells.clone());
         slots.under_way = vec![None; SLOTS];
         slots.store_lost()?;
-        (0..SLOTS).try_for_each(|slot| slots.store(slot, &(0..0)))
+        (0..SLOTS).try_for_each(|slot| slots.store(slot, &(0..0)))?;
+        Ok(cells)
     }
 
     /// A write of `range` is about to be sent. There is room for [`SLOTS`] at once.
@@ -102,11 +107,17 @@ impl GivenUp {
         Ok(slots.cells.clone())
     }
 
-    /// More that may change: nobody knows what was under way when the machine stopped.
-    pub(super) fn add(&self, ranges: Vec<Range<u64>>) -> io::Result<()> {
+    /// More that may change: nobody knows what was under way when the machine stopped. That is durable
+    /// when this returns: the regions that it is known from retire.
+    pub(super) async fn add(&self, ranges: Vec<Range<u64>>) -> io::Result<()> {
+        self.store_more(ranges)?.sync().await
+    }
+
+    fn store_more(&self, ranges: Vec<Range<u64>>) -> io::Result<Cells> {
         let mut slots = self.slots();
         slots.lost.extend(ranges);
-        slots.store_lost()
+        slots.store_lost()?;
+        slots.cells().cloned()
     }
 
     /// What may change.
@@ -213,64 +224,64 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("given-up");
         let before = GivenUp::default();
-        before.keep_at(&path, true).unwrap();
+        before.keep_at(&path, true).await.unwrap();
         let first = before.begin(&(0..512)).unwrap();
         before.begin(&(4096..8192)).unwrap();
         before.end(first);
 
         let after = GivenUp::default();
-        after.keep_at(&path, false).unwrap();
+        after.keep_at(&path, false).await.unwrap();
         assert_eq!(after.ranges(), [4096..8192]);
         after.begin(&(512..1024)).unwrap();
         after.lose_all().await.unwrap();
         assert_eq!(after.ranges(), [512..1024, 4096..8192]);
         after.settle().unwrap();
         let settled = GivenUp::default();
-        settled.keep_at(&path, false).unwrap();
+        settled.keep_at(&path, false).await.unwrap();
         assert!(settled.ranges().is_empty());
     }
 
-    #[test]
-    fn where_it_is_damaged_anything_may_have_been_given_up() {
+    #[tokio::test]
+    async fn where_it_is_damaged_anything_may_have_been_given_up() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("given-up");
-        let find = |is_new| {
+        let find = async |is_new| {
             let given_up = GivenUp::default();
-            given_up.keep_at(&path, is_new).unwrap();
+            given_up.keep_at(&path, is_new).await.unwrap();
             given_up.ranges()
         };
-        assert_eq!(find(true), []);
-        assert_eq!(find(false), []);
+        assert_eq!(find(true).await, []);
+        assert_eq!(find(false).await, []);
         let whole = std::fs::read(&path).unwrap();
         for slot in [0, SLOTS, 2 * SLOTS, BANK] {
             let mut zeroed = whole.clone();
             zeroed[slot * SLOT_BYTES..][..SLOT_BYTES].fill(0);
             std::fs::write(&path, zeroed).unwrap();
             // The bank that is not in use says nothing.
-            let found = find(false);
+            let found = find(false).await;
             assert!(
                 found == [ANYTHING] || slot == SLOTS || slot == 2 * SLOTS,
                 "{slot}"
             );
         }
         std::fs::write(&path, &whole[..BANK * SLOT_BYTES]).unwrap();
-        assert_eq!(find(false), [ANYTHING]);
+        assert_eq!(find(false).await, [ANYTHING]);
         std::fs::remove_file(&path).unwrap();
-        assert_eq!(find(false), [ANYTHING]);
+        assert_eq!(find(false).await, [ANYTHING]);
     }
 
-    #[test]
-    fn more_than_there_are_slots_for_grow_together_and_lose_nothing() {
+    #[tokio::test]
+    async fn more_than_there_are_slots_for_grow_together_and_lose_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("given-up");
         let given_up = GivenUp::default();
-        given_up.keep_at(&path, true).unwrap();
+        given_up.keep_at(&path, true).await.unwrap();
         let all: Vec<_> = (0..1000_u64)
             .map(|n| n * n * 512..n * n * 512 + 512)
             .collect();
-        given_up.add(all.clone()).unwrap();
+        given_up.add(all.clone()).await.unwrap();
         let again = GivenUp::default();
-        again.keep_at(&path, false).unwrap();
+        again.keep_at(&path, false).await.unwrap();
         let found = again.ranges();
         assert!(found.len() <= SLOTS);
         for range in all {

@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::ops::Range;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -19,14 +20,14 @@ use block::Unreachable;
 use proto::Errno;
 use proto::client::{Client, Error, Failure};
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::connect::{Abilities, Dialer, Link, error_of, told};
+use super::again::Again;
+use super::connect::{Abilities, Dial, Link, error_of, told};
 use super::given_up::{GivenUp, SLOTS};
-use super::perform;
 use super::request::{Answer, Finished, Pending, Performed, Request, Task, perform_task};
-use super::unsynced::{Change, Unsynced};
+use super::unsynced::{Change, Unsynced, meets};
+use super::witnesses::Witnesses;
 
 /// The other side, as it is seen from all threads.
 #[derive(Debug)]
@@ -36,9 +37,9 @@ pub(super) struct Side {
     pub(super) given_up: GivenUp,
 }
 
-pub(super) struct Keeper {
+pub(super) struct Keeper<D> {
     pub(super) name: String,
-    pub(super) dialer: Arc<Dialer>,
+    pub(super) dialer: Rc<D>,
     pub(super) patience: Duration,
     pub(super) can: Abilities,
     pub(super) side: Arc<Side>,
@@ -47,6 +48,7 @@ pub(super) struct Keeper {
     pub(super) waiting: VecDeque<Pending>,
     pub(super) under_way: BTreeMap<u64, Pending>,
     pub(super) unsynced: Unsynced,
+    pub(super) witnesses: Witnesses,
     /// Nothing that is not durable is believed any more, and nothing kept.
     pub(super) sync_failed: bool,
     /// Since when nobody answers.
@@ -78,7 +80,7 @@ enum Lost {
     Over,
 }
 
-impl Keeper {
+impl<D: Dial> Keeper<D> {
     pub(super) async fn run(mut self, first: Link) {
         let mut link = first;
         loop {
@@ -91,7 +93,7 @@ impl Keeper {
                 }
                 Lost::Grown => "its size is asked for".to_owned(),
                 Lost::Connection(error) => told(&error),
-                Lost::Silence => "it does not answer".to_owned(),
+                Lost::Silence => SILENT.to_owned(),
             };
             tracing::warn!(disk = self.name, reason, "the base is connected to anew");
             self.gone_since = Some(Instant::now());
@@ -115,31 +117,14 @@ impl Keeper {
         let mut pause = Duration::ZERO;
         let mut last = None;
         loop {
-            let dialer = Arc::clone(&self.dialer);
-            let dial = async move {
-                sleep(pause).await;
-                dialer.dial().await
-            };
-            let dial = timeout(pause + DIAL_MAX.min(self.patience), dial);
-            tokio::pin!(dial);
-            let dialled = loop {
-                let deadline = self.next_deadline();
-                tokio::select! {
-                    dialled = &mut dial => break dialled,
-                    request = self.requests.recv() => self.take(request?),
-                    () = at(deadline) => self.expire(),
-                }
-            };
-            pause = (2 * pause).clamp(PAUSE_MIN, PAUSE_MAX);
-            let why = match dialled {
-                Ok(Ok(link)) => match self.restore(&link).await {
+            let why = match self.dial(pause).await? {
+                Ok(link) => match self.restore(&link).await? {
                     Ok(()) => return Some(link),
                     Err(why) => why,
                 },
-                Ok(Err(error)) => told(&error),
-                Err(_) => "no connection in time".to_owned(),
+                Err(why) => why,
             };
-            self.expire();
+            pause = (2 * pause).clamp(PAUSE_MIN, PAUSE_MAX);
             if last.as_ref() != Some(&why) {
                 tracing::warn!(disk = self.name, why, "the base cannot be gone on with");
                 last = Some(why);
@@ -147,8 +132,22 @@ impl Keeper {
         }
     }
 
+    /// Connects, after a pause.
+    async fn dial(&mut self, pause: Duration) -> Option<Result<Link, String>> {
+        let dialer = Rc::clone(&self.dialer);
+        let longest = DIAL_MAX.min(self.patience);
+        let dial = async move {
+            sleep(pause).await;
+            match timeout(longest, dialer.dial()).await {
+                Ok(dialled) => dialled.map_err(|error| told(&error)),
+                Err(_) => Err("no connection in time".to_owned()),
+            }
+        };
+        self.meanwhile(dial).await
+    }
+
     /// Sees that the other side is the one that it was, and gives it everything that it may have lost.
-    async fn restore(&mut self, link: &Link) -> Result<(), String> {
+    async fn restore(&mut self, link: &Link) -> Option<Result<(), String>> {
         let now = Abilities::of(link.client.info());
         if let Some(Growing { size, answer, .. }) = self.growing.take() {
             if now.size == size {
@@ -161,45 +160,55 @@ impl Keeper {
             }
         }
         let own = self.side.size.load(Ordering::Acquire);
-        let mut like = self.can;
+        let mut can = self.can;
         if now.size == own || Some(now.size) == self.expected {
-            like.size = now.size;
+            can.size = now.size;
         }
-        if let Some(why) = like.differ(&now) {
-            return Err(why);
+        if let Some(why) = can.differ(&now) {
+            return Some(Err(why));
         }
-        self.can = like;
-        let given = async {
-            for run in self.unsynced.runs(SLOTS) {
-                self.give_again(&link.client, run).await?;
-            }
-            Ok(())
+        let (client, patience) = (link.client.clone(), self.patience);
+        let witnesses = self.witnesses.outside(&self.side.given_up.ranges());
+        // Before anything is written to what may be another image.
+        let held = async move {
+            let held = timeout(patience, witnesses.are_held(&client, &can)).await;
+            held.unwrap_or_else(|_| Err(SILENT.to_owned()))
         };
-        let given: io::Result<()> = timeout(self.patience, given)
-            .await
-            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        if let Err(why) = self.meanwhile(held).await? {
+            return Some(Err(why));
+        }
+        self.can = can;
+        let again = Again {
+            client: link.client.clone(),
+            can,
+            side: Arc::clone(&self.side),
+            patience,
+        };
+        let given = self
+            .meanwhile(again.give(self.unsynced.runs(SLOTS)))
+            .await?;
         if let Err(error) = given {
             self.side_is_lost().await;
-            return Err(format!("it did not take what it may have lost: {error}"));
+            return Some(Err(format!(
+                "it did not take what it may have lost: {error}"
+            )));
         }
-        Ok(())
+        Some(Ok(()))
     }
 
-    /// Performs changes that do not touch each other once more.
-    async fn give_again(&self, client: &Client, run: Vec<Change>) -> io::Result<()> {
-        let mut given = JoinSet::new();
-        for change in run {
-            let slot = self.side.given_up.begin(&change.range)?;
-            let (client, can) = (client.clone(), self.can);
-            given.spawn_local(async move {
-                let done = perform::change(&client, &can, change).await;
-                done.map(|_| slot).map_err(error_of)
-            });
+    /// Waits for `work`. What is asked for meanwhile is taken in, and what has waited for too long is
+    /// answered; `None` when nobody asks any more.
+    async fn meanwhile<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
+        tokio::pin!(work);
+        loop {
+            let deadline = self.next_deadline();
+            tokio::select! {
+                biased;
+                done = &mut work => return Some(done),
+                request = self.requests.recv() => self.take(request?),
+                () = at(deadline) => self.expire(),
+            }
         }
-        while let Some(done) = given.join_next().await {
-            self.side.given_up.end(done.map_err(io::Error::other)??);
-        }
-        Ok(())
     }
 
     /// Everything under way waits for the next connection, in the old order; where it was a change,
@@ -324,7 +333,7 @@ impl Keeper {
     }
 
     /// Whether `pending` may be sent now; if it is a change, it is recorded then that it is.
-    fn prepare(&self, pending: &mut Pending, held: &mut Vec<Range<u64>>) -> io::Result<bool> {
+    fn prepare(&mut self, pending: &mut Pending, held: &mut Vec<Range<u64>>) -> io::Result<bool> {
         if self.under_way.len() >= SLOTS {
             held.extend(pending.changes(self.can.block));
             return Ok(false);
@@ -335,12 +344,15 @@ impl Keeper {
         };
         let under_way = self.under_way.values();
         let mut others = under_way.filter_map(|other| other.changes(self.can.block));
-        let meets = |other: &Range<u64>| range.start < other.end && other.start < range.end;
-        if self.unsynced.is_full() || held.iter().any(meets) || others.any(|other| meets(&other)) {
+        let must_wait = self.unsynced.is_full()
+            || held.iter().any(|other| meets(&range, other))
+            || others.any(|other| meets(&range, &other));
+        if must_wait {
             held.push(range);
             return Ok(false);
         }
         pending.slot = Some(self.side.given_up.begin(&range)?);
+        self.witnesses.forget(&range);
         Ok(true)
     }
 
@@ -374,17 +386,43 @@ impl Keeper {
         });
         if matches!(pending.task, Task::Sync) {
             if answer.is_ok() {
-                self.unsynced.synced(pending.mark);
+                let durable = self.unsynced.synced(pending.mark);
+                self.remember(&durable);
+                if self.unsynced.all().next().is_none() {
+                    self.witnesses.all_is_durable();
+                }
             } else {
                 self.sync_failed = true;
                 self.unsynced = Unsynced::default();
+                self.witnesses = Witnesses::default();
             }
+        }
+        if let (Err(_), Some(range)) = (&answer, pending.changes(self.can.block)) {
+            self.witnesses.doubt(range);
         }
         if let Some(slot) = pending.slot {
             self.side.given_up.end(slot);
         }
         pending.answer(answer);
         Ok(())
+    }
+
+    /// Remembers some of what has become durable, of what is left as it is.
+    fn remember(&mut self, durable: &[Change]) {
+        let block = self.can.block;
+        let under_way: Vec<_> = self
+            .under_way
+            .values()
+            .filter_map(|pending| pending.changes(block))
+            .collect();
+        for (place, change) in durable.iter().enumerate().rev().take(Witnesses::LATEST) {
+            let mut newer = durable[place + 1..].iter().chain(self.unsynced.all());
+            let is_changed = newer.any(|newer| newer.touches(&change.range))
+                || under_way.iter().any(|other| change.touches(other));
+            if !is_changed {
+                self.witnesses.add(change);
+            }
+        }
     }
 
     fn has_own_sync(&self) -> bool {
@@ -444,6 +482,8 @@ async fn at(deadline: Option<Instant>) {
 /// Between two attempts to connect, at first and at last.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+pub(super) const SILENT: &str = "it does not answer";
 
 /// A connection that takes longer is tried again.
 const DIAL_MAX: Duration = Duration::from_secs(10);

@@ -9,19 +9,31 @@ mod connect;
 
 mod given_up;
 mod keeper;
+
+mod again;
 mod perform;
 mod request;
 mod unsynced;
+mod witnesses;
 
+#[cfg(test)]
+mod fake_base;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::ops::Range;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use block::{Extent, Zeroing};
 use bytes::Bytes;
+use proto::client::Error;
 use tokio::runtime;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::LocalSet;
@@ -30,11 +42,12 @@ use tokio::time::timeout;
 pub(crate) use connect::RemoteSpec;
 
 use crate::failure::Failure;
-use connect::{Abilities, Dialer, Link};
+use connect::{Abilities, Dial, Dialer, Link};
 use given_up::GivenUp;
 use keeper::{Keeper, Side};
 use request::{Answer, Request, Task};
 use unsynced::{Change, Unsynced, What};
+use witnesses::Witnesses;
 
 /// An export of another server, as storage.
 #[derive(Debug)]
@@ -49,7 +62,7 @@ pub(crate) struct RemoteStorage {
 impl RemoteStorage {
     /// Connects to the export of `spec`, for the disk `name`.
     pub(crate) async fn open(name: &str, spec: &RemoteSpec) -> Result<Self, Failure> {
-        let dialer = Arc::new(Dialer::new(spec)?);
+        let dialer = Dialer::new(spec)?;
         let (requests, queue) = mpsc::unbounded_channel();
         let (tell, told) = oneshot::channel();
         let (disk, patience) = (name.to_owned(), spec.patience);
@@ -60,12 +73,13 @@ impl RemoteStorage {
                 return;
             };
             LocalSet::new().block_on(&runtime, async move {
-                let link = match timeout(patience, dialer.dial()).await {
-                    Ok(Ok(link)) => link,
+                let dialer = Rc::new(dialer);
+                let (link, witnesses) = match timeout(patience, first(&*dialer)).await {
+                    Ok(Ok(first)) => first,
                     Ok(Err(error)) => return drop(tell.send(Err(connect::told(&error)))),
                     Err(_) => return drop(tell.send(Err("no answer in time".to_owned()))),
                 };
-                let (keeper, side, can) = keeper(disk, dialer, patience, queue, &link);
+                let (keeper, side, can) = keeper(disk, dialer, patience, queue, (&link, witnesses));
                 // Whoever does not wait any more closes the queue too.
                 let _ = tell.send(Ok((side, can)));
                 keeper.run(link).await;
@@ -91,8 +105,9 @@ impl RemoteStorage {
 
     /// Keeps account of what is under way, and of what was given up, in the folder `state`. Nothing can
     /// be changed before. Whether the state is new says what it means that nothing is there.
-    pub(crate) fn keep_account_in(&self, state: &Path, is_new: bool) -> io::Result<()> {
-        self.side.given_up.keep_at(&state.join(GIVEN_UP), is_new)
+    pub(crate) async fn keep_account_in(&self, state: &Path, is_new: bool) -> io::Result<()> {
+        let path = state.join(GIVEN_UP);
+        self.side.given_up.keep_at(&path, is_new).await
     }
 
     /// Nobody may change it.
@@ -111,8 +126,8 @@ impl RemoteStorage {
     }
 
     /// More that may change by itself.
-    pub(crate) fn add_unsettled(&self, ranges: Vec<Range<u64>>) -> io::Result<()> {
-        self.side.given_up.add(ranges)
+    pub(crate) async fn add_unsettled(&self, ranges: Vec<Range<u64>>) -> io::Result<()> {
+        self.side.given_up.add(ranges).await
     }
 
     /// Somebody knows that the other side has ended all that was given up so far.
@@ -212,13 +227,20 @@ impl Drop for RemoteStorage {
     }
 }
 
-fn keeper(
+/// The first connection, and what is known of the image by it.
+async fn first(dialer: &impl Dial) -> Result<(Link, Witnesses), Error> {
+    let link = dialer.dial().await?;
+    let witnesses = Witnesses::of(&link.client, &Abilities::of(link.client.info())).await?;
+    Ok((link, witnesses))
+}
+
+fn keeper<D: Dial>(
     name: String,
-    dialer: Arc<Dialer>,
-    patience: std::time::Duration,
+    dialer: Rc<D>,
+    patience: Duration,
     requests: mpsc::UnboundedReceiver<Request>,
-    link: &Link,
-) -> (Keeper, Arc<Side>, Abilities) {
+    (link, witnesses): (&Link, Witnesses),
+) -> (Keeper<D>, Arc<Side>, Abilities) {
     let can = Abilities::of(link.client.info());
     let side = Arc::new(Side {
         size: AtomicU64::new(can.size),
@@ -231,9 +253,10 @@ fn keeper(
         can,
         side: Arc::clone(&side),
         requests,
-        waiting: std::collections::VecDeque::new(),
-        under_way: std::collections::BTreeMap::new(),
+        waiting: VecDeque::new(),
+        under_way: BTreeMap::new(),
         unsynced: Unsynced::default(),
+        witnesses,
         sync_failed: false,
         gone_since: None,
         expected: None,

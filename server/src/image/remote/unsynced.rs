@@ -35,7 +35,12 @@ pub(super) struct Unsynced {
 
 impl Unsynced {
     /// Adds what has been answered just now.
-    pub(super) fn push(&mut self, change: Change) {
+    pub(super) fn push(&mut self, mut change: Change) {
+        if let What::Write(data) = &mut change.what
+            && data.len() < COPIED_BELOW
+        {
+            *data = Bytes::copy_from_slice(data);
+        }
         self.bytes += change.cost();
         self.changes.push_back(change);
     }
@@ -45,14 +50,22 @@ impl Unsynced {
         self.dropped + self.changes.len() as u64
     }
 
-    /// The flush that was sent at `mark` has succeeded.
-    pub(super) fn synced(&mut self, mark: u64) {
+    /// The flush that was sent at `mark` has succeeded. Returns what is durable with it.
+    pub(super) fn synced(&mut self, mark: u64) -> Vec<Change> {
+        let mut durable = Vec::new();
         while self.dropped < mark
             && let Some(change) = self.changes.pop_front()
         {
             self.bytes -= change.cost();
             self.dropped += 1;
+            durable.push(change);
         }
+        durable
+    }
+
+    /// From the oldest to the latest.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Change> {
+        self.changes.iter()
     }
 
     /// Whether it is time for a flush that nobody has asked for.
@@ -83,7 +96,7 @@ impl Unsynced {
 impl Change {
     /// Whether it changes anything of `range`.
     pub(super) fn touches(&self, range: &Range<u64>) -> bool {
-        self.range.start < range.end && range.start < self.range.end
+        meets(&self.range, range)
     }
 
     fn cost(&self) -> usize {
@@ -94,12 +107,20 @@ impl Change {
     }
 }
 
+/// Whether two ranges have a byte in common.
+pub(super) fn meets(one: &Range<u64>, other: &Range<u64>) -> bool {
+    one.start < other.end && other.start < one.end
+}
+
 /// So much is kept before a flush is sent for the sake of memory alone: more than guests write between
 /// two flushes of their own, mostly.
 const BYTES_WANTED: usize = 16 << 20;
 
 /// The same in changes, with what each takes beside its data.
 const CHANGES_WANTED: usize = 4096;
+
+/// A small write would keep alive all that was received with it.
+const COPIED_BELOW: usize = 64 << 10;
 
 #[cfg(test)]
 mod tests {

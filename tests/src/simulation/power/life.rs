@@ -8,8 +8,8 @@ use block::{Storage as _, Zeroing};
 use bytes::Bytes;
 use scratch::Durable;
 use stillpoint::disk::{
-    Before, Chronicle, Disk, Durability, Ending, Freeze, Growth, GrowthRecord, Intents, Lease,
-    Loss, NotGrown, OnTrackingError, Recovery, Running, freeze,
+    Before, Chronicle, Cover, Disk, Durability, Ending, Freeze, Growth, GrowthRecord, Intents,
+    Lease, Loss, NotGrown, OnTrackingError, Recovery, Running, freeze,
 };
 
 use super::machine::{Image, Machine, MachinePace, PowerWorld, disk_of};
@@ -258,6 +258,7 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
     )]
     let disk = Arc::new(disk);
     *machine.disk.borrow_mut() = Some(Arc::clone(&disk));
+    catch_up(&machine, &disk, ending).await;
     // From here on what was lost by a fault may be lost.
     machine.faults.draw(&machine.sim);
     machine.oracle.borrow_mut().may_lose |=
@@ -270,6 +271,18 @@ pub(super) async fn start(machine: Rc<Machine>) -> Life {
         stopping: Cell::new(false),
         machine,
     }
+}
+
+/// Marks what an image on another machine may have lost with a server that was killed.
+async fn catch_up(machine: &Machine, disk: &Disk<PowerWorld>, ending: Ending) {
+    if !machine.is_elsewhere || ending != Ending::Killed {
+        return;
+    }
+    let now = machine.sim.tick();
+    for range in disk.active_ranges() {
+        machine.oracle.borrow_mut().may_be_marked(&range, now);
+    }
+    disk.mark_active().await.expect("nothing fails here");
 }
 
 /// How large the disk is, and from where it was growing to that.
@@ -419,7 +432,12 @@ pub(super) async fn steward(life: Rc<Life>, count: u64) {
         };
         let patience = sim.one_in(4).then_some(10);
         let waits = life.patience(patience);
-        let frozen = freeze(vec![next], waits).await;
+        let freezes = vec![next];
+        let cover = Cover::of(&freezes);
+        let frozen = match freeze(freezes, waits).await {
+            Ok(()) => cover.finish().await,
+            failed => failed,
+        };
         // Now and then it is given up after the swap.
         if frozen.is_err() || sim.one_in(6) {
             machine.oracle.borrow_mut().unmake(id);
@@ -447,7 +465,10 @@ async fn grow(life: &Life) {
         disk: Arc::clone(&life.disk),
         next: tracking.followed_by(era, None),
     };
-    if freeze(vec![next], life.patience(Some(20))).await.is_err() {
+    let freezes = vec![next];
+    let cover = Cover::of(&freezes);
+    let frozen = freeze(freezes, life.patience(Some(20))).await;
+    if frozen.is_err() || cover.finish().await.is_err() {
         return;
     }
     let tick = sim.tick();

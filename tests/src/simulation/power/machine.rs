@@ -23,6 +23,8 @@ use crate::simulation::sim::Sim;
 pub(super) struct Machine {
     pub(super) sim: Arc<Sim>,
     pub(super) shape: Shape,
+    /// Whether the image is on another machine, which may be killed together with the server.
+    pub(super) is_elsewhere: bool,
     /// Four bytes for each sector of the disk: which write it is from.
     pub(super) image: File,
     /// How long it is, in bytes.
@@ -84,6 +86,7 @@ impl Machine {
         loss.medium().settle();
         Self {
             sim: Arc::clone(sim),
+            is_elsewhere: sim.one_in(4),
             image: sound(4, shape.sectors() as usize * 4),
             length,
             eras: file(512, pages as usize * bitmap::PAGE_BYTES as usize),
@@ -141,6 +144,9 @@ impl Machine {
             let active = self.shape.active(self.table.open().medium().now());
             self.oracle.borrow_mut().power_cut(&active, false);
             self.may_lose(Ending::PowerCut);
+        }
+        if crash == Crash::Kill && self.is_elsewhere && self.sim.one_in(2) {
+            self.image.medium().lose_power(&self.sim);
         }
         if crash == Crash::PowerCut {
             self.image_failed.set(false);
@@ -536,6 +542,10 @@ impl Storage for Image {
 
     async fn extents(&self, range: Range<u64>) -> io::Result<Vec<Extent>> {
         Ok(vec![Extent { range, hole: false }])
+    }
+
+    fn is_elsewhere(&self) -> bool {
+        self.0.is_elsewhere
     }
 }
 

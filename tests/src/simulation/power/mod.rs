@@ -4,7 +4,9 @@
 //! keeps each state that it had since it was last synced, and falls back to any of them when the
 //! power is cut. After every start, and at every instant that is taken, the map is compared with the
 //! disk: what differs from the copy of a checkpoint is dirty since that checkpoint; what is dirty
-//! was written, or lay in a region that was active when the power was cut. Now and then the stored
+//! was written, or lay in a region that was active when the power was cut. Some images are on another
+//! machine, which may be killed together with a server and loses
+//! then what was not synced. Now and then the stored
 //! map is damaged in between; then what is on that page may be dirty, and what changed must be.
 
 mod life;

@@ -76,7 +76,12 @@ impl Oracle {
 
     /// The disk is to be larger, and what is new may be marked from now on.
     pub(super) fn grows(&mut self, new: &Range<u64>, now: u64) {
-        self.touched[chunks(new)].fill(now);
+        self.may_be_marked(new, now);
+    }
+
+    /// This may be marked from now on, whoever writes there.
+    pub(super) fn may_be_marked(&mut self, range: &Range<u64>, now: u64) {
+        self.touched[chunks(range)].fill(now);
     }
 
     pub(super) fn begun(&mut self, number: u64, range: Range<u64>) {

@@ -122,8 +122,9 @@ impl Connection {
         let (mut look, mut give_up) = (None, None);
         let (mut dismissed, mut is_withdrawn) = (false, false);
         loop {
-            let listens = self.take_requests()?;
+            // First: what is neither under way nor in the output counts as given back.
             self.collect_replies();
+            let listens = self.take_requests()?;
             if self.last_words && self.output.is_empty() && under_way.count.get() == 0 {
                 // A client that sees the end has seen every answer.
                 let end = give_up.unwrap_or_else(|| Instant::now() + GOODBYE_MAX);

@@ -4,6 +4,8 @@ use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{ChildStderr, Command, Stdio};
 
+use serde_json::Value;
+
 use crate::Server;
 use crate::process::KilledOnDrop;
 
@@ -56,6 +58,25 @@ impl Killer {
             _told: told,
         }
     }
+}
+
+/// Executes a command in a server that is killed at the `n`th of its `calls`, or else afterwards;
+/// whether it answered.
+#[track_caller]
+pub fn execute_and_die(server: &mut Server, command: &Value, calls: &str, n: usize) -> bool {
+    let answered = {
+        let mut qmp = server.qmp();
+        let _killer = Killer::of(server, calls, n);
+        qmp.try_send(command.to_string().as_bytes())
+            .expect("the server reads it");
+        qmp.receive().is_some()
+    };
+    if answered {
+        server.kill();
+    } else {
+        server.wait();
+    }
+    answered
 }
 
 /// A `strace` that kills what it runs, as above; a command is to follow.

@@ -61,6 +61,17 @@ impl Output {
         self
     }
 
+    /// Sees that a `stillpoint` command with `--json` failed with the exit code 1, this code, and a message
+    /// that says so.
+    #[track_caller]
+    pub fn fails_with(&self, code: &str, saying: &str) {
+        let told: Value = serde_json::from_str(&self.exits(1).stdout)
+            .unwrap_or_else(|error| panic!("no JSON on stdout: {error}\n{self}"));
+        assert_eq!(told["error"]["code"], code, "{self}");
+        let message = told["error"]["message"].as_str().unwrap_or_default();
+        assert!(message.contains(saying), "nothing about {saying:?}\n{self}");
+    }
+
     /// The error of a `stillpoint` command that failed with this exit code: one line, and perhaps
     /// a hint. Returns what follows `stillpoint: error: `.
     #[track_caller]

@@ -82,6 +82,33 @@ pub fn nbdcopy_sha256(uri: &str, directory: &Path) -> String {
     sha256_of_file(file.path())
 }
 
+/// Makes a raw image of a qcow2 image and all that is behind it, with `qemu-img`.
+#[track_caller]
+pub fn convert_to_raw(image: &Path, raw: &Path) {
+    let formats = ["convert", "-f", "qcow2", "-O", "raw"];
+    tool(
+        "qemu-img",
+        &[&formats[..], &[path(image), path(raw)]].concat(),
+    )
+    .ok();
+}
+
+/// Has a QEMU write to an image and die, so that it is never closed.
+#[track_caller]
+pub fn abandon(image: &Path) {
+    let crash = [
+        "-f",
+        "qcow2",
+        "-c",
+        "write 0 64k",
+        "-c",
+        "abort",
+        path(image),
+    ];
+    let output = tool("qemu-io", &crash);
+    assert_ne!(output.code(), 0, "{output}");
+}
+
 /// The SHA-256 of a file, in hexadecimal.
 pub fn sha256_of_file(path: &Path) -> String {
     let mut file = File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));

@@ -7,7 +7,7 @@ use std::path::Path;
 use rand::{Rng as _, RngCore as _};
 use stillpoint_tests::seeds::{Rng, rng, seeds};
 use stillpoint_tests::tools::{
-    nbdcopy, nbdcopy_sha256, path, sha256, sparse_file, tool, with_nbdkit,
+    convert_to_raw, nbdcopy, nbdcopy_sha256, path, sha256, sparse_file, tool, with_nbdkit,
 };
 use stillpoint_tests::{CHUNK, GIB, Guest, KIB, MIB, RawNbd, Server};
 
@@ -136,16 +136,7 @@ fn three_incrementals_in_a_row_rebuild_each_instant() {
             tool("qemu-img", &convert).ok();
             server.commit(&id);
             let flat = server.path("flat.raw");
-            let args = [
-                "convert",
-                "-f",
-                "qcow2",
-                "-O",
-                "raw",
-                path(&image),
-                path(&flat),
-            ];
-            tool("qemu-img", &args).ok();
+            convert_to_raw(&image, &flat);
             let found = stillpoint_tests::tools::sha256_of_file(&flat);
             assert_eq!(found, expected, "seed {seed}: point {point}");
             base = Some((checkpoint, image));

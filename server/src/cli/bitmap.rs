@@ -19,16 +19,8 @@ pub(super) enum BitmapCommand {
         disk: String,
         /// What to call the bitmap.
         name: String,
-        /// How much of the disk one bit stands for: a power of two, not finer than the disk's own
-        /// granularity [default: 64k, or the disk's if that is coarser].
-        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-        granularity: Option<u64>,
-        /// Do not record before it is enabled.
-        #[arg(long)]
-        disabled: bool,
-        /// Forget it when the server stops.
-        #[arg(long)]
-        transient: bool,
+        #[command(flatten)]
+        bitmap: NewBitmapArgs,
     },
     /// Forget a bitmap.
     Remove(Which),
@@ -55,6 +47,21 @@ pub(super) enum BitmapCommand {
     Export(ExportArgs),
     /// Show the bitmaps of all disks.
     List,
+}
+
+/// What a new bitmap is to be like.
+#[derive(Debug, clap::Args)]
+pub(super) struct NewBitmapArgs {
+    /// How much of the disk one bit stands for: a power of two, not finer than the disk's own
+    /// granularity [default: 64k, or the disk's if that is coarser].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(super) granularity: Option<u64>,
+    /// Do not record before it is enabled.
+    #[arg(long)]
+    pub(super) disabled: bool,
+    /// Forget it when the server stops.
+    #[arg(long)]
+    pub(super) transient: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -92,19 +99,13 @@ impl BitmapCommand {
             Self::Clear(which) => change(which, "clear", "is clear"),
             Self::Enable(which) => change(which, "enable", "records"),
             Self::Disable(which) => change(which, "disable", "records no more"),
-            Self::Add {
-                disk,
-                name,
-                granularity,
-                disabled,
-                transient,
-            } => {
+            Self::Add { disk, name, bitmap } => {
                 let arguments = Addition {
                     node: disk,
                     name,
-                    granularity: *granularity,
-                    persistent: !transient,
-                    disabled: *disabled,
+                    granularity: bitmap.granularity,
+                    persistent: !bitmap.transient,
+                    disabled: bitmap.disabled,
                 };
                 let answer = client.execute("block-dirty-bitmap-add", &arguments)?;
                 Ok(answers.confirm(&answer, &format!("bitmap {name} of {disk} is made\n")))

@@ -14,9 +14,10 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::bitmap::NewBitmapArgs;
 use super::client::{self, Client};
 use super::problem::Problem;
-use super::units::{parse_size, size};
+use super::units::size;
 use super::{Answers, Done};
 use crate::carry::{Occupied, write_aside, write_extents};
 use crate::control::answers::{ChangesAnswer, ExportAnswer, ImportAnswer};
@@ -45,16 +46,8 @@ pub(super) struct ImportArgs {
 pub(super) struct ImportedBitmapArgs {
     #[command(flatten)]
     import: ImportArgs,
-    /// How much of the disk one bit stands for: a power of two, not finer than the disk's own
-    /// granularity [default: 64k, or the disk's if that is coarser].
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    granularity: Option<u64>,
-    /// Do not record before it is enabled.
-    #[arg(long)]
-    disabled: bool,
-    /// Forget it when the server stops.
-    #[arg(long)]
-    transient: bool,
+    #[command(flatten)]
+    bitmap: NewBitmapArgs,
 }
 
 #[derive(Args, Debug)]
@@ -121,9 +114,9 @@ impl ImportedBitmapArgs {
     pub(super) fn run(&self, client: &mut Client, answers: &Answers) -> Result<Done, Problem> {
         let arguments = BitmapImport {
             import: self.import.request()?,
-            granularity: self.granularity,
-            transient: self.transient,
-            disabled: self.disabled,
+            granularity: self.bitmap.granularity,
+            transient: self.bitmap.transient,
+            disabled: self.bitmap.disabled,
         };
         let answer = client.execute("bitmap-import", &arguments)?;
         answers.show(&answer, |done| imported("bitmap", done))

@@ -10,7 +10,7 @@ use bitmap::{DirtySet, Era, Run};
 use uuid::Uuid;
 
 use super::bitmaps::{inconsistent, not_found};
-use super::{Bitmap, Service};
+use super::{Bitmap, Service, blocking};
 use crate::failure::Failure;
 use crate::files::CellPages;
 use crate::names::Name;
@@ -86,10 +86,7 @@ impl Service {
             let message = format!("{offset} is behind the end of the disk, which has {size} bytes");
             return Err(Failure::new("bad-argument", message));
         }
-        let told = tokio::task::spawn_blocking(move || known.tell(&map, offset..size));
-        let (dirty, next) = told.await.map_err(|error| {
-            Failure::new("internal", format!("telling what changed failed: {error}"))
-        })?;
+        let (dirty, next) = blocking(move || known.tell(&map, offset..size)).await?;
         Ok(Changes {
             size,
             granularity,

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::bitmaps::granularity_on;
 use super::book::Checkpoint;
-use super::{Action, Addition, Service, next_era, refuse_untrusted, still_known};
+use super::{Action, Addition, Service, blocking, next_era, refuse_untrusted, still_known};
 use crate::carry;
 use crate::disk::Freeze;
 use crate::failure::Failure;
@@ -240,15 +240,6 @@ fn not_marked(disk: &ServedDisk, error: &std::io::Error) -> Failure {
     );
     let hint = "there is no such checkpoint now: see to the storage and try again";
     Failure::new("state", message).hint(hint)
-}
-
-/// Files and maps may make whoever works with them wait, which is not to be the main thread.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Failure> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Failure::new("internal", format!("the command failed: {error}")))
 }
 
 /// What is older was there when the disk's state was made.

@@ -347,6 +347,15 @@ impl Service {
     }
 }
 
+/// Files and maps may make whoever works with them wait, which is not to be the main thread.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Failure::new("internal", format!("the command failed: {error}")))
+}
+
 fn refuse_untrusted(disk: &ServedDisk) -> Result<(), Failure> {
     if disk.disk.sync_failed() {
         let message = format!("disk '{}': a sync of the image failed", disk.name);

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use stillpoint_tests::guest::dirty_map;
 use stillpoint_tests::server::uri;
-use stillpoint_tests::tools::{merged, nbdinfo_map, path, tool, with_qemu_nbd};
+use stillpoint_tests::tools::{convert_to_raw, merged, nbdinfo_map, path, tool, with_qemu_nbd};
 use stillpoint_tests::{CHUNK, Extent, MIB, Server};
 
 pub(crate) const SIZE: u64 = 8 * MIB;
@@ -46,21 +46,6 @@ pub(crate) fn write_chunks(image: &Path, chunks: &[u64]) {
     args.push(path(image));
     let output = tool("qemu-io", &args);
     assert!(!output.ok().contains("failed"), "{output}");
-}
-
-/// Makes a raw image of one.
-#[track_caller]
-pub(crate) fn convert(image: &Path, raw: &Path) {
-    let args = [
-        "convert",
-        "-f",
-        "qcow2",
-        "-O",
-        "raw",
-        path(image),
-        path(raw),
-    ];
-    tool("qemu-img", &args).ok();
 }
 
 /// What `qemu-nbd` says is dirty.
@@ -131,7 +116,7 @@ fn served(server: &Server, name: &str, option: &str) -> Vec<Extent> {
 pub(crate) fn serving_copy(image: &Path) -> Server {
     let builder = Server::builder();
     let raw = builder.path("vda.raw");
-    convert(image, &raw);
+    convert_to_raw(image, &raw);
     builder.disk_at("vda", &raw).start()
 }
 

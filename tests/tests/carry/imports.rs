@@ -6,12 +6,12 @@ use rand::Rng as _;
 use serde_json::json;
 use stillpoint_tests::seeds::{rng, seeds};
 use stillpoint_tests::state::{directory, pretend_power_cut};
-use stillpoint_tests::tools::{path, tool};
+use stillpoint_tests::tools::{convert_to_raw, path, tool};
 use stillpoint_tests::{CHUNK, Guest, Server};
 
 use crate::images::{
-    SIZE, as_qemu_says, bitmap, bytes_of, chunks, convert, create, dirty_in, image_with_bitmap,
-    map_of, serving_copy, since, write_chunks,
+    SIZE, as_qemu_says, bitmap, bytes_of, chunks, create, dirty_in, image_with_bitmap, map_of,
+    serving_copy, since, write_chunks,
 };
 
 fn write(server: &Server, chunk: u64) {
@@ -65,7 +65,7 @@ fn a_bitmap_of_qemus_goes_on_when_its_disk_was_converted_to_raw() {
         )
         .ok();
         let raw = dir.path().join("restored");
-        convert(&incremental, &raw);
+        convert_to_raw(&incremental, &raw);
         assert!(bytes_of(&raw) == server.open_live("vda").read_all());
     }
 }

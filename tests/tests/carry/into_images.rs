@@ -5,7 +5,7 @@ use std::path::Path;
 use rand::Rng as _;
 use rand::seq::IndexedRandom as _;
 use stillpoint_tests::seeds::{number, rng, seeds};
-use stillpoint_tests::tools::{path, tool};
+use stillpoint_tests::tools::{convert_to_raw, path, tool};
 use stillpoint_tests::{CHUNK, Extent, KIB, MIB, Server};
 
 use crate::images::{SIZE, as_qemu_says, bitmap, check, create, dirty_in, since, write_chunks};
@@ -13,7 +13,7 @@ use crate::images::{SIZE, as_qemu_says, bitmap, check, create, dirty_in, since, 
 /// What is in an image, by a hash of what `qemu-img convert` makes of it.
 fn contents(image: &Path) -> String {
     let raw = image.with_extension("contents");
-    crate::images::convert(image, &raw);
+    convert_to_raw(image, &raw);
     stillpoint_tests::tools::sha256_of_file(&raw)
 }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use serde_json::json;
-use stillpoint_tests::killer::{Killer, killing};
+use stillpoint_tests::killer::{execute_and_die, killing};
 use stillpoint_tests::process::{KilledOnDrop, run, wait, wait_at_most};
 use stillpoint_tests::server::names;
 use stillpoint_tests::tools::{path, tool};
@@ -52,18 +52,8 @@ fn a_server_that_is_killed_in_an_import_has_all_of_it_or_nothing() {
                 let mut server = serving_copy(&image);
                 server.checkpoint("before");
                 let arguments = json!({"disk": "vda", "name": "cp0", "from": path(&image)});
-                let answered = {
-                    let mut qmp = server.qmp();
-                    let _killer = Killer::of(&server, calls, n);
-                    let command = json!({"execute": command, "arguments": arguments});
-                    qmp.try_send(command.to_string().as_bytes()).unwrap();
-                    qmp.receive().is_some()
-                };
-                if answered {
-                    server.kill();
-                } else {
-                    server.wait();
-                }
+                let request = json!({"execute": command, "arguments": arguments});
+                let answered = execute_and_die(&mut server, &request, calls, n);
                 server.start();
                 let is_there = if command == "checkpoint-import" {
                     let list = server.cli_json(&["checkpoint", "list"]);

@@ -2,9 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
 use stillpoint_tests::tools::{path, tool, with_qemu_nbd};
-use stillpoint_tests::{MIB, Server};
+use stillpoint_tests::{MIB, Output, Server};
 
 use crate::images::{SIZE, as_qemu_says, bitmap, bytes_of, check, create, poke};
 
@@ -15,27 +14,17 @@ fn server() -> Server {
     server
 }
 
+/// Puts what has changed since `cp1` into an image.
+fn export(server: &Server, image: &Path, options: &[&str]) -> Output {
+    let args = ["checkpoint", "export", "vda", "cp1", "--format", "qcow2"];
+    server.cli(&[&args[..], &["--to", path(image)], options].concat())
+}
+
 #[track_caller]
 fn refused(server: &Server, image: &Path, code: &str, why: &str) {
     let before = std::fs::read(image).ok();
-    let args = [
-        "checkpoint",
-        "export",
-        "vda",
-        "cp1",
-        "--format",
-        "qcow2",
-        "--to",
-        path(image),
-    ];
-    let output = server.cli(&[&args[..], &["--json"]].concat());
-    output.exits(1);
-    let error: Value = serde_json::from_str(&output.stdout).unwrap();
-    assert_eq!(error["error"]["code"], code, "{output}");
-    assert!(
-        error["error"]["message"].as_str().unwrap().contains(why),
-        "{output}"
-    );
+    let output = export(server, image, &["--json"]);
+    output.fails_with(code, why);
     assert!(
         std::fs::read(image).ok() == before,
         "{} was touched",
@@ -58,7 +47,7 @@ fn images_that_cannot_be_believed_get_no_bitmap() {
         ("features", 72, &bits(40), "image-features", "bit 40"),
         ("encrypted", 32, &[0, 0, 0, 1], "image-encrypted", "AES"),
         ("version", 4, &[0, 0, 0, 4], "bad-image", "version 4"),
-        ("raw", 0, b"XXXX", "bad-image", "no qcow2"),
+        ("raw", 0, b"RAW\0", "bad-image", "no qcow2"),
         ("counts", 48, &[0xff; 8], "bad-image", "table of counts"),
     ] {
         let image = image(name, "");
@@ -118,18 +107,8 @@ fn a_damaged_list_of_bitmaps_is_not_written_over() {
         (list + 8, &[0xff; 4], "larger than any"),
     ] {
         poke(&image, place, damage);
-        let args = [
-            "checkpoint",
-            "export",
-            "vda",
-            "cp1",
-            "--format",
-            "qcow2",
-            "--to",
-            path(&image),
-        ];
         let before = bytes_of(&image);
-        let output = server.cli(&args);
+        let output = export(&server, &image, &[]);
         assert_eq!(output.code(), 1, "{output}");
         assert!(output.stderr.contains(why), "{place}: {output}");
         assert!(bytes_of(&image) == before, "{place}");
@@ -145,17 +124,7 @@ fn bitmaps_that_nobody_can_believe_go_only_by_force() {
     bitmap(&image, &["--add", "theirs"]);
     poke(&image, 88, &[0; 8]);
     refused(&server, &image, "bitmap-inconsistent", "knows none");
-    let args = [
-        "checkpoint",
-        "export",
-        "vda",
-        "cp1",
-        "--format",
-        "qcow2",
-        "--to",
-        path(&image),
-    ];
-    server.cli(&[&args[..], &["--force"]].concat()).ok();
+    export(&server, &image, &["--force"]).ok();
     let told = tool("qemu-img", &["info", "--output=json", path(&image)]).json();
     let bitmaps = &told["format-specific"]["data"]["bitmaps"];
     assert_eq!(bitmaps.as_array().unwrap().len(), 1, "{told}");

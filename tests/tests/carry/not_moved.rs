@@ -25,13 +25,7 @@ fn prepared() -> Server {
 #[track_caller]
 fn refused(server: &Server, args: &[&str], code: &str, why: &str) {
     let output = server.cli(&[args, &["--json"]].concat());
-    output.exits(1);
-    let error: Value = serde_json::from_str(&output.stdout).unwrap();
-    assert_eq!(error["error"]["code"], code, "{output}");
-    assert!(
-        error["error"]["message"].as_str().unwrap().contains(why),
-        "{output}"
-    );
+    output.fails_with(code, why);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::Path;
 
 use serde_json::Value;
-use stillpoint_tests::tools::{path, tool, with_qemu_nbd};
+use stillpoint_tests::tools::{abandon, path, tool, with_qemu_nbd};
 use stillpoint_tests::{MIB, Server};
 
 use crate::images::{SIZE, bitmap, create, image_with_bitmap, poke, serving_copy};
@@ -14,12 +14,7 @@ use crate::images::{SIZE, bitmap, create, image_with_bitmap, poke, serving_copy}
 fn refused(server: &Server, from: &Path, code: &str, why: &str) {
     for kind in ["checkpoint", "bitmap"] {
         let args = [kind, "import", "vda", "cp0", "--from", path(from), "--json"];
-        let output = server.cli(&args);
-        output.exits(1);
-        let error: Value = serde_json::from_str(&output.stdout).unwrap();
-        assert_eq!(error["error"]["code"], code, "{output}");
-        let message = error["error"]["message"].as_str().unwrap();
-        assert!(message.contains(why), "{output}");
+        server.cli(&args).fails_with(code, why);
     }
     assert_eq!(
         server.cli_json(&["checkpoint", "list"]),
@@ -67,16 +62,7 @@ fn images_that_cannot_be_believed_are_refused_by_name() {
         "knows no bitmaps",
     );
     let torn = with("g", 0, b"Q");
-    let crash = [
-        "-f",
-        "qcow2",
-        "-c",
-        "write 0 64k",
-        "-c",
-        "abort",
-        path(&torn),
-    ];
-    assert_ne!(tool("qemu-io", &crash).code(), 0);
+    abandon(&torn);
     refused(&server, &torn, "bitmap-inconsistent", "did not close");
     with_qemu_nbd(&["-f", "qcow2", path(&image)], |_| {
         refused(&server, &image, "image-locked", "in use");

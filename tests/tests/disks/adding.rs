@@ -3,7 +3,7 @@
 use serde_json::json;
 use stillpoint_tests::state::{Begun, begin_since, directory, pretend_power_cut};
 use stillpoint_tests::tools::{nbdcopy_sha256, path, sha256, tool};
-use stillpoint_tests::{CHUNK, Guest, KIB, RawNbd, Server};
+use stillpoint_tests::{CHUNK, Guest, KIB, RawNbd};
 
 use super::{SIZE, add, builder, changed, disks, disks_of, listed, map_of, past, remove, spec};
 
@@ -130,7 +130,7 @@ fn a_disk_goes_on_with_its_chain_however_its_last_server_ended() {
         if how == "cut off" {
             pretend_power_cut(&directory(&server, "vdb"));
         }
-        add_patiently(&server, "vdb");
+        super::add(&server, "vdb");
         assert_eq!(disks_of(&server, "cp1"), ["vdb"], "{how}");
         assert_eq!(
             server.cli_json(&["checkpoint", "show", "cp1"])["uuid"],
@@ -160,20 +160,6 @@ fn a_disk_goes_on_with_its_chain_however_its_last_server_ended() {
     }
 }
 
-/// What a killed server had asked a device for keeps its lock until that has ended.
-fn add_patiently(server: &Server, disk: &str) {
-    loop {
-        let added = server.cli(&["disk", "add", &spec(server, disk)]);
-        if added.status.success() {
-            return;
-        }
-        assert!(
-            added.stderr.contains("in use by another process"),
-            "{added}"
-        );
-    }
-}
-
 #[test]
 fn an_open_backup_of_a_disk_that_is_added_goes_on() {
     for killed in [false, true] {
@@ -187,7 +173,7 @@ fn an_open_backup_of_a_disk_that_is_added_goes_on() {
         } else {
             earlier.stop();
         }
-        add_patiently(&server, "vdb");
+        super::add(&server, "vdb");
         assert_eq!(server.backup("b7")["state"], "open", "killed: {killed}");
         let mut live = server.open_live("vdb");
         live.write(0, &[6; 4096]).unwrap();

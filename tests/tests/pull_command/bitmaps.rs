@@ -6,7 +6,7 @@ use rand::Rng as _;
 use serde_json::json;
 use stillpoint_tests::seeds::{Rng, rng, seeds};
 use stillpoint_tests::server::temporary_directory;
-use stillpoint_tests::tools::{path, sha256_of_file, tool};
+use stillpoint_tests::tools::{convert_to_raw, path, sha256_of_file, tool};
 use stillpoint_tests::{CHUNK, Guest, KIB, MIB, Server};
 use tempfile::TempDir;
 
@@ -65,16 +65,7 @@ impl Machine {
     /// What `qemu-img` says is on its disk.
     fn contents(&self) -> Vec<u8> {
         let raw = self.directory.path().join("raw");
-        let args = [
-            "convert",
-            "-f",
-            "qcow2",
-            "-O",
-            "raw",
-            path(&self.image),
-            path(&raw),
-        ];
-        tool("qemu-img", &args).ok();
+        convert_to_raw(&self.image, &raw);
         std::fs::read(raw).expect("what was converted")
     }
 }

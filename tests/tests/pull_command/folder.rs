@@ -9,7 +9,7 @@ use stillpoint_tests::Server;
 use stillpoint_tests::killer::killing;
 use stillpoint_tests::process::{Output, run};
 use stillpoint_tests::server::temporary_directory;
-use stillpoint_tests::tools::{path, tool};
+use stillpoint_tests::tools::{convert_to_raw, path, tool};
 use tempfile::TempDir;
 
 /// A folder of backups, of a test's own.
@@ -142,16 +142,7 @@ impl Folder {
         let file = self.file(point, disk);
         tool("qemu-img", &["check", "-q", "-f", "qcow2", path(&file)]).ok();
         let raw = self.directory.path().join("restored.raw");
-        let args = [
-            "convert",
-            "-f",
-            "qcow2",
-            "-O",
-            "raw",
-            path(&file),
-            path(&raw),
-        ];
-        tool("qemu-img", &args).ok();
+        convert_to_raw(&file, &raw);
         fs::read(&raw).expect("what has just been written")
     }
 

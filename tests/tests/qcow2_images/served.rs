@@ -8,7 +8,7 @@ use stillpoint_tests::seeds::{number, rng, seeds};
 use stillpoint_tests::server::Builder;
 use stillpoint_tests::state::{Begun, begin_since};
 use stillpoint_tests::tools::{
-    merged, nbdcopy_sha256, nbdinfo_map, path, sha256, sha256_of_file, tool, with_qemu_nbd,
+    abandon, merged, nbdcopy_sha256, nbdinfo_map, path, sha256, sha256_of_file, tool, with_qemu_nbd,
 };
 use stillpoint_tests::{Extent, KIB, MIB, Server};
 
@@ -194,16 +194,7 @@ fn a_bitmap_that_was_not_closed_is_listed_as_inconsistent_and_not_served() {
     let image = images.create("image", "", &[], 4 * MIB);
     tool("qemu-img", &["bitmap", "--add", path(&image), "torn"]).ok();
     // A crash, with the bitmap in use.
-    let crash = [
-        "-f",
-        "qcow2",
-        "-c",
-        "write 0 64k",
-        "-c",
-        "abort",
-        path(&image),
-    ];
-    assert_ne!(tool("qemu-io", &crash).code(), 0);
+    abandon(&image);
     tool("qemu-img", &["bitmap", "--add", path(&image), "idle"]).ok();
 
     let server = serving(&image).start();

@@ -7,7 +7,7 @@ use rustix::process::Signal;
 use stillpoint_tests::relay::Relay;
 use stillpoint_tests::server::{self, temporary_directory};
 use stillpoint_tests::tools::path;
-use stillpoint_tests::{CHUNK, NbdBase, Server};
+use stillpoint_tests::{CHUNK, NbdBase, RawNbd, Server};
 
 use super::{at, image, on};
 
@@ -25,26 +25,29 @@ fn checkpointed(server: &Server, id: &str, since: &str) {
     server.begin(id, &["--since", since, "--checkpoint", &format!("cp-{id}")]);
 }
 
+/// A server whose first chunk was written, with ones, before `cp-b0`; and then with twos, which was given
+/// up and is on its way until the relay releases it.
+fn with_a_write_given_up(base: &NbdBase) -> (Relay, Server, RawNbd) {
+    let relay = Relay::to(&base.socket());
+    let uri = server::uri(&relay.socket(), "");
+    let server = at(&uri, ",reconnect=1s").start();
+    let mut live = server.open_live("vda");
+    live.write(0, &vec![1; CHUNK as usize]).unwrap();
+    server.checkpoint("cp-b0");
+    relay.hold();
+    let given_up = live.write(0, &vec![2; CHUNK as usize]);
+    assert_eq!(given_up, Err(EIO));
+    // On a connection that is not held.
+    server.wait_for_log("the base is back", 1);
+    (relay, server, live)
+}
+
 #[test]
 fn a_write_that_lands_long_after_it_was_given_up_is_marked_and_preserved() {
     let directory = temporary_directory();
     let image = image(&directory);
     let base = NbdBase::file(&image);
-    let relay = Relay::to(&base.socket());
-    let uri = server::uri(&relay.socket(), "");
-    let mut server = at(&uri, ",reconnect=1s").start();
-    let mut live = server.open_live("vda");
-    live.write(0, &vec![1; CHUNK as usize]).unwrap();
-    server.checkpoint("cp-b0");
-
-    relay.hold();
-    assert_eq!(
-        live.write(0, &vec![2; CHUNK as usize]),
-        Err(EIO),
-        "given up"
-    );
-    // On a connection that is not held.
-    server.wait_for_log("the base is back", 1);
+    let (relay, mut server, mut live) = with_a_write_given_up(&base);
     checkpointed(&server, "b1", "cp-b0");
     live.write(0, &vec![3; CHUNK as usize]).unwrap();
     server.commit("b1");
@@ -126,15 +129,7 @@ fn a_write_that_was_repeated_may_land_twice_and_is_marked_and_preserved() {
 fn a_write_that_lands_while_nobody_serves_the_disk_makes_no_other_image_of_it() {
     let directory = temporary_directory();
     let base = NbdBase::file(&image(&directory));
-    let relay = Relay::to(&base.socket());
-    let uri = server::uri(&relay.socket(), "");
-    let mut server = at(&uri, ",reconnect=1s").start();
-    let mut live = server.open_live("vda");
-    live.write(0, &vec![1; CHUNK as usize]).unwrap();
-    server.checkpoint("cp-b0");
-    relay.hold();
-    assert_eq!(live.write(0, &vec![2; CHUNK as usize]), Err(EIO));
-    server.wait_for_log("the base is back", 1);
+    let (relay, mut server, mut live) = with_a_write_given_up(&base);
     live.write(0, &vec![3; CHUNK as usize]).unwrap();
     checkpointed(&server, "b1", "cp-b0");
     server.stop();

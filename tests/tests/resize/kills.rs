@@ -6,7 +6,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
 
 use serde_json::json;
-use stillpoint_tests::killer::{Killer, killing};
+use stillpoint_tests::killer::{Killer, execute_and_die, killing};
 use stillpoint_tests::process::{KilledOnDrop, run, wait, wait_at_most};
 use stillpoint_tests::state::{Begun, begin_since, directory, pretend_power_cut};
 use stillpoint_tests::tools::path;
@@ -22,20 +22,9 @@ const CALLS: [&str; 5] = ["fsync", "fdatasync", "pwrite64", "ftruncate", "falloc
 /// Has the disk grow in a server that is killed at the `n`th of its `calls`, or else afterwards;
 /// whether it answered.
 fn resize_and_die(server: &mut Server, calls: &str, n: usize) -> bool {
-    let answered = {
-        let mut qmp = server.qmp();
-        let _killer = Killer::of(server, calls, n);
-        let arguments = json!({"disk": "vda", "size": AFTER});
-        let command = json!({"execute": "disk-resize", "arguments": arguments});
-        qmp.try_send(command.to_string().as_bytes()).unwrap();
-        qmp.receive().is_some()
-    };
-    if answered {
-        server.kill();
-    } else {
-        server.wait();
-    }
-    answered
+    let arguments = json!({"disk": "vda", "size": AFTER});
+    let command = json!({"execute": "disk-resize", "arguments": arguments});
+    execute_and_die(server, &command, calls, n)
 }
 
 #[test]

@@ -19,7 +19,7 @@ use crate::failure::Failure;
 use crate::files::CellPages;
 use crate::names::Name;
 use crate::served::ServedDisk;
-use crate::service::{Service, next_era, not_recorded, refuse_untrusted, still_known};
+use crate::service::{Service, blocking, next_era, not_recorded, refuse_untrusted, still_known};
 use crate::state::{BitmapsRecord, BitsId, Record};
 
 /// What one disk's bitmaps become.
@@ -340,15 +340,6 @@ impl Bitmaps {
     pub(in crate::service) fn restore(&mut self, disk: Name, bitmaps: Vec<Bitmap>) {
         self.0.insert(disk, bitmaps);
     }
-}
-
-/// Files and maps may make whoever works with them wait, which is not to be the main thread.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Failure> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Failure::new("internal", format!("the command failed: {error}")))
 }
 
 /// As many as a disk has bitmaps: whoever needs more names some of them twice.

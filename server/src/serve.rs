@@ -153,16 +153,22 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     // What a control client has begun may still go on, whether or not that client is there.
     let _at_rest = service.rest().await;
     service.let_all_go().await;
+    let mut outcome = Ok(());
     for disk in service.disks().values() {
         if let Err(error) = disk.close().await {
             let message = format!(
                 "disk '{}': not everything could be made durable: {error}",
                 disk.name
             );
-            return Err(Failure::new("not-durable", message));
+            // The others end in good order all the same.
+            if outcome.is_err() {
+                tracing::error!("{message}");
+            } else {
+                outcome = Err(Failure::new("not-durable", message));
+            }
         }
     }
-    Ok(())
+    outcome
 }
 
 /// Hands every client to where it is served, until the server is to stop.

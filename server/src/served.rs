@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bitmap::{Era, Granularity};
 use block::{Engine, Storage};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 use uuid::Uuid;
 
 use crate::clients::Clients;
@@ -244,11 +244,12 @@ impl ServedDisk {
     }
 
     /// Keeps some regions free, and records what must be known after a kill, for as long as the
-    /// disk is served.
-    pub(crate) async fn look_after(&self) {
+    /// disk is served. Told to stop, it ends what it has begun.
+    pub(crate) async fn look_after(&self, stop: &mut watch::Receiver<bool>) {
         let mut idle = tokio::time::interval(IDLE_CHECK);
         loop {
             let retired = tokio::select! {
+                _ = stop.wait_for(|stop| *stop) => return,
                 () = self.disk.crowded() => self.disk.retire_some().await,
                 _ = idle.tick() => self.disk.retire_idle().await,
                 () = self.disk.sync_fails() => {
@@ -294,8 +295,17 @@ impl ServedDisk {
         self.state.lock().await.settle().await
     }
 
-    /// Makes everything durable, and records that it is. Nobody writes any more.
+    /// Makes everything durable, and records that it is; or else, what is in doubt. Nobody writes any
+    /// more.
     pub(crate) async fn close(&self) -> io::Result<()> {
+        let closed = self.end().await;
+        if closed.is_err() {
+            self.record_doubt().await;
+        }
+        closed
+    }
+
+    async fn end(&self) -> io::Result<()> {
         self.disk.flush().await?;
         self.disk.retire_all().await?;
         self.disk.sync_tracking().await?;

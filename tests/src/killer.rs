@@ -1,4 +1,4 @@
-//! Kills a process at a system call of one's choice, or slows it down there.
+//! Kills a process at a system call of one's choice, slows it down or has it fail there.
 
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
@@ -26,6 +26,17 @@ impl Killer {
     /// Has the server make such calls for the file at `path` so many microseconds late.
     #[track_caller]
     pub fn slowing(server: &Server, calls: &str, path: &Path, late_us: u32) -> Self {
+        Self::at(server, calls, path, &format!("delay_enter={late_us}"))
+    }
+
+    /// Has such calls for the file at `path` fail with EIO.
+    #[track_caller]
+    pub fn failing(server: &Server, calls: &str, path: &Path) -> Self {
+        Self::at(server, calls, path, "error=EIO")
+    }
+
+    #[track_caller]
+    fn at(server: &Server, calls: &str, path: &Path, effect: &str) -> Self {
         let mut strace = Command::new("strace");
         strace
             .args([
@@ -37,7 +48,7 @@ impl Killer {
                 "-P",
             ])
             .arg(path)
-            .args(["-e", &format!("inject={calls}:delay_enter={late_us}")]);
+            .args(["-e", &format!("inject={calls}:{effect}")]);
         Self::attach(server, strace)
     }
 

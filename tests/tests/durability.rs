@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::PathBuf;
 
+use rustix::process::Signal;
+use stillpoint_tests::killer::Killer;
 use stillpoint_tests::server::{named, temporary_directory};
 use stillpoint_tests::state::{Begun, begin_since, pretend_power_cut};
 use stillpoint_tests::tools::{path, sparse_file};
@@ -109,6 +111,31 @@ fn with_none_all_is_full_after_anything_but_a_clean_stop() {
     Guest::new(&server, "vda").write(5 * CHUNK, &[3; 4096]);
     server.kill();
     has_changed(&image.serve("none"), "b3", "cp2", &[5]);
+}
+
+/// What that sync was to make durable may be gone for good: the next one knows nothing of it.
+#[test]
+fn a_stop_whose_sync_fails_leaves_its_disk_in_doubt_and_ends_the_others_well() {
+    let mut server = Server::builder()
+        .disk("vda", 8 * MIB)
+        .disk("vdb", 8 * MIB)
+        .start();
+    for disk in ["vda", "vdb"] {
+        let mut live = server.open_live(disk);
+        live.write(CHUNK, &[1; 4096]).unwrap();
+    }
+    server.checkpoint("cp1");
+    {
+        let _failing = Killer::failing(&server, "fdatasync", &server.image("vda"));
+        server.signal(Signal::TERM);
+        assert_eq!(server.wait().code(), Some(1), "{}", server.stderr());
+    }
+    let told = server.stderr();
+    assert!(told.contains("'vda': not everything"), "{told}");
+    server.start();
+    let marked = server.dirty_bytes("cp1", "vda");
+    assert!(marked >= CHUNK, "{marked} bytes");
+    assert_eq!(server.dirty_bytes("cp1", "vdb"), 0);
 }
 
 #[test]

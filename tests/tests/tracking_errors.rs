@@ -2,9 +2,11 @@
 
 use std::fs::{self, File};
 use std::io::Write as _;
+use std::path::Path;
 
 use serde_json::{Value, json};
-use stillpoint_tests::server::named;
+use stillpoint_tests::process::wait_until_blocked;
+use stillpoint_tests::server::{Builder, named};
 use stillpoint_tests::state::{Begun, begin_since};
 use stillpoint_tests::tools::{path, sparse_file};
 use stillpoint_tests::{CHUNK, Guest, MIB, Mount, Server};
@@ -13,14 +15,20 @@ use stillpoint_tests::{CHUNK, Guest, MIB, Mount, Server};
 /// page of the map.
 fn server_on(mount: &Mount, policy: &str) -> Server {
     let builder = Server::builder();
+    let scratch = builder.path("scratch");
+    server_with(builder, mount, policy, &scratch)
+}
+
+/// The same with a place for its scratch.
+fn server_with(builder: Builder, mount: &Mount, policy: &str, scratch: &Path) -> Server {
     let image = builder.path("vda.raw");
     sparse_file(&image, 256 * MIB);
     let state = mount.path().join("state");
     let disk = format!("vda={},state={}", path(&image), path(&state));
-    let scratch = builder.path("scratch");
     let server = builder
         .disk_as(&disk)
-        .arg(&format!("--scratch-dir={}", path(&scratch)))
+        .arg(&format!("--scratch-dir={}", path(scratch)))
+        .arg("--scratch-reserve=0")
         .arg(&format!("--on-tracking-error={policy}"))
         .start();
     Guest::new(&server, "vda").write(CHUNK, &[1; 4096]);
@@ -192,4 +200,26 @@ fn tracking_that_was_lost_stays_so_over_every_end_until_a_new_checkpoint() {
     server.kill();
     server.start();
     assert_eq!(dirty_since(&server, "b4", "cp2"), [] as [u64; 0]);
+}
+
+/// Between the moment when a bitmap is found to be whole and the instant, scratch files are made.
+#[test]
+fn a_bitmap_that_misses_a_write_of_the_last_moment_is_not_frozen() {
+    let (mount, slow) = (Mount::ext4(8 * MIB), Mount::ext4(8 * MIB));
+    let scratch = slow.path().join("scratch");
+    let server = server_with(Server::builder(), &mount, "stop-tracking", &scratch);
+    server.cli(&["bitmap", "add", "vda", "b"]).ok();
+    let mut nbd = server.open_live("vda");
+    fill(&mount);
+    let held = slow.freeze();
+    let mut control = server.qmp();
+    let begin = json!({"execute": "backup-begin", "arguments": {"id": "b1", "bitmaps": ["b"]}});
+    control.try_send(begin.to_string().as_bytes()).unwrap();
+    wait_until_blocked(server.pid());
+    nbd.write(100 * MIB, &[2; 4096]).expect("it goes on");
+    drop(held);
+    let answer = control.reply();
+    assert_eq!(answer["error"]["code"], "bitmap-inconsistent", "{answer}");
+    let none = server.cli_json(&["backup", "list"]);
+    assert_eq!(none, json!([]));
 }

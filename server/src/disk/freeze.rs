@@ -1,7 +1,7 @@
+use std::io;
 use std::sync::Arc;
 
-use std::io;
-
+use block::Unreachable;
 use scratch::{Pace, Snapshot, Step, World};
 use thiserror::Error;
 
@@ -23,7 +23,7 @@ pub enum NotFrozen {
     Busy,
     /// What was written untracked before it may not be durable.
     #[error("a sync of the image failed: {0}")]
-    Image(#[from] io::Error),
+    Image(io::Error),
     /// What was written before it is not known to be durable where the image is. Nobody is told of it.
     #[error("what was written before the instant cannot be made durable: {0}")]
     Elsewhere(io::Error),
@@ -33,7 +33,7 @@ pub enum NotFrozen {
 ///
 /// All that can fail has been done by now: `next` is ready-made, so the guests pause only for the
 /// writes already in flight, and for no longer than `patience` takes. Only one instant may be taken
-/// at a time. Where images may be elsewhere, [`Cover`] ends it.
+/// at a time. [`Cover`] ends it, whatever came of it.
 pub async fn freeze<W: World>(
     freezes: Vec<Freeze<W>>,
     patience: impl Future<Output = ()>,
@@ -82,7 +82,13 @@ pub async fn freeze<W: World>(
     // What nobody tracked is in no active region: from here on, what is in the copy of a client must
     // not be lost by a power cut that would not tell.
     for (disk, _) in untracked {
-        disk.flush().await?;
+        disk.flush().await.map_err(|error| {
+            if Unreachable::is(&error) {
+                NotFrozen::Elsewhere(error)
+            } else {
+                NotFrozen::Image(error)
+            }
+        })?;
     }
     Ok(())
 }
@@ -107,17 +113,26 @@ impl<W: World> Cover<W> {
         Self(freezes.iter().map(new).collect())
     }
 
-    /// Does it. On an error the instant is kept no longer.
-    pub async fn finish(self) -> Result<(), NotFrozen> {
-        for (disk, _) in &self.0 {
-            if let Err(error) = disk.cover_instant().await {
-                for (disk, new) in &self.0 {
-                    for snapshot in new {
-                        disk.forget(snapshot);
-                    }
+    /// Does it, if the instant was `taken`. On an error the instant is kept no longer.
+    pub async fn finish(self, taken: Result<(), NotFrozen>) -> Result<(), NotFrozen> {
+        let finished = match taken {
+            Ok(()) => self.cover().await,
+            failed => failed,
+        };
+        if finished.is_err() {
+            for (disk, new) in &self.0 {
+                for snapshot in new {
+                    disk.forget(snapshot);
                 }
-                return Err(NotFrozen::Elsewhere(error));
             }
+        }
+        finished
+    }
+
+    async fn cover(&self) -> Result<(), NotFrozen> {
+        for (disk, _) in &self.0 {
+            let covered = disk.cover_instant().await;
+            covered.map_err(NotFrozen::Elsewhere)?;
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::bases::Since;
-use super::bitmaps::FrozenBitmap;
+use super::bitmaps::{FrozenBitmap, inconsistent};
 use super::book::{Backup, Base, BeginRequest, Checkpoint, FrozenDisk, Outcome};
 use super::expiry::expiry;
 use super::{Counter, Event, Service, next_era, not_recorded, refuse_untrusted, restore};
@@ -64,6 +64,12 @@ impl Service {
                 .followed_by(part.era, Some(Arc::clone(&part.snapshot))),
         };
         let pause = self.freeze(prepared.iter().map(next).collect()).await?;
+        if let Err(lost) = prepared.iter().try_for_each(Prepared::still_known) {
+            for part in &prepared {
+                part.disk.disk.forget(&part.snapshot);
+            }
+            return Err(lost);
+        }
         let entry = Entry {
             id,
             request,
@@ -412,6 +418,17 @@ impl Service {
 }
 
 impl Prepared {
+    /// Refuses where a write went untracked before the instant of which a bitmap should tell. A base is
+    /// asked by [`freeze`](Self::freeze): without one there is still a full backup.
+    fn still_known(&self) -> Result<(), Failure> {
+        let is_lost = |bitmap: &&FrozenBitmap| {
+            let since = bitmap.dirty.since;
+            since.is_some_and(|era| self.disk.why_lost(era).is_some())
+        };
+        let lost = self.bitmaps.iter().find(is_lost);
+        lost.map_or(Ok(()), |bitmap| Err(inconsistent(&bitmap.name)))
+    }
+
     /// After the instant: what went untracked before it is known by now.
     fn freeze(self, backup: &Name, has_disk_name: bool) -> FrozenDisk {
         let why_lost = match &self.base {

@@ -21,7 +21,7 @@ use tokio::task::{LocalSet, spawn_blocking};
 use super::agree::{Told, agree};
 use super::book::Book;
 use super::restore::restore_one;
-use super::same_image::refuse_same_image;
+use super::same_image::{refuse_same_image, refuse_same_state};
 use super::{Backup, Disks, Event, Service};
 use crate::disk::{Ending, OnTrackingError};
 use crate::failure::Failure;
@@ -146,9 +146,6 @@ impl Service {
         self.let_go(name).await;
         // Nobody reads or writes it any more.
         let closed = disk.close().await;
-        if closed.is_err() {
-            disk.record_doubt().await;
-        }
         release(disk).await;
         self.space.forget_unused();
         tracing::info!(disk = %name, "the disk has gone");
@@ -176,6 +173,7 @@ impl Service {
     /// it had hardly started. In between: some of what the journals have to be told, and the next
     /// start tells the rest. Nobody has written by then, nor was told of the disk.
     async fn come(self: &Arc<Self>, disk: &Arc<ServedDisk>, past: Past) -> Result<(), Failure> {
+        refuse_same_state(disk, self.disks().values())?;
         let found = self.find(disk, past).await?;
         self.refuse_clashes(disk, &found.book)?;
         self.settle_one(disk, &found).await.map_err(|error| {

@@ -3,41 +3,62 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::{Event, Service};
 use crate::names::Name;
 use crate::served::ServedDisk;
 
-/// The tasks of one disk.
-pub(super) type Keepers = JoinSet<()>;
+/// The tasks of one disk, which end when they are told to: a sync that nobody waits for any more would
+/// take with it what came of it.
+#[derive(Default)]
+pub(super) struct Keepers {
+    stop: watch::Sender<bool>,
+    tasks: JoinSet<()>,
+}
+
+impl Keepers {
+    async fn end(mut self) {
+        self.stop.send_replace(true);
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
 
 impl Service {
     /// Looks after `disk` from now on.
     ///
     /// Runs on a [`LocalSet`](tokio::task::LocalSet).
     pub(crate) fn keep(self: &Arc<Self>, disk: &Arc<ServedDisk>) {
-        let mut tasks = Keepers::new();
-        let kept = Arc::clone(disk);
-        tasks.spawn_local(async move { kept.look_after().await });
+        let mut keepers = Keepers::default();
+        let (kept, mut stop) = (Arc::clone(disk), keepers.stop.subscribe());
+        keepers.tasks.spawn_local(async move {
+            kept.look_after(&mut stop).await;
+        });
         let (service, watched) = (Arc::clone(self), Arc::clone(disk));
-        tasks.spawn_local(async move { service.watch_tracking(&watched).await });
-        self.keepers().insert(disk.name.clone(), tasks);
+        let mut stop = keepers.stop.subscribe();
+        keepers.tasks.spawn_local(async move {
+            tokio::select! {
+                _ = stop.wait_for(|stop| *stop) => {}
+                () = service.watch_tracking(&watched) => {}
+            }
+        });
+        self.keepers().insert(disk.name.clone(), keepers);
     }
 
     /// Looks after this disk no longer; returns when nothing of that goes on.
     pub(super) async fn let_go(&self, disk: &Name) {
-        let tasks = self.keepers().remove(disk);
-        if let Some(mut tasks) = tasks {
-            tasks.shutdown().await;
+        let keepers = self.keepers().remove(disk);
+        if let Some(keepers) = keepers {
+            keepers.end().await;
         }
     }
 
     /// The same for all disks.
     pub(crate) async fn let_all_go(&self) {
         let all = std::mem::take(&mut *self.keepers());
-        for mut tasks in all.into_values() {
-            tasks.shutdown().await;
+        for keepers in all.into_values() {
+            keepers.end().await;
         }
     }
 

@@ -298,11 +298,7 @@ impl Service {
         let pause = begun.elapsed();
         self.longest_pause_us
             .fetch_max(pause.as_micros() as u64, Ordering::Relaxed);
-        let outcome = match outcome {
-            Ok(()) => cover.finish().await,
-            other => other,
-        };
-        match outcome {
+        match cover.finish(outcome).await {
             Ok(()) => Ok(pause),
             Err(busy @ NotFrozen::Busy) => {
                 let message = format!("{busy}: no instant within {:?}", self.freeze_timeout);

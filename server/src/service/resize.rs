@@ -104,11 +104,9 @@ async fn resize_opened(
     }
     let freezes = vec![next_instant(disk)?];
     let cover = Cover::of(&freezes);
-    let instant = async {
-        freeze(freezes, std::future::pending()).await?;
-        cover.finish().await
-    };
-    instant
+    let taken = freeze(freezes, std::future::pending()).await;
+    cover
+        .finish(taken)
         .await
         .map_err(|error| Failure::new("image-failed", error.to_string()))?;
     grow(disk, size).await

@@ -1,4 +1,4 @@
-//! One image under two names.
+//! One image, or one state, under two names.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -28,6 +28,24 @@ pub(super) fn refuse_same_image<'a>(
         disk.name
     );
     Err(Failure::new("image-locked", message))
+}
+
+/// Refuses a disk whose state was copied from one of `disks`: all that is recorded of either would be
+/// taken for the other's.
+pub(super) fn refuse_same_state<'a>(
+    disk: &ServedDisk,
+    mut disks: impl Iterator<Item = &'a Arc<ServedDisk>>,
+) -> Result<(), Failure> {
+    let Some(other) = disks.find(|other| other.uuid == disk.uuid) else {
+        return Ok(());
+    };
+    let message = format!(
+        "cannot serve '{}': its state is a copy of disk '{}''s",
+        disk.path.display(),
+        other.name
+    );
+    let hint = "remove the copy of the state: its first backup is then a full one";
+    Err(Failure::new("disk-exists", message).hint(hint))
 }
 
 /// What tells one file, or one device, from all others.

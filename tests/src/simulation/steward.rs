@@ -181,7 +181,7 @@ async fn covered(
         .iter()
         .map(|(subject, era, _)| elsewhere::may_change(subject, *era))
         .collect();
-    if cover.finish().await.is_err() {
+    if cover.finish(Ok(())).await.is_err() {
         return false;
     }
     for (((subject, era, planned), ranges), copy) in plans.iter().zip(unsettled).zip(copies) {

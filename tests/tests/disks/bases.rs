@@ -48,7 +48,7 @@ fn a_base_that_is_gone_is_in_the_way_of_a_removal_unless_forced() {
     let server = builder().start();
     let mut base = NbdBase::file(&server.image("vdb"));
     let disk = format!(
-        "vdb={},state={},reconnect=1s",
+        "vdb={},state={},reconnect=3s",
         base.uri(),
         path(&server.path("state"))
     );

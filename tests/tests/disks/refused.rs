@@ -71,6 +71,25 @@ fn a_name_or_an_image_that_is_there_already_is_refused() {
 }
 
 #[test]
+fn a_copy_of_a_disk_that_is_served_is_refused_and_breaks_nothing() {
+    let server = builder().start();
+    server.begin("b1", &[]);
+    let (image, copy) = (server.image("vda"), server.path("copy.raw"));
+    for (from, to) in [("", ""), (".stillpoint", ".stillpoint")] {
+        let [from, to] = [(&image, from), (&copy, to)].map(|(file, end)| {
+            let file = path(file);
+            format!("{file}{end}")
+        });
+        tool("cp", &["-a", &from, &to]).ok();
+    }
+    let disk = format!("vdx={}", path(&copy));
+    refused(&server, &disk, "a copy of disk 'vda''s");
+    assert_eq!(server.backup("b1")["state"], "open");
+    fs::remove_dir_all(server.path("copy.raw.stillpoint")).unwrap();
+    server.cli(&["disk", "add", &disk]).ok();
+}
+
+#[test]
 fn an_image_that_serve_would_refuse_is_refused_in_the_same_words() {
     let server = builder().start();
     let there = |name: &str| path(&server.path(name)).to_owned();

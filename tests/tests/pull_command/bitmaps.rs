@@ -6,7 +6,7 @@ use rand::Rng as _;
 use serde_json::json;
 use stillpoint_tests::seeds::{Rng, rng, seeds};
 use stillpoint_tests::server::temporary_directory;
-use stillpoint_tests::tools::{convert_to_raw, path, sha256_of_file, tool};
+use stillpoint_tests::tools::{abandon, convert_to_raw, path, sha256_of_file, tool};
 use stillpoint_tests::{CHUNK, Guest, KIB, MIB, Server};
 use tempfile::TempDir;
 
@@ -155,17 +155,8 @@ fn a_bitmap_that_cannot_be_believed_makes_a_full_and_one_that_is_nowhere_makes_n
     assert_eq!(server.cli_json(&["backup", "list"]), json!([]));
     drop(server);
 
-    // A crash, with the bitmap in use.
-    let crash = [
-        "-f",
-        "qcow2",
-        "-c",
-        "write -P 9 0 64k",
-        "-c",
-        "abort",
-        path(&machine.image),
-    ];
-    tool("qemu-io", &crash);
+    // With the bitmap in use.
+    abandon(&machine.image);
     let server = machine.served();
     let args = ["--bitmap", "cp1"];
     let pulled = folder.pull(&server, &args);
@@ -272,4 +263,22 @@ fn machine_contents(machine: &Machine, server: &Server) -> Vec<u8> {
     let raw = machine.directory.path().join("served");
     tool("nbdcopy", &[&server.live_uri("vda"), path(&raw)]).ok();
     std::fs::read(raw).expect("what was copied")
+}
+
+#[test]
+fn a_bitmap_that_does_not_record_is_not_believed_to_have_what_changed() {
+    let server = Server::with_disk(SIZE);
+    let mut guest = Guest::new(&server, "vda");
+    let folder = Folder::new();
+    folder.pull(&server, &[]).result(0);
+    server
+        .cli(&["bitmap", "add", "vda", "mine", "--disabled"])
+        .ok();
+    guest.write(5 * CHUNK, &[5; 512]);
+    let pulled = folder.pull(&server, &["--bitmap", "mine"]);
+    // The checkpoint of the point before has it.
+    let disk = pulled.disk(0, "vda");
+    assert_eq!(disk["mode"], "incremental", "{disk}");
+    assert!(!disk["since_uuid"].is_null(), "{disk}");
+    folder.holds(2, "vda", &guest.disk, "by the checkpoint");
 }

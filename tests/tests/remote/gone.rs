@@ -151,7 +151,7 @@ fn what_a_qemu_nbd_had_in_memory_when_it_was_killed_is_given_to_the_next() {
 fn a_base_that_is_gone_for_long_is_an_error_until_it_is_back() {
     let directory = temporary_directory();
     let mut base = NbdBase::file(&image(&directory));
-    let mut server = on(&base, ",reconnect=1s").start();
+    let mut server = on(&base, ",reconnect=3s").start();
     let mut live = server.open_live("vda");
     live.write(0, &[1; 512]).unwrap();
     base.kill();

@@ -29,6 +29,11 @@ impl Bitmap {
             let bitmap = bitmaps.find(|bitmap| bitmap.name == name)?;
             let usable = if bitmap.inconsistent {
                 Err(format!("its dirty bitmap '{name}' is inconsistent"))
+            } else if !node.ro && !bitmap.recording {
+                // On a disk that nobody writes nothing has changed since it ended.
+                Err(format!(
+                    "its dirty bitmap '{name}' is disabled, and misses what changes"
+                ))
             } else if is_checkpoint {
                 Err(format!(
                     "a checkpoint has the name of its dirty bitmap '{name}'"

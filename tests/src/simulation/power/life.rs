@@ -434,10 +434,8 @@ pub(super) async fn steward(life: Rc<Life>, count: u64) {
         let waits = life.patience(patience);
         let freezes = vec![next];
         let cover = Cover::of(&freezes);
-        let frozen = match freeze(freezes, waits).await {
-            Ok(()) => cover.finish().await,
-            failed => failed,
-        };
+        let taken = freeze(freezes, waits).await;
+        let frozen = cover.finish(taken).await;
         // Now and then it is given up after the swap.
         if frozen.is_err() || sim.one_in(6) {
             machine.oracle.borrow_mut().unmake(id);
@@ -467,8 +465,8 @@ async fn grow(life: &Life) {
     };
     let freezes = vec![next];
     let cover = Cover::of(&freezes);
-    let frozen = freeze(freezes, life.patience(Some(20))).await;
-    if frozen.is_err() || cover.finish().await.is_err() {
+    let taken = freeze(freezes, life.patience(Some(20))).await;
+    if cover.finish(taken).await.is_err() {
         return;
     }
     let tick = sim.tick();

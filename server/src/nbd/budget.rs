@@ -77,12 +77,16 @@ impl Share {
             return true;
         }
         if self.waiting.is_none() {
-            let missing = u32::try_from(need - taken).unwrap_or(u32::MAX);
             let common = Arc::clone(&self.budget.common);
-            if let Ok(permit) = Arc::clone(&common).try_acquire_many_owned(missing) {
+            if let Ok(permit) = Arc::clone(&common).try_acquire_many_owned(permits(need - taken)) {
                 self.add(permit);
                 return true;
             }
+            // What it does not need while it waits is given back now: counted on, it would be missing
+            // when its turn has come.
+            self.fit(held);
+            let need = (need + GROWTH).min(self.budget.in_all);
+            let missing = permits(need - self.taken());
             self.waiting = Some(Waiting {
                 granted: Box::pin(async move { common.acquire_many_owned(missing).await.ok() }),
                 starving: None,
@@ -161,6 +165,14 @@ fn units_beyond_own(bytes: usize) -> usize {
     bytes.saturating_sub(OWN_BYTES).div_ceil(UNIT)
 }
 
+fn permits(units: usize) -> u32 {
+    u32::try_from(units).unwrap_or(u32::MAX)
+}
+
+/// What is asked for besides what is missing, in units: while a request waits, what is held may grow by
+/// the heads of 256 replies, and by rounding. Who is short all the same waits for another turn.
+const GROWTH: usize = 4;
+
 /// Coarse enough that 32 bits count any memory, fine enough that nothing is lost by rounding.
 const UNIT: usize = 4 << 10;
 
@@ -222,6 +234,47 @@ mod tests {
         assert!(!other.covers(0, 32 * MIB));
         drop(one);
         assert!(is_granted(&mut other).await && other.covers(0, 32 * MIB));
+    }
+
+    #[tokio::test]
+    async fn who_had_more_than_it_held_goes_on_at_its_first_turn() {
+        let budget = Budget::new(4 * MIB);
+        let [mut hog, mut one, mut other] = [(); 3].map(|()| Share::new(&budget));
+        // Most of what it held has been sent since.
+        assert!(one.covers(0, 2 * MIB));
+        assert!(hog.covers(0, 2 * MIB));
+        assert!(!one.covers(MIB, 2 * MIB));
+        one.fit(MIB);
+        assert!(!other.covers(0, 4 * MIB));
+        assert!(!is_granted(&mut one).await && !is_granted(&mut other).await);
+        hog.fit(0);
+        assert!(is_granted(&mut one).await);
+        assert!(!is_granted(&mut other).await, "another still waits");
+        assert!(one.covers(MIB, 2 * MIB));
+    }
+
+    #[tokio::test]
+    async fn heads_and_rounding_cost_nobody_its_turn() {
+        let (least, head) = (OWN_BYTES + UNIT, 32);
+        for (then, now) in [
+            (least, least + 256 * head),
+            (least + 1, least),
+            (0, 256 * head),
+        ] {
+            let budget = Budget::new(4 * MIB);
+            let [mut hog, mut one, mut other] = [(); 3].map(|()| Share::new(&budget));
+            assert!(one.covers(0, then));
+            assert!(hog.covers(0, 4 * MIB));
+            assert!(!one.covers(then, MIB - 1));
+            assert!(!is_granted(&mut one).await);
+            assert!(!other.covers(0, 4 * MIB));
+            assert!(!is_granted(&mut other).await);
+            one.fit(now);
+            hog.fit(0);
+            assert!(is_granted(&mut one).await);
+            assert!(!is_granted(&mut other).await);
+            assert!(one.covers(now, MIB - 1), "{then}, then {now}");
+        }
     }
 
     #[tokio::test]

@@ -1,13 +1,16 @@
 //! Memory for requests and replies that several clients want at once: who waits for it, and who does
 //! not any more.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::set_socket_send_buffer_size;
+use rustix::process::Signal;
 use stillpoint_tests::process::PATIENCE;
 use stillpoint_tests::raw_nbd::command;
 use stillpoint_tests::rude::{Address, Heard, Rude, request};
-use stillpoint_tests::{MIB, RawNbd, Server};
+use stillpoint_tests::server::temporary_directory;
+use stillpoint_tests::tools::sparse_file;
+use stillpoint_tests::{MIB, NbdBase, RawNbd, Server};
 
 /// Two hold nearly all that clients share, what one may read at once, and take none of it; a third
 /// waits for the rest.
@@ -74,6 +77,44 @@ fn who_waits_for_memory_is_not_idle() {
     waits.read(0, LONGEST).unwrap();
     server.wait_for_log("takes no replies", 1);
     drop(hogs);
+}
+
+#[test]
+fn who_has_gone_holds_no_replies_while_its_request_hangs() {
+    let directory = temporary_directory();
+    let image = directory.path().join("image");
+    sparse_file(&image, SIZE);
+    let base = NbdBase::file(&image);
+    let builder = Server::builder().disk("vdb", SIZE);
+    let state = builder.path("state-of-vda");
+    let vda = format!("vda={},state={}", base.uri(), state.display());
+    let builder = builder.disk_as(&format!("{vda},reconnect=10m"));
+    let builder = builder.arg("--connection-limit=64");
+    let server = builder.arg("--buffer-limit=224M").start();
+    let live = Address::unix(&server.live());
+    let mut hog = Rude::open(&live, "vdb", &[]);
+    hog.say(&request(command::READ, 1, 0, LONGEST));
+    assert!(matches!(hog.hear(16, PATIENCE), Heard::Bytes(_)));
+    // One request of each hangs. Of what is refused beside it the answers are not taken.
+    let mut gone = [(); 4].map(|()| Rude::open(&live, "vda", &["base:allocation"]));
+    base.signal(Signal::STOP);
+    let refused = request(command::READ, 2, SIZE, 512).repeat(200_000);
+    for client in &mut gone {
+        client.say(&request(command::READ, 1, 0, 512));
+        let said = client.push(&refused, Duration::from_millis(300));
+        assert!(said < refused.len(), "its replies need no memory");
+    }
+    drop(gone);
+    // All that there is besides what the first holds.
+    let mut other = RawNbd::open(&server.live(), "vdb", &[]);
+    other.read(0, LONGEST).unwrap();
+    let log = server.stderr();
+    assert!(
+        !log.contains("takes no replies"),
+        "who is there made way: {log}"
+    );
+    drop(hog);
+    base.signal(Signal::CONT);
 }
 
 const SIZE: u64 = 64 * MIB;

@@ -118,6 +118,11 @@ impl Share {
         self.waiting.is_some()
     }
 
+    /// Waits for nothing any more.
+    pub(super) fn give_up(&mut self) {
+        self.waiting = None;
+    }
+
     /// Gives back what is not needed for `held` bytes.
     pub(super) fn fit(&mut self, held: usize) {
         let Some(taken) = &mut self.taken else {

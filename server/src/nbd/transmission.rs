@@ -98,15 +98,21 @@ impl Connection {
         stream: (S, Line),
         seat: &mut Seat,
     ) -> Result<(), Ended> {
-        let under_way = Rc::clone(&self.under_way);
         let result = self.exchange(stream, seat).await;
         self.target.leaving.set(true);
         self.target.asking.close();
-        // Nobody hears the answers any more, but what was begun is ended.
-        while under_way.count.get() > 0 {
+        // Nobody hears the answers any more, but what was begun is ended. Only that still holds memory.
+        (self.input, self.output, self.postponed) = Default::default();
+        self.share.give_up();
+        let under_way = &self.under_way;
+        loop {
+            under_way.ended.borrow_mut().clear();
+            self.share.fit(under_way.bytes.get());
+            if under_way.count.get() == 0 {
+                return result;
+            }
             under_way.news.notified().await;
         }
-        result
     }
 
     async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(

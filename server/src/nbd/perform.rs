@@ -301,7 +301,7 @@ const LONG_MIN: usize = 32 << 10;
 const ZERO_BLOCK: usize = 4096;
 
 /// How much is read at a time when nobody waits for the bytes.
-const PREFETCH_PIECE: usize = 256 << 10;
+pub(super) const PREFETCH_PIECE: usize = 256 << 10;
 
 /// The most that is read ahead for one request, which is advice: no cache is the better for more.
 const PREFETCH_MAX: u64 = 1 << 30;

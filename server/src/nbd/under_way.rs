@@ -8,6 +8,7 @@ use proto::{Command, EXTENTS_MAX, Errno, Origin, Replies};
 use tokio::sync::Notify;
 
 use super::output::Reply;
+use super::perform::PREFETCH_PIECE;
 use super::vigil::Waiting;
 
 /// The requests of a connection that have been begun and not been answered.
@@ -111,6 +112,8 @@ pub(super) fn weight(command: &Command) -> usize {
             let all = extents.saturating_mul(contexts.len() as u64);
             all.min(EXTENTS_MAX as u64) as usize * EXTENT_BYTES
         }
+        // A piece of it, once where it is put and once where it is read.
+        Command::Cache { range } => 2 * PREFETCH_PIECE.min((range.end - range.start) as usize),
         _ => 0,
     }
 }
@@ -126,6 +129,16 @@ mod tests {
     use proto::ContextId;
 
     use super::*;
+
+    #[test]
+    fn a_cache_weighs_what_is_read_of_it_at_a_time() {
+        let weigh = |length: u64| {
+            let range = 4096..4096 + length;
+            weight(&Command::Cache { range })
+        };
+        assert_eq!(weigh(512), 2 * 512);
+        assert_eq!(weigh(1 << 40), 2 * PREFETCH_PIECE);
+    }
 
     #[test]
     fn a_block_status_weighs_what_its_reply_may_take() {

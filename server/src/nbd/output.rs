@@ -13,14 +13,21 @@ use tokio::io::AsyncWrite;
 pub(super) struct Reply {
     first: BytesMut,
     /// Data, and what comes behind it.
-    rest: Vec<(Bytes, BytesMut)>,
+    rest: Vec<(Piece, BytesMut)>,
+}
+
+/// Bytes, and the memory that is free when the last of them has been sent.
+struct Piece {
+    bytes: Bytes,
+    memory: usize,
 }
 
 /// Replies that have not been sent yet.
 #[derive(Default)]
 pub(super) struct Output {
-    ready: VecDeque<Bytes>,
+    ready: VecDeque<Piece>,
     ready_bytes: usize,
+    ready_memory: usize,
     /// What comes behind those: replies are appended here, and need no memory of their own.
     tail: BytesMut,
 }
@@ -39,9 +46,14 @@ impl Reply {
             .map_or(&mut self.first, |last| &mut last.1)
     }
 
-    /// Appends data without copying it.
-    pub(super) fn append(&mut self, data: Bytes) {
-        self.rest.push((data, BytesMut::new()));
+    /// Appends data without copying it. So much `memory` is free when it has been sent: none, if what
+    /// follows is in the same buffer.
+    pub(super) fn append(&mut self, data: Bytes, memory: usize) {
+        let piece = Piece {
+            bytes: data,
+            memory,
+        };
+        self.rest.push((piece, BytesMut::new()));
     }
 
     /// How long it is before any data.
@@ -59,7 +71,7 @@ impl Reply {
     #[cfg(any(test, feature = "benches"))]
     pub(super) fn into_one(mut self) -> BytesMut {
         for (data, head) in self.rest {
-            self.first.extend_from_slice(&data);
+            self.first.extend_from_slice(&data.bytes);
             self.first.extend_from_slice(&head);
         }
         self.first
@@ -74,6 +86,11 @@ impl Output {
 
     pub(super) fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// What it holds in memory, in bytes: of a buffer all, until the last of it has been sent.
+    pub(super) fn memory(&self) -> usize {
+        self.ready_memory + self.tail.len()
     }
 
     /// Where replies that are ready at once are appended.
@@ -92,9 +109,14 @@ impl Output {
         self.append(reply.first);
         for (data, head) in reply.rest {
             let before = self.tail.split().freeze();
+            let before = Piece {
+                memory: before.len(),
+                bytes: before,
+            };
             for piece in [before, data] {
-                if !piece.is_empty() {
-                    self.ready_bytes += piece.len();
+                if !piece.bytes.is_empty() {
+                    self.ready_bytes += piece.bytes.len();
+                    self.ready_memory += piece.memory;
                     self.ready.push_back(piece);
                 }
             }
@@ -121,7 +143,7 @@ impl Output {
             let all = self
                 .ready
                 .iter()
-                .map(|piece| &piece[..])
+                .map(|piece| &piece.bytes[..])
                 .chain([&self.tail[..]]);
             let mut count = 0;
             for (place, piece) in pieces.iter_mut().zip(all) {
@@ -137,13 +159,14 @@ impl Output {
 
     fn advance(&mut self, mut sent: usize) {
         while let Some(first) = self.ready.front_mut() {
-            let part = sent.min(first.len());
-            first.advance(part);
+            let part = sent.min(first.bytes.len());
+            first.bytes.advance(part);
             self.ready_bytes -= part;
             sent -= part;
-            if !first.is_empty() {
+            if !first.bytes.is_empty() {
                 return;
             }
+            self.ready_memory -= first.memory;
             self.ready.pop_front();
         }
         self.tail.advance(sent);
@@ -201,7 +224,7 @@ mod tests {
     fn fill(reply: &mut Reply, number: u8, data: usize) -> Vec<u8> {
         reply.end().extend_from_slice(&[number; 3]);
         if data > 0 {
-            reply.append(vec![number; data].into());
+            reply.append(vec![number; data].into(), data);
             reply.end().extend_from_slice(&[number; 2]);
         }
         vec![number; if data > 0 { data + 5 } else { 3 }]
@@ -232,7 +255,26 @@ mod tests {
                 assert_eq!(output.len(), before - sent);
             }
             assert_eq!(stream.0, expected, "{taken} at a time");
+            assert_eq!(output.memory(), 0);
         }
+    }
+
+    #[tokio::test]
+    async fn a_buffer_counts_whole_until_the_last_of_it_is_sent() {
+        let mut output = Output::default();
+        let data = Bytes::from(vec![7; 1000]);
+        let mut reply = output.begin();
+        reply.end().extend_from_slice(b"head");
+        reply.append(data.slice(..10), 0);
+        reply.end().extend_from_slice(b"hole");
+        reply.append(data.slice(900..910), data.len());
+        output.push(reply);
+        let mut stream = Slow(Vec::new(), 1);
+        while !output.is_empty() {
+            assert!(output.memory() >= data.len(), "{} left", output.len());
+            output.send(&mut stream).await.unwrap();
+        }
+        assert_eq!(output.memory(), 0);
     }
 
     #[test]

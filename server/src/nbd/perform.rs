@@ -108,39 +108,13 @@ impl Target {
         }
         let data = Bytes::from_owner(data);
         if runs.iter().any(|run| run.zero) {
-            self.fragments(origin, start, &data, &runs, reply);
+            fragments(self.replies, origin, start, &data, &runs, reply);
         } else {
             self.replies
                 .begin_data(reply.end(), origin, start, length as u64, true);
-            reply.append(data);
+            reply.append(data, length);
         }
         Ok(())
-    }
-
-    fn fragments(
-        &self,
-        origin: Origin,
-        start: u64,
-        data: &Bytes,
-        runs: &[ZeroRun],
-        reply: &mut Reply,
-    ) {
-        for (at, run) in runs.iter().enumerate() {
-            let last = at + 1 == runs.len();
-            let (offset, length) = (start + run.range.start as u64, run.range.len());
-            let end = reply.end();
-            if run.zero {
-                self.replies.hole(end, origin, offset, length as u64, last);
-                continue;
-            }
-            self.replies
-                .begin_data(end, origin, offset, length as u64, last);
-            if length < LONG_MIN {
-                end.extend_from_slice(&data[run.range.clone()]);
-            } else {
-                reply.append(data.slice(run.range.clone()));
-            }
-        }
     }
 
     async fn change(&self, command: Command) -> Result<(), ExportError> {
@@ -255,6 +229,39 @@ fn errno_of(error: &ExportError) -> Errno {
     }
 }
 
+/// Appends `data` in pieces: holes where it is zero.
+fn fragments(
+    replies: Replies,
+    origin: Origin,
+    start: u64,
+    data: &Bytes,
+    runs: &[ZeroRun],
+    reply: &mut Reply,
+) {
+    let is_sliced = |run: &ZeroRun| !run.zero && run.range.len() >= LONG_MIN;
+    let last_slice = runs.iter().rposition(is_sliced);
+    for (at, run) in runs.iter().enumerate() {
+        let last = at + 1 == runs.len();
+        let (offset, length) = (start + run.range.start as u64, run.range.len());
+        let end = reply.end();
+        if run.zero {
+            replies.hole(end, origin, offset, length as u64, last);
+            continue;
+        }
+        replies.begin_data(end, origin, offset, length as u64, last);
+        if is_sliced(run) {
+            let memory = if last_slice == Some(at) {
+                data.len()
+            } else {
+                0
+            };
+            reply.append(data.slice(run.range.clone()), memory);
+        } else {
+            end.extend_from_slice(&data[run.range.clone()]);
+        }
+    }
+}
+
 /// Cuts `range` at multiples of `length`.
 fn steps(range: &Range<u64>, length: u64) -> impl Iterator<Item = Range<u64>> {
     let Range { start: mut at, end } = *range;
@@ -312,7 +319,10 @@ const ZERO_STEP: u64 = 64 << 20;
 
 #[cfg(test)]
 mod tests {
+    use proto::{Cookie, Headers};
+
     use super::*;
+    use crate::nbd::output::Output;
 
     #[test]
     fn quotas_and_limits_of_size_are_no_space() {
@@ -323,6 +333,40 @@ mod tests {
         ] {
             let error = ExportError::Io(number.into());
             assert_eq!(errno_of(&error), Errno::NoSpc, "{number}");
+        }
+    }
+
+    #[test]
+    fn slices_count_with_the_buffer_they_are_of() {
+        let (long, short) = (LONG_MIN, ZERO_BLOCK);
+        let origin = Origin {
+            cookie: Cookie(1),
+            offset: 0,
+        };
+        // Stretches that are not zero, each with zeroes behind it.
+        for (stretches, whole) in [
+            (&[long][..], true),
+            (&[long, short], true),
+            (&[long, short, long], true),
+            (&[short, short], false),
+        ] {
+            let mut data = Vec::new();
+            for &stretch in stretches {
+                data.resize(data.len() + stretch, 1);
+                data.resize(data.len() + 8 * LONG_MIN, 0);
+            }
+            let (runs, data) = (zero_runs(0, &data), Bytes::from(data));
+            let mut reply = Reply::default();
+            let replies = Replies::new(Headers::Structured);
+            fragments(replies, origin, 0, &data, &runs, &mut reply);
+            let mut output = Output::default();
+            output.push(reply);
+            let besides = output.memory() - if whole { data.len() } else { 0 };
+            let copied = stretches.iter().filter(|&&it| it == short);
+            assert!(
+                besides < 1000 + copied.sum::<usize>(),
+                "{stretches:?}: {besides}"
+            );
         }
     }
 

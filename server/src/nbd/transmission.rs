@@ -231,7 +231,7 @@ impl Connection {
 
     /// What requests and their replies take that have been taken in.
     fn held(&self) -> usize {
-        self.under_way.bytes.get() + self.output.len()
+        self.under_way.bytes.get() + self.output.memory()
     }
 
     /// What the next one takes, as far as that is known.

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt::set_socket_send_buffer_size;
 use rustix::process::Signal;
 use stillpoint_tests::process::PATIENCE;
-use stillpoint_tests::raw_nbd::command;
-use stillpoint_tests::rude::{Address, Heard, Rude, request};
+use stillpoint_tests::raw_nbd::{command, errno};
+use stillpoint_tests::rude::{Address, Heard, Rude, private_memory, request};
 use stillpoint_tests::server::temporary_directory;
 use stillpoint_tests::tools::sparse_file;
 use stillpoint_tests::{MIB, NbdBase, RawNbd, Server};
@@ -115,6 +115,21 @@ fn who_has_gone_holds_no_replies_while_its_request_hangs() {
     );
     drop(hog);
     base.signal(Signal::CONT);
+}
+
+#[test]
+fn a_payload_that_was_refused_is_not_kept() {
+    let server = Server::with_disk(SIZE);
+    let payload = vec![7; LONGEST as usize];
+    let before = private_memory(server.pid());
+    let clients = [(); 8].map(|()| {
+        let mut client = server.open_live("vda");
+        assert_eq!(client.write(SIZE, &payload), Err(errno::ENOSPC));
+        client
+    });
+    let grown = private_memory(server.pid()).saturating_sub(before);
+    assert!(grown < 64 * MIB, "{grown} bytes");
+    drop(clients);
 }
 
 const SIZE: u64 = 64 * MIB;

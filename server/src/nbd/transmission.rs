@@ -271,6 +271,11 @@ impl Connection {
 
     fn begin(&mut self, request: Request) {
         self.progress.completed();
+        if request.data.len() > INPUT_PIECE {
+            // Or what comes next would keep the memory of this, which is no longer counted once it is
+            // written or refused.
+            self.input = BytesMut::from(&self.input[..]);
+        }
         let origin = request.origin();
         match self.admission.admit(request) {
             Ok(command) => self.postponed = Some((origin, command)),

@@ -9,7 +9,7 @@ use stillpoint_tests::process::PATIENCE;
 use stillpoint_tests::raw_nbd::{command, errno};
 use stillpoint_tests::rude::{Address, Heard, Rude, private_memory, request};
 use stillpoint_tests::server::temporary_directory;
-use stillpoint_tests::tools::sparse_file;
+use stillpoint_tests::tools::{proc_number, sparse_file};
 use stillpoint_tests::{MIB, NbdBase, RawNbd, Server};
 
 /// Two hold nearly all that clients share, what one may read at once, and take none of it; a third
@@ -130,6 +130,23 @@ fn a_payload_that_was_refused_is_not_kept() {
     let grown = private_memory(server.pid()).saturating_sub(before);
     assert!(grown < 64 * MIB, "{grown} bytes");
     drop(clients);
+}
+
+#[test]
+fn requests_that_wait_do_not_keep_the_replies_before_them() {
+    let server = Server::with_disk(SIZE);
+    server.open_live("vda").write(0, &[1; 4096]).unwrap();
+    let live = Address::unix(&server.live());
+    let mut client = Rude::open(&live, "vda", &["base:allocation"]);
+    let peak = || proc_number(server.pid(), "status", "VmHWM") << 10;
+    let before = peak();
+    let reads = request(command::READ, 1, 0, 4096).repeat(240);
+    let questions = request(command::BLOCK_STATUS, 2, 0, 4096).repeat(250);
+    client.say(&[reads, questions].concat());
+    let replies = 240 * (28 + 4096) + 250 * 32;
+    assert!(matches!(client.hear(replies, PATIENCE), Heard::Bytes(_)));
+    let grown = peak() - before;
+    assert!(grown < 32 * MIB, "{grown} bytes");
 }
 
 const SIZE: u64 = 64 * MIB;

@@ -290,8 +290,12 @@ impl Connection {
     /// Performs a request: at once if it need not wait, else beside the others.
     fn perform(&mut self, origin: Origin, command: Command) {
         let weight = weight(&command);
-        // The reply is written behind the others, and is one with them if it is ready at once.
-        let reply = self.output.begin();
+        // The reply is written behind the others, and is one with them if it is ready at once. Who is
+        // not keeps the memory of those before it: that is for one at a time.
+        let reply = match self.under_way.count.get() {
+            0 => self.output.begin(),
+            _ => Reply::default(),
+        };
         let target = Rc::clone(&self.target);
         let mut work: Pin<Box<dyn Future<Output = Reply>>> =
             Box::pin(async move { target.perform(origin, command, reply).await });

@@ -137,6 +137,12 @@ async fn take_in(
         let hint = "with --force it is replaced, and what it knows is lost";
         return Err(Failure::new("state-exists", message).hint(hint));
     }
+    // The state will say that all of the image is as it was left, and a power cut may not make that untrue:
+    // whoever copied it may have left it in the page cache.
+    image.sync_all().await.map_err(|error| {
+        let message = format!("its image cannot be made durable: {error}");
+        Failure::new("not-durable", message)
+    })?;
     let found = ImageIdentity::of(&image).map_err(|error| unreadable(spec, &error))?;
     compare(spec, &image, description, hash).await?;
     refuse_changed(spec, &image, found)?;

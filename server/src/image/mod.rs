@@ -80,6 +80,22 @@ impl Image {
         matches!(self, Self::Qcow2(_))
     }
 
+    /// Makes durable what others have written: also an image that is never written here, with all that is
+    /// behind it.
+    pub(crate) async fn sync_all(&self) -> io::Result<()> {
+        let Self::Qcow2(image) = self else {
+            return self.sync().await;
+        };
+        for file in image.files() {
+            match file.sync().await {
+                // A file system that nobody can write has nothing to make durable.
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
+                synced => synced?,
+            }
+        }
+        Ok(())
+    }
+
     /// As QEMU calls the format.
     pub(crate) fn format(&self) -> &'static str {
         match self {

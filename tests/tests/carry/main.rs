@@ -14,5 +14,6 @@ mod not_into_images;
 
 mod moved;
 mod not_moved;
+mod written_meanwhile;
 
 mod kills;

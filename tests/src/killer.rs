@@ -1,13 +1,15 @@
-//! Kills a process at a system call of one's choice, slows it down or has it fail there.
+//! Kills a process at a system call of one's choice, stops it, slows it down or has it fail there.
 
-use std::io::{BufRead as _, BufReader};
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::Path;
 use std::process::{ChildStderr, Command, Stdio};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::Server;
-use crate::process::KilledOnDrop;
+use crate::process::{KilledOnDrop, Output, line, wait};
+use crate::{Server, tools};
 
 /// What `strace` does to a server for as long as this lives.
 #[derive(Debug)]
@@ -88,6 +90,60 @@ pub fn execute_and_die(server: &mut Server, command: &Value, calls: &str, n: usi
         server.wait();
     }
     answered
+}
+
+/// Runs a command that is stopped when one of its threads has made a `call` about `path` for the `n`th time,
+/// and goes on when `then` is done.
+#[track_caller]
+pub fn stopped_at(
+    command: &Command,
+    call: &str,
+    path: &Path,
+    n: usize,
+    then: impl FnOnce(),
+) -> Output {
+    let mut strace = Command::new("strace");
+    strace
+        .args([
+            "-f",
+            "-P",
+            tools::path(path),
+            "-e",
+            &format!("trace={call}"),
+        ])
+        .args(["-e", &format!("inject={call}:signal=STOP:when={n}")])
+        .arg(command.get_program())
+        .args(command.get_args());
+    strace.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut strace = KilledOnDrop::spawn(&mut strace);
+    let mut told = BufReader::new(strace.child.stderr.take().expect("it was asked for"));
+    let mut stderr = String::new();
+    while !stderr.contains("--- stopped by SIGSTOP ---") {
+        let length = told.read_line(&mut stderr).expect("what strace says");
+        assert!(length > 0, "no {call} {n} of {}: {stderr}", path.display());
+    }
+    then();
+    let traced = traced_by(strace.child.id());
+    kill_process(traced, Signal::CONT).expect("it is stopped");
+    told.read_to_string(&mut stderr).expect("what strace says");
+    let status = wait(&mut strace.child).expect("an end");
+    let mut stdout = String::new();
+    let mut printed = strace.child.stdout.take().expect("it was asked for");
+    printed.read_to_string(&mut stdout).expect("it is text");
+    Output {
+        line: line(command),
+        status,
+        stdout,
+        stderr,
+    }
+}
+
+/// What the `strace` of this process id has run.
+pub fn traced_by(strace: u32) -> Pid {
+    let children = fs::read_to_string(format!("/proc/{strace}/task/{strace}/children"));
+    let children = children.expect("strace runs");
+    let child = children.split_whitespace().next().expect("a child");
+    Pid::from_raw(child.parse().expect("a process id")).expect("not zero")
 }
 
 /// A `strace` that kills what it runs, as above; a command is to follow.

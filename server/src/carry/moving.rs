@@ -52,10 +52,11 @@ pub(crate) async fn export_state(
     let closed = async {
         disk.catch_up().await?;
         disk.settle().await?;
-        disk.close().await?;
-        ImageIdentity::of(image)
+        disk.close().await
     };
-    let left = closed.await.map_err(|error| not_durable(spec, &error))?;
+    closed.await.map_err(|error| not_durable(spec, &error))?;
+    // What its state is about, and not what somebody may have made of it since.
+    let left = disk.state.lock().await.image();
     let image_blake3 = match hash {
         ImageHash::Read => Some(digest(image).await.map_err(|e| unreadable(spec, &e))?),
         ImageHash::Skipped => None,
@@ -146,8 +147,9 @@ async fn take_in(
     let found = ImageIdentity::of(&image).map_err(|error| unreadable(spec, &error))?;
     compare(spec, &image, description, hash).await?;
     refuse_changed(spec, &image, found)?;
-    let taken = State::take_in(&dir, parcel, description, &image).await;
+    let taken = State::take_in(&dir, parcel, description, &image, found).await;
     taken.map_err(|error| match error {
+        NotTaken::Changed => changed(),
         NotTaken::Unfit(error) => not_fit(from, &error),
         NotTaken::Senseless(what) => {
             let message = format!("'{}' cannot be used: its {what}", from.display());
@@ -246,8 +248,12 @@ fn refuse_changed(spec: &DiskSpec, image: &Image, left: ImageIdentity) -> Result
     if now == left {
         return Ok(());
     }
+    Err(changed())
+}
+
+fn changed() -> Failure {
     let message = "its image was changed while it was read";
-    Err(Failure::new("image-changed", message).hint("see who writes it, and try again"))
+    Failure::new("image-changed", message).hint("see who writes it, and try again")
 }
 
 fn of_disk(spec: &DiskSpec, failure: Failure) -> Failure {

@@ -17,6 +17,7 @@ use block::{Cells, Storage};
 
 use super::bits::FOLDER as BITMAPS;
 use super::header::{Header, HeaderError, Life};
+use super::identity::ImageIdentity;
 use super::journal::{Damage, JOURNAL, replay};
 use super::ledger::Ledger;
 use super::parcel::{Description, Part, Unfit, Unpacking, unpack};
@@ -33,6 +34,9 @@ pub(crate) enum NotTaken {
     /// What its files say.
     #[error("its {0}")]
     Senseless(String),
+    /// The image, which is not as it was found any more.
+    #[error("its image was changed")]
+    Changed,
     /// It cannot be stored.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -40,12 +44,14 @@ pub(crate) enum NotTaken {
 
 impl State {
     /// Takes in the files that `parcel` has next, in the place of whatever is in `dir`, as the state of
-    /// the disk on `image`, of which nobody knows but the caller that it is the same.
+    /// the disk on `image`, of which nobody knows but the caller that it is the same, and durable, as it
+    /// was `found`.
     pub(crate) async fn take_in(
         dir: &Path,
         parcel: &mut impl Read,
         description: &Description,
         image: &Image,
+        found: ImageIdentity,
     ) -> Result<(), NotTaken> {
         let aside = dir.join(ARRIVING);
         remove_folder(&aside)?;
@@ -64,12 +70,17 @@ impl State {
         header.store(&Life {
             boot: here.boot,
             mounts: here.mounts,
-            image: here.image,
+            image: found,
             ..life
         })?;
         header.sync().await?;
         sync(&aside.join(BITMAPS))?;
         sync(&aside)?;
+        // Whoever writes it from here on makes it another than the state says.
+        if ImageIdentity::of(image)? != found {
+            remove_folder(&aside)?;
+            return Err(NotTaken::Changed);
+        }
         fs::rename(&aside, dir.join(ARRIVED))?;
         sync(dir)?;
         Self::settle_in(dir)?;

@@ -148,6 +148,11 @@ impl State {
         self.journal.ledger()
     }
 
+    /// The image that it is about, as it was recorded last.
+    pub(crate) fn image(&self) -> ImageIdentity {
+        self.life.image
+    }
+
     /// Makes `record` durable.
     pub(crate) async fn record(&mut self, record: &Record) -> io::Result<()> {
         self.journal.append(record).await

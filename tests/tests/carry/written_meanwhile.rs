@@ -4,12 +4,13 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use stillpoint_tests::killer::stopped_at;
 use stillpoint_tests::process::run;
 use stillpoint_tests::state::directory;
 use stillpoint_tests::tools::{path, tool};
-use stillpoint_tests::{Output, Server};
+use stillpoint_tests::{MIB, Output, Server};
 
-use crate::images::SIZE;
+use crate::images::{SIZE, poke};
 use crate::moved::{export, moved, spec};
 
 /// A stopped server with a checkpoint, and its state in a file.
@@ -78,6 +79,64 @@ fn an_image_that_cannot_be_made_durable_gets_no_state() {
     output.fails_with("not-durable", "made durable");
     assert!(!has_state(&next));
     run(&mut { import }).ok();
+}
+
+#[test]
+fn an_image_that_is_written_while_its_state_is_unpacked_gets_none() {
+    let (server, state) = prepared();
+    let next = moved(&server, &state);
+    let folder = directory(&next, "vda");
+    fs::remove_dir_all(&folder).unwrap();
+    let (image, disk) = (next.image("vda"), spec(&next));
+    let args = ["state", "import", path(&state), "--disk", &disk, "--json"];
+    let import = next.cli_command(&args);
+    let arriving = folder.join("arriving");
+    let output = stopped_at(&import, "mkdir", &arriving, 1, || poke(&image, MIB, &[9]));
+    output.fails_with("image-changed", "changed while it was read");
+    assert!(!has_state(&next));
+    run(&mut { import }).fails_with("other-image", "BLAKE3");
+}
+
+#[test]
+fn an_image_that_is_written_when_its_end_is_recorded_does_not_leave_with_that() {
+    let (mut server, _) = prepared();
+    let (image, file) = (server.image("vda"), server.path("new"));
+    let disk = spec(&server);
+    let args = [
+        "state",
+        "export",
+        "--disk",
+        &disk,
+        "--to",
+        path(&file),
+        "--json",
+        "--force",
+    ];
+    let export = server.cli_command(&args);
+    let header = directory(&server, "vda").join("header");
+    let trace = server.path("trace");
+    let strace = ["-f", "-o", path(&trace), "-P", path(&header)];
+    traced(&export, &[&strace[..], &["-e", "trace=pwrite64"]].concat()).ok();
+    let trace = fs::read_to_string(trace).unwrap();
+    let last = trace
+        .lines()
+        .filter(|line| line.contains("pwrite64("))
+        .count();
+    fs::remove_file(&file).unwrap();
+    // The image was looked at, and what was found is being stored.
+    let output = stopped_at(&export, "pwrite64", &header, last, || {
+        poke(&image, MIB, &[9]);
+    });
+    output.fails_with("image-changed", "changed while it was read");
+    assert!(!file.exists());
+    // Here it is known what to think of it.
+    server.start();
+    let begun = server.cli(&["backup", "begin", "--since", "cp1", "--json"]);
+    begun.exits(3);
+    assert!(
+        begun.stdout.contains("changed while the server was down"),
+        "{begun}"
+    );
 }
 
 fn has_state(server: &Server) -> bool {

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use stillpoint_tests::killer::traced_by;
 use stillpoint_tests::process::{self, KilledOnDrop, Output, PATIENCE};
 use stillpoint_tests::tools::path;
 use stillpoint_tests::{Guest, MIB, Mount, Server};
@@ -61,22 +62,9 @@ impl UnderWay {
         }
     }
 
-    /// The `stillpoint` that strace runs.
-    fn pid(&self) -> i32 {
-        let strace = self.process.child.id();
-        let children = std::fs::read_to_string(format!("/proc/{strace}/task/{strace}/children"));
-        let children = children.expect("strace runs");
-        children
-            .split_whitespace()
-            .next()
-            .expect("a child")
-            .parse()
-            .expect("a process id")
-    }
-
     fn signal(&self, signal: Signal) {
-        let pid = rustix::process::Pid::from_raw(self.pid()).expect("not zero");
-        rustix::process::kill_process(pid, signal).expect("it runs");
+        let traced = traced_by(self.process.child.id());
+        rustix::process::kill_process(traced, signal).expect("it runs");
     }
 
     /// The exit code, when it has ended.

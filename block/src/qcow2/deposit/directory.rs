@@ -4,7 +4,9 @@ use std::fs::File;
 use std::ops::Range;
 
 use super::head::Head;
-use super::{Existing, NewBitmap, NotStored, be32, be64, read_at};
+use super::{
+    Existing, GRANULARITY_MAX, GRANULARITY_MIN, NewBitmap, NotStored, be32, be64, read_at,
+};
 use crate::qcow2::header::OFFSET_MAX;
 
 /// The list that an image has.
@@ -20,6 +22,10 @@ pub(super) struct Known {
     name: Vec<u8>,
     table: u64,
     clusters: u64,
+    flags: u32,
+    kind: u8,
+    granularity_bits: u8,
+    has_more: bool,
 }
 
 /// A bitmap that is to be in it.
@@ -104,25 +110,41 @@ impl Directory {
 }
 
 impl Known {
-    /// The clusters that its bits and their table are in.
-    pub(super) fn clusters(
-        &self,
-        file: &File,
-        cluster: u64,
-    ) -> Result<impl Iterator<Item = Range<u64>> + use<>, NotStored> {
-        if !self.table.is_multiple_of(cluster) || self.table > OFFSET_MAX {
-            return Err(NotStored::Damaged("the table of a bitmap is at no cluster"));
+    /// The clusters that its bits and their table are in; none if anything about it is strange. What is
+    /// not given back is a leak, and what is given back by a table that is none may be the disk's.
+    pub(super) fn clusters(&self, file: &File, head: &Head) -> Result<Vec<Range<u64>>, NotStored> {
+        let (cluster, length) = (head.cluster(), file.metadata()?.len());
+        let is_place = |offset: u64, length_there: u64| {
+            let end = offset.saturating_add(length_there);
+            offset != 0 && offset.is_multiple_of(cluster) && end <= length
+        };
+        if !self.is_sound(head) || !is_place(self.table, 8 * self.clusters) {
+            return Ok(Vec::new());
         }
         let table = read_at(file, self.table, 8 * self.clusters)?;
         let first = self.table / cluster;
-        let own = first..first + (8 * self.clusters).div_ceil(cluster);
-        let entries: Vec<u64> = table.chunks_exact(8).map(|entry| be64(entry, 0)).collect();
-        let bits = entries
-            .into_iter()
-            .map(|entry| entry & OFFSET_MAX & !511)
-            .filter(move |offset| *offset != 0 && offset.is_multiple_of(cluster))
-            .map(move |offset| offset / cluster..offset / cluster + 1);
-        Ok(std::iter::once(own).chain(bits))
+        let mut found = vec![first..first + (8 * self.clusters).div_ceil(cluster)];
+        for entry in table.chunks_exact(8).map(|entry| be64(entry, 0)) {
+            match entry {
+                NO_BITS | ALL_BITS => {}
+                offset if offset <= OFFSET_MAX && is_place(offset, cluster) => {
+                    found.push(offset / cluster..offset / cluster + 1);
+                }
+                _ => return Ok(Vec::new()),
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether it is of a known kind, and of this disk.
+    fn is_sound(&self, head: &Head) -> bool {
+        let known = self.kind == DIRTY_TRACKING && self.flags & !KNOWN == 0 && !self.has_more;
+        let granularity = 1_u64.checked_shl(self.granularity_bits.into()).unwrap_or(0);
+        if !known || !(GRANULARITY_MIN..=GRANULARITY_MAX).contains(&granularity) {
+            return false;
+        }
+        let bytes = head.size().div_ceil(granularity).div_ceil(8);
+        self.clusters == bytes.div_ceil(head.cluster())
     }
 }
 
@@ -167,6 +189,10 @@ fn entries(bytes: &[u8]) -> Result<Vec<Known>, NotStored> {
             name: name.to_vec(),
             table: be64(head, 0),
             clusters,
+            flags: be32(head, 12),
+            kind: head[16],
+            granularity_bits: head[17],
+            has_more: be32(head, 20) > 0,
         });
         at = end;
     }
@@ -176,8 +202,15 @@ fn entries(bytes: &[u8]) -> Result<Vec<Known>, NotStored> {
 /// The fixed part of an entry.
 const HEAD: usize = 24;
 
+const IN_USE: u32 = 1;
 const RECORDING: u32 = 1 << 1;
+const MORE_IS_HARMLESS: u32 = 1 << 2;
+const KNOWN: u32 = IN_USE | RECORDING | MORE_IS_HARMLESS;
 const DIRTY_TRACKING: u8 = 1;
+
+/// In a table, of a cluster of bits that is nowhere.
+const NO_BITS: u64 = 0;
+const ALL_BITS: u64 = 1;
 
 /// As many as are read.
 const COUNT_MAX: u32 = 1024;

@@ -67,6 +67,12 @@ impl Head {
         (be64(&self.bytes, 48), be32(&self.bytes, 56).into())
     }
 
+    /// Where the first table of the disk begins, and how long it is in bytes.
+    pub(super) fn first_table(&self) -> (u64, u64) {
+        let entries = u64::from(be32(&self.bytes, 36));
+        (self.header.l1_offset, 8 * entries)
+    }
+
     /// How wide a count is, as a power of two of bits.
     pub(super) fn refcount_order(&self) -> u32 {
         be32(&self.bytes, 96)

@@ -10,10 +10,13 @@
 //! 4. after the list is named: the new bitmap, and the clusters of the list before;
 //! 5. while those are given back: the same, with fewer.
 //!
-//! Clusters that are counted and not used are what `qemu-img check -r leaks` gives back. Where the head of
-//! an image has its list of bitmaps across two sectors, or where naming the first one takes two, there
-//! is a moment between 3 and 4 in which all of its bitmaps count as inconsistent: too much is copied then, and
-//! never too little.
+//! Clusters that are counted and not used are what `qemu-img check -r leaks` gives back. Where anything
+//! of a bitmap that is replaced is strange, all that it had is left to that: by a damaged table the disk's
+//! own clusters would be given back.
+//!
+//! Where the head of an image has its list of bitmaps across two sectors, or where naming the first one
+//! takes two, there is a moment between 3 and 4 in which all of its bitmaps count as inconsistent: too
+//! much is copied then, and never too little.
 
 mod directory;
 mod head;
@@ -125,6 +128,15 @@ pub fn store_bitmap(
         return Err(NotStored::Exists);
     }
     head.check_room()?;
+    let mut unused: Vec<_> = before.clusters(head.cluster()).collect();
+    if let Some(replaced) = replaced {
+        unused.extend(replaced.clusters(file, &head)?);
+    }
+    let unused = match refcounts.used_once(file, &head, unused) {
+        // Who knows what they are.
+        Err(NotStored::Damaged(_)) => Vec::new(),
+        found => found?,
+    };
 
     let cluster = head.cluster();
     let bits = Bits::new(bitmap, size, cluster)?;
@@ -158,10 +170,7 @@ pub fn store_bitmap(
     } else {
         head.name_bitmaps(file, &list, list_at * cluster)?;
     }
-    refcounts.give_back(file, before.clusters(cluster))?;
-    if let Some(replaced) = replaced {
-        refcounts.give_back(file, replaced.clusters(file, cluster)?)?;
-    }
+    refcounts.give_back(file, unused.into_iter())?;
     file.sync_data()?;
     Ok(())
 }
@@ -173,7 +182,8 @@ fn check(bitmap: &NewBitmap<'_>) -> Result<(), NotStored> {
     if !(1..=NAME_MAX).contains(&name.len()) || name.contains('\0') {
         return Err(NotStored::Bitmap("a bitmap's name has 1 to 1023 bytes"));
     }
-    if !granularity.is_power_of_two() || !(512..=2 << 30).contains(&granularity) {
+    if !granularity.is_power_of_two() || !(GRANULARITY_MIN..=GRANULARITY_MAX).contains(&granularity)
+    {
         return Err(NotStored::Bitmap(
             "its granularity is not from 512 bytes to 2 GiB",
         ));
@@ -299,6 +309,9 @@ fn be32(bytes: &[u8], at: usize) -> u32 {
 }
 
 const NAME_MAX: usize = 1023;
+
+const GRANULARITY_MIN: u64 = 512;
+const GRANULARITY_MAX: u64 = 2 << 30;
 
 /// QEMU's limit for the bits of one bitmap.
 const BITMAP_BYTES_MAX: u64 = 512 << 20;

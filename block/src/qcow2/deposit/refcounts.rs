@@ -1,5 +1,6 @@
 //! How often each cluster of an image is used.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -173,6 +174,53 @@ impl Refcounts {
         old
     }
 
+    /// Those of `clusters` that may be given back: they are counted once, and nothing of the image's own
+    /// is in them.
+    pub(super) fn used_once(
+        &self,
+        file: &File,
+        head: &Head,
+        clusters: Vec<Range<u64>>,
+    ) -> Result<Vec<Range<u64>>, NotStored> {
+        if clusters.is_empty() {
+            return Ok(clusters);
+        }
+        let table = 8 * self.blocks.len() as u64;
+        let (first_at, first_bytes) = head.first_table();
+        if first_bytes > FIRST_TABLE_MAX {
+            return Err(NotStored::Damaged("its first table is too long"));
+        }
+        let mut own = vec![
+            (0, self.cluster),
+            (self.offset, table),
+            (first_at, first_bytes),
+        ];
+        own.extend(self.blocks.iter().map(|block| (*block, self.cluster)));
+        let first_table = read_at(file, first_at, first_bytes)?;
+        let second_tables = first_table.chunks_exact(8);
+        own.extend(second_tables.map(|entry| (be64(entry, 0) & TABLE_OFFSET, self.cluster)));
+        let own: BTreeSet<u64> = own
+            .into_iter()
+            .flat_map(|(at, length)| at / self.cluster..(at + length).div_ceil(self.cluster))
+            .collect();
+        let mut open: Option<(u64, Vec<u8>)> = None;
+        let mut found = Vec::new();
+        for at in clusters.into_iter().flatten() {
+            let block = self.block(at / self.per_block());
+            if block == 0 || own.contains(&at) {
+                continue;
+            }
+            if open.as_ref().is_none_or(|(known, _)| *known != block) {
+                open = Some((block, read_at(file, block, self.cluster)?));
+            }
+            let (_, counts) = open.as_ref().expect("it was opened a moment ago");
+            if self.get(counts, at % self.per_block()) == 1 {
+                found.push(at..at + 1);
+            }
+        }
+        Ok(found)
+    }
+
     /// Counts clusters once less that nothing names any more.
     pub(super) fn give_back(
         &self,
@@ -235,6 +283,12 @@ impl Refcounts {
 fn store(file: &File, block: Option<(u64, Vec<u8>)>) -> io::Result<()> {
     block.map_or(Ok(()), |(at, counts)| file.write_all_at(&counts, at))
 }
+
+/// Of a second table, in the first: bits 9 to 55.
+const TABLE_OFFSET: u64 = OFFSET_MAX & !511;
+
+/// QEMU's, for the first table of a disk.
+const FIRST_TABLE_MAX: u64 = 32 << 20;
 
 /// QEMU's, for the table.
 const TABLE_MAX: u64 = 8 << 20;

@@ -141,3 +141,92 @@ fn bits_are_set_across_bytes() {
         }
     }
 }
+
+/// What an image counts of each cluster, 16 bits wide.
+fn counts(dir: &tempfile::TempDir) -> Vec<u16> {
+    let bytes = std::fs::read(dir.path().join("image")).unwrap();
+    let table = be64(&bytes, 48) as usize;
+    let block = be64(&bytes, table) as usize;
+    let block = &bytes[block..block + 4096];
+    let pairs = block.chunks_exact(2);
+    pairs
+        .map(|pair| u16::from_be_bytes([pair[0], pair[1]]))
+        .collect()
+}
+
+/// What is done to an image whose list of bitmaps is there.
+type Damage<'a> = &'a dyn Fn(&File, u64);
+
+#[tokio::test]
+async fn a_strange_bitmap_is_replaced_and_nothing_of_it_is_given_back() {
+    let replace = |dir: &tempfile::TempDir| {
+        let bitmap = NewBitmap {
+            name: "a",
+            granularity: 65_536,
+            recording: true,
+            dirty: &[65_536..65_537],
+        };
+        store_bitmap(&reopen(dir), SIZE, &bitmap, Existing::Goes).unwrap();
+    };
+    let replaced = |damage: Damage<'_>| {
+        let (dir, file) = image(4096);
+        store(&dir, "a", &[0..1]).unwrap();
+        let head = Head::read(&file).unwrap();
+        let list = head.header().bitmaps.unwrap().offset;
+        damage(&file, list);
+        let before = counts(&dir);
+        replace(&dir);
+        let after = counts(&dir);
+        let given_back: Vec<_> = (0..before.len())
+            .filter(|at| before[*at] > after[*at])
+            .map(|at| at as u64)
+            .collect();
+        (dir, given_back, list / 4096)
+    };
+    let (_, given_back, list) = replaced(&|_, _| {});
+    assert_eq!(given_back, [list - 2, list - 1, list], "bits, table, list");
+
+    let put = |at: u64, bytes: &'static [u8]| {
+        move |file: &File, list: u64| file.write_all_at(bytes, list + at).unwrap()
+    };
+    let first_table: fn(&File, u64) = |file, list| {
+        let first_table = Head::read(file).unwrap().first_table().0;
+        file.write_all_at(&first_table.to_be_bytes(), list).unwrap();
+    };
+    let in_table = |entry: u64| {
+        move |file: &File, list: u64| {
+            file.write_all_at(&entry.to_be_bytes(), list - 4096)
+                .unwrap();
+        }
+    };
+    let cases: [(&str, Damage<'_>); 12] = [
+        ("a table at no place", &put(0, &[0; 8])),
+        ("a table at no cluster", &put(6, &[2])),
+        ("a table behind the end", &put(4, &[1])),
+        ("the first table of the disk", &first_table),
+        ("more clusters", &put(11, &[2])),
+        ("unknown flags", &put(15, &[10])),
+        ("another kind", &put(16, &[2])),
+        ("too fine a granularity", &put(17, &[8])),
+        ("no granularity", &put(17, &[64])),
+        ("an entry with more bits", &in_table(1 << 63 | 4096)),
+        ("an entry at no cluster", &in_table(512)),
+        ("an entry behind the end", &in_table(1 << 40)),
+    ];
+    for (what, damage) in cases {
+        let (dir, given_back, list) = replaced(damage);
+        assert_eq!(given_back, [list], "{what}");
+        assert_eq!(dirty(&dir, "a").await, [65_536..131_072], "{what}");
+    }
+    // What is counted twice, or is the head, is somebody else's.
+    let (_, given_back, list) = replaced(&in_table(0));
+    assert_eq!(given_back, [list - 1, list]);
+    let (_, given_back, list) = replaced(&|file: &File, list: u64| {
+        let bytes = 2_u16.to_be_bytes();
+        let head = Head::read(file).unwrap();
+        let table = read_at(file, head.refcount_table().0, 8).unwrap();
+        let counted = be64(&table, 0) + 2 * (list / 4096 - 2);
+        file.write_all_at(&bytes, counted).unwrap();
+    });
+    assert_eq!(given_back, [list - 1, list], "bits that are counted twice");
+}

@@ -15,8 +15,8 @@ use stillpoint_tests::tools::{path, tool};
 use stillpoint_tests::{Output, Server};
 
 use crate::images::{
-    SIZE, as_qemu_says, bitmap, check, create, dirty_in, image_with_bitmap, map_of, serving_copy,
-    since, write_chunks,
+    SIZE, as_qemu_says, bitmap, check, create, dirty_in, image_with_bitmap, map_of, poke,
+    serving_copy, since, write_chunks,
 };
 use crate::moved::{export, known, moved, spec};
 
@@ -90,7 +90,8 @@ fn an_image_whose_export_is_killed_has_leaks_at_worst() {
     server.checkpoint("cp1");
     server.open_live("vda").write(SIZE / 2, &[1; 512]).unwrap();
     let map = since(&server, "cp1");
-    for options in ["", "cluster_size=512,refcount_bits=64"] {
+    let small = "cluster_size=512,refcount_bits=64";
+    for (options, has_marker) in [("", true), (small, true), ("", false), (small, false)] {
         let good = server.path("good.qcow2");
         create(&good, options, SIZE);
         write_chunks(&good, &[1, 2, 3]);
@@ -106,6 +107,9 @@ fn an_image_whose_export_is_killed_has_leaks_at_worst() {
             path(&good),
         ];
         tool("qemu-img", &rebase).ok();
+        if !has_marker {
+            end_extensions_by_the_name(&good);
+        }
         for is_first in [true, false] {
             if !is_first {
                 bitmap(&good, &["--add", "theirs"]);
@@ -114,7 +118,8 @@ fn an_image_whose_export_is_killed_has_leaks_at_worst() {
             let [mut old, mut new] = [0, 0];
             for calls in ["fdatasync", "pwrite64", "ftruncate"] {
                 for n in 1.. {
-                    let how = format!("'{options}', first {is_first}, {calls} {n}");
+                    let how =
+                        format!("'{options}', marker {has_marker}, first {is_first}, {calls} {n}");
                     let image = server.path("image.qcow2");
                     fs::copy(&good, &image).unwrap();
                     let export = ["checkpoint", "export", "vda", "cp1", "--force", "--to"];
@@ -146,6 +151,26 @@ fn an_image_whose_export_is_killed_has_leaks_at_worst() {
             assert!(old >= 4 && new >= 3, "'{options}': {old} old, {new} new");
         }
     }
+}
+
+/// Puts the name of the backing file directly behind its format, where the end of the extensions was told
+/// before.
+fn end_extensions_by_the_name(image: &Path) {
+    let bytes = crate::images::bytes_of(image);
+    let be32 = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap());
+    let (from, length) = (be32(12) as usize, be32(16) as usize);
+    let name = &bytes[from..from + length];
+    let format = [
+        &0xe279_2aca_u32.to_be_bytes()[..],
+        &[0, 0, 0, 3],
+        b"raw\0\0\0\0\0",
+    ]
+    .concat();
+    let at = u64::from(be32(100));
+    let place = at + format.len() as u64;
+    poke(image, at, &[&format[..], name, &[0xff; 32]].concat());
+    poke(image, 8, &place.to_be_bytes());
+    check(image, "without a marker");
 }
 
 #[derive(Debug, PartialEq)]

@@ -87,7 +87,9 @@ impl Head {
         let end = self
             .moved_name(end)
             .map_or(end, |(_, to, length)| to + length);
-        if end > self.cluster() {
+        // Without a marker of their end it is the name behind them that ends the extensions.
+        let has_marker = self.free_at + END <= self.extensions_end();
+        if end > self.cluster() || (!has_marker && self.free_at + END > SECTOR) {
             return Err(NotStored::NoRoom("its head has no room for bitmaps"));
         }
         Ok(())
@@ -142,7 +144,16 @@ impl Head {
         if let Some((from, to, length)) = self.moved_name(at + EXTENSION + END) {
             let name = self.bytes[from as usize..(from + length) as usize].to_vec();
             self.write(file, to, &name)?;
-            self.write(file, 8, &to.to_be_bytes())?;
+            if at + END <= self.extensions_end() {
+                self.write(file, 8, &to.to_be_bytes())?;
+            } else {
+                // Else the old name would be taken for an extension: the end goes there in one sector with
+                // the place of the name.
+                self.bytes[8..16].copy_from_slice(&to.to_be_bytes());
+                self.bytes[at as usize..(at + END) as usize].fill(0);
+                let sector = self.bytes[..SECTOR as usize].to_vec();
+                self.write(file, 0, &sector)?;
+            }
         }
         let mut behind = says.to_vec();
         behind.extend([0; END as usize]);
@@ -170,6 +181,11 @@ impl Head {
             .then(|| (from, end.max(from + length).next_multiple_of(8), length))
     }
 
+    /// Where extensions end without a marker that says so.
+    fn extensions_end(&self) -> u64 {
+        extensions_end(&self.bytes) as u64
+    }
+
     fn is_consistent(&self) -> bool {
         self.autoclear() & CONSISTENT_BITMAPS != 0
     }
@@ -192,10 +208,7 @@ impl Head {
 
 /// What the extension says that lists bitmaps, and where the extensions end.
 fn extensions(head: &[u8]) -> Result<(Option<u64>, u64), NotStored> {
-    let end = match be64(head, 8) {
-        0 => head.len(),
-        offset => head.len().min(offset as usize),
-    };
+    let end = extensions_end(head);
     let mut at = be32(head, 100) as usize;
     if !at.is_multiple_of(8) {
         return Err(NotStored::Damaged("its head is of no whole length"));
@@ -215,6 +228,13 @@ fn extensions(head: &[u8]) -> Result<(Option<u64>, u64), NotStored> {
         at += 8 + length.next_multiple_of(8);
     }
     Ok((bitmaps_at, at as u64))
+}
+
+fn extensions_end(head: &[u8]) -> usize {
+    match be64(head, 8) {
+        0 => head.len(),
+        offset => head.len().min(offset as usize),
+    }
 }
 
 const AUTOCLEAR: u64 = 88;

@@ -1,7 +1,9 @@
 //! A dirty bitmap is put into an image that nobody uses (`qcow2.txt` of QEMU, version 3).
 //!
-//! Nothing that is in use is written over before the last step, and that is one store within a sector.
-//! What each crash point leaves behind:
+//! Nothing that is in use is changed before the last step, and that is one store within a sector. Blocks of
+//! counts that are there are written over with new counts in them: those of clusters that are in use keep
+//! their bytes, and as a sector is written whole or not at all, half of such a block is as good as
+//! either. What each crash point leaves behind:
 //!
 //! 1. while bits, their table, the list of bitmaps and what counts clusters are written, all behind what
 //!    the image has: the image as it was, and clusters that are counted and not used;

@@ -132,8 +132,8 @@ impl Refcounts {
         }
     }
 
-    /// Counts all clusters of `plan` once: in the blocks that there are, and in new ones, which nobody
-    /// looks for before the table is named that is returned.
+    /// Counts all clusters of `plan` once: in the blocks that there are, where all other counts stay as
+    /// they are, and in new ones, which nobody looks for before the table is named that is returned.
     pub(super) fn count_in(&self, file: &File, plan: &Plan) -> Result<Option<NewTable>, NotStored> {
         let per_block = self.per_block();
         let Range { start, end } = plan.clusters;

@@ -39,6 +39,7 @@ mod lock_file;
 mod lookups;
 mod names;
 mod new_size;
+mod place;
 mod sync;
 
 /// What nobody outside needs but a benchmark.

@@ -7,13 +7,14 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use block::qcow2::Layout;
-use rustix::fs::{CWD, RenameFlags, SeekFrom, renameat_with, seek};
+use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
 use super::error::ArchiveError;
 use super::folder::sync_folder;
 use super::runs;
 use super::zeroes::{self, Space};
+use crate::place::rename_to_free_place;
 
 /// The shape in which contents are restored.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -227,15 +228,7 @@ impl Aside {
         match self.existing {
             Existing::Replace => fs::rename(&self.path, &self.place)?,
             Existing::Keep => {
-                let (path, place) = (&self.path, &self.place);
-                match renameat_with(CWD, path, CWD, place, RenameFlags::NOREPLACE) {
-                    // A file system without the flag.
-                    Err(Errno::INVAL) => {
-                        fs::hard_link(path, place)?;
-                        fs::remove_file(path)?;
-                    }
-                    renamed => renamed?,
-                }
+                rename_to_free_place(&self.path, &self.place)?;
             }
         }
         let folder = self

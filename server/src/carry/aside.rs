@@ -2,9 +2,12 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
-use std::path::Path;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use uuid::Uuid;
+
+use crate::place::rename_to_free_place;
 
 /// What becomes of a file that is at the place.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -15,37 +18,91 @@ pub(crate) enum Occupied {
     Goes,
 }
 
+/// Why a file is not written.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NotWritten {
+    /// Something is at its place, and stays.
+    #[error("it exists")]
+    Exists,
+    /// What is at its place is never replaced: a device, a folder or a link.
+    #[error("it is no regular file, and stays")]
+    NoFile,
+    /// It cannot be written.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl Occupied {
+    /// Whether a file may be put at `place`, as far as can be told now.
+    pub(crate) fn look(self, place: &Path) -> Result<(), NotWritten> {
+        match place.symlink_metadata() {
+            Ok(_) if self == Self::Stays => Err(NotWritten::Exists),
+            Ok(found) if !found.is_file() => Err(NotWritten::NoFile),
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
 /// Writes a file beside `place`, makes it durable, and renames it. Killed before that, it leaves what
-/// was there, and a file that the next one writes over.
+/// was there, and a file with `.partial` at the end of its name.
 pub(crate) fn write_aside(
     place: &Path,
     occupied: Occupied,
     write: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>,
-) -> io::Result<()> {
-    if occupied == Occupied::Stays && place.symlink_metadata().is_ok() {
-        return Err(io::ErrorKind::AlreadyExists.into());
-    }
-    let mut aside = place.as_os_str().to_owned();
-    aside.push(".partial");
-    let file = File::create(&aside)?;
-    let mut buffered = BufWriter::with_capacity(WRITTEN_AT_ONCE, &file);
-    let written = write(&mut buffered).and_then(|()| buffered.flush());
+) -> Result<(), NotWritten> {
+    occupied.look(place)?;
+    let aside = Aside::create(place)?;
+    let mut buffered = BufWriter::with_capacity(WRITTEN_AT_ONCE, &aside.file);
+    write(&mut buffered)?;
+    buffered.flush()?;
     drop(buffered);
-    if let Err(error) = written.and_then(|()| file.sync_all()) {
-        // Half of it is of no use to anyone.
-        let _ = fs::remove_file(&aside);
-        return Err(error);
-    }
+    aside.file.sync_all()?;
     match occupied {
-        Occupied::Goes => fs::rename(&aside, place)?,
+        Occupied::Goes => {
+            // It took a while.
+            occupied.look(place)?;
+            fs::rename(&aside.path, place)?;
+        }
         Occupied::Stays => {
-            renameat_with(CWD, &aside, CWD, place, RenameFlags::NOREPLACE)?;
+            rename_to_free_place(&aside.path, place).map_err(|error| match error.kind() {
+                io::ErrorKind::AlreadyExists => NotWritten::Exists,
+                _ => error.into(),
+            })?;
         }
     }
     let folder = place
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty());
-    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()?;
+    Ok(())
+}
+
+/// A file of our own, which goes unless it is renamed.
+struct Aside {
+    file: File,
+    path: PathBuf,
+}
+
+impl Aside {
+    fn create(place: &Path) -> io::Result<Self> {
+        let name = place.file_name().ok_or(io::ErrorKind::IsADirectory)?;
+        let name = name.to_string_lossy();
+        let path = place.with_file_name(format!(".{name}.{}.partial", Uuid::new_v4().simple()));
+        // What a disk is about is nobody else's business. Nothing that is there is opened, nor a link followed.
+        let mut options = File::options();
+        let options = options.write(true).create_new(true).mode(0o600);
+        let file = options.open(&path)?;
+        Ok(Self { file, path })
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        // It is not there if it has taken its place.
+        let _ = fs::remove_file(&self.path);
+    }
 }
 
 const WRITTEN_AT_ONCE: usize = 256 << 10;

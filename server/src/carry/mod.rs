@@ -15,7 +15,7 @@ mod aside;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 
-pub(crate) use aside::{Occupied, write_aside};
+pub(crate) use aside::{NotWritten, Occupied, write_aside};
 pub(crate) use extents::write as write_extents;
 pub(crate) use moving::{ImageHash, export_state, import_state};
 pub(crate) use source::{Wanted, read};

@@ -11,7 +11,7 @@ use std::path::Path;
 use block::{Engine, Storage};
 use time::OffsetDateTime;
 
-use super::aside::{Occupied, write_aside};
+use super::aside::{NotWritten, Occupied, write_aside};
 use crate::archive::Digest;
 use crate::control::answers::time_text;
 use crate::disk::OnTrackingError;
@@ -41,9 +41,7 @@ pub(crate) async fn export_state(
     occupied: Occupied,
     hash: ImageHash,
 ) -> Result<Description, Failure> {
-    if occupied == Occupied::Stays && to.symlink_metadata().is_ok() {
-        return Err(occupied_failure(to));
-    }
+    occupied.look(to).map_err(|error| not_written(to, &error))?;
     look(spec).await.map_err(|failure| of_disk(spec, failure))?;
     let terms = (OnTrackingError::FailWrite, Engine::Threads);
     let (disk, _) = ServedDisk::open(spec, None, terms, None).await?;
@@ -76,13 +74,7 @@ pub(crate) async fn export_state(
         bitmaps,
     };
     let written = write_aside(to, occupied, |file| state.pack(file, &description));
-    written.map_err(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => occupied_failure(to),
-        _ => Failure::new(
-            "not-writable",
-            format!("cannot write '{}': {error}", to.display()),
-        ),
-    })?;
+    written.map_err(|error| not_written(to, &error))?;
     Ok(description)
 }
 
@@ -275,9 +267,13 @@ fn not_fit(path: &Path, error: &Unfit) -> Failure {
     }
 }
 
-fn occupied_failure(path: &Path) -> Failure {
-    let message = format!("'{}' exists", path.display());
-    Failure::new("output-exists", message).hint("with --force it is replaced")
+fn not_written(path: &Path, error: &NotWritten) -> Failure {
+    if matches!(error, NotWritten::Exists) {
+        let message = format!("'{}' exists", path.display());
+        return Failure::new("output-exists", message).hint("with --force it is replaced");
+    }
+    let message = format!("cannot write '{}': {error}", path.display());
+    Failure::new("not-writable", message)
 }
 
 fn not_durable(spec: &DiskSpec, error: &io::Error) -> Failure {

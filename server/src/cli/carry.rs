@@ -19,7 +19,7 @@ use super::client::{self, Client};
 use super::problem::Problem;
 use super::units::size;
 use super::{Answers, Done};
-use crate::carry::{Occupied, write_aside, write_extents};
+use crate::carry::{NotWritten, Occupied, write_aside, write_extents};
 use crate::control::answers::{ChangesAnswer, ExportAnswer, ImportAnswer};
 
 #[derive(Args, Debug)]
@@ -194,13 +194,13 @@ impl ExportArgs {
             Occupied::Stays
         };
         let written = write_aside(&self.to, occupied, |list| changes.write_list(list));
-        written.map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => {
+        written.map_err(|error| match error {
+            NotWritten::Exists => {
                 let message = format!("'{}' exists", self.to.display());
                 let hint = "with --force it is replaced; an image is written with --format qcow2";
                 Problem::new("output-exists", message).hint(hint)
             }
-            _ => cannot_write(&self.to, &error),
+            other => cannot_write(&self.to, &other),
         })
     }
 
@@ -298,7 +298,7 @@ fn text_of(path: PathBuf) -> Result<String, Problem> {
     })
 }
 
-fn cannot_write(path: &Path, error: &io::Error) -> Problem {
+fn cannot_write(path: &Path, error: &dyn std::error::Error) -> Problem {
     let message = format!("cannot write '{}': {error}", path.display());
     Problem::new("not-writable", message)
 }

@@ -2,9 +2,13 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::os::unix::fs::{MetadataExt as _, symlink};
+use std::path::Path;
+use std::process::Command;
 
 use rand::Rng as _;
 use serde_json::Value;
+use stillpoint_tests::process::run;
 use stillpoint_tests::seeds::{rng, seeds};
 use stillpoint_tests::tools::{path, sparse_file, tool, with_qemu_nbd};
 use stillpoint_tests::{CHUNK, KIB, MIB, Server};
@@ -147,7 +151,7 @@ fn a_list_is_replaced_only_by_force_and_written_whole() {
     export(&["--force"]).ok();
     let told: Value = serde_json::from_slice(&bytes_of(&list)).unwrap();
     assert_eq!(told[0]["length"], MIB);
-    assert!(!server.path("list.partial").exists());
+    assert_eq!(left_aside(&server), 0);
     let nowhere = [
         "checkpoint",
         "export",
@@ -174,6 +178,77 @@ fn a_list_is_replaced_only_by_force_and_written_whole() {
     assert!(refused.contains("behind the end"), "{refused}");
     let both = serde_json::json!({"disk": "vda", "checkpoint": "cp1", "bitmap": "b"});
     assert!(server.qmp().try_execute("query-changes", &both).is_err());
+}
+
+#[test]
+fn what_is_no_file_is_never_replaced_and_nobody_elses_file_is_written() {
+    let mut server = Server::with_disk(MIB);
+    server.checkpoint("cp1");
+    let [link, folder, pipe] = ["link", "folder", "pipe"].map(|name| server.path(name));
+    let target = server.path("target");
+    fs::write(&target, "mine").unwrap();
+    symlink(&target, &link).unwrap();
+    fs::create_dir(&folder).unwrap();
+    tool("mkfifo", &[path(&pipe)]).ok();
+    // Where others would write first.
+    let partial = server.path("list.partial");
+    symlink(&target, &partial).unwrap();
+    let list = server.path("list");
+    let disk = format!("vda={}", path(&server.image("vda")));
+    for (command, more) in [
+        (["checkpoint", "export"], ["vda", "cp1"]),
+        (["state", "export"], ["--disk", &disk]),
+    ] {
+        if command[0] == "state" {
+            server.stop();
+        }
+        let export = |to: &Path, force: &[&str]| {
+            let args = [&command[..], &more, &["--to", path(to)], force].concat();
+            server.cli_command(&args)
+        };
+        for place in [&link, &folder, &pipe] {
+            let before = fs::symlink_metadata(place).unwrap();
+            run(&mut export(place, &[])).refused("exists");
+            run(&mut export(place, &["--force"])).refused("no regular file");
+            let after = fs::symlink_metadata(place).unwrap();
+            assert_eq!(before.ino(), after.ino(), "{}", place.display());
+        }
+        run(&mut export(&list, &[])).ok();
+        assert_eq!(fs::metadata(&list).unwrap().mode() & 0o777, 0o600);
+        let injected = |fault: &str, command: &Command| {
+            let mut strace = Command::new("strace");
+            let fault = format!("inject={fault}");
+            strace.args(["-f", "-o", "/dev/null", "-e", &fault]);
+            run(strace.arg(command.get_program()).args(command.get_args()))
+        };
+        // What is renamed in a state is not this.
+        if command[0] == "checkpoint" {
+            let before = bytes_of(&list);
+            let failed = injected("rename:error=EIO", &export(&list, &["--force"]));
+            failed.refused("cannot write");
+            assert!(bytes_of(&list) == before);
+            assert_eq!(left_aside(&server), 1, "{failed}");
+        }
+        // As on a file system that cannot rename without replacing.
+        let without = "renameat2:error=EINVAL";
+        injected(without, &export(&list, &[])).refused("exists");
+        fs::remove_file(&list).unwrap();
+        injected(without, &export(&list, &[])).ok();
+        assert_eq!(fs::metadata(&list).unwrap().nlink(), 1);
+        fs::remove_file(&list).unwrap();
+        assert_eq!(left_aside(&server), 1);
+        assert!(fs::symlink_metadata(&partial).unwrap().is_symlink());
+        assert_eq!(bytes_of(&target), b"mine");
+    }
+}
+
+/// How many files are half written.
+fn left_aside(server: &Server) -> usize {
+    let entries = fs::read_dir(server.directory()).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name());
+    names
+        .filter(|name| name.to_string_lossy().contains("partial"))
+        .count()
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Lists of extents: what `nbdinfo` prints is taken in, and what is written is what it prints.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, symlink};
@@ -11,7 +12,7 @@ use serde_json::Value;
 use stillpoint_tests::process::run;
 use stillpoint_tests::seeds::{rng, seeds};
 use stillpoint_tests::tools::{path, sparse_file, tool, with_qemu_nbd};
-use stillpoint_tests::{CHUNK, KIB, MIB, Server};
+use stillpoint_tests::{KIB, MIB, Server};
 
 use crate::images::{SIZE, bytes_of, dirty_in, image_with_bitmap, map_of, serving_copy, since};
 
@@ -107,20 +108,7 @@ fn a_map_of_more_runs_than_one_answer_has_is_told_whole() {
     let image = builder.path("vda.raw");
     sparse_file(&image, size);
     let server = builder.disk_with("vda", &image, ",granularity=4k").start();
-    let mut list = "[".to_owned();
-    for run in 0..RUNS {
-        let (at, half) = (run * 8 * KIB, 4 * KIB);
-        let separator = if run == 0 { "" } else { "," };
-        let clean = at + half;
-        write!(
-            list,
-            "{separator}\n{{ \"offset\": {at}, \"length\": {half}, \"type\": 1, \"description\": \
-             \"dirty\"}},\n{{ \"offset\": {clean}, \"length\": {half}, \"type\": 0, \
-             \"description\": \"clean\"}}"
-        )
-        .unwrap();
-    }
-    list += "\n]\n";
+    let list = every_second(RUNS);
     let file = server.path("list");
     fs::write(&file, &list).unwrap();
     for kind in ["bitmap", "checkpoint"] {
@@ -253,22 +241,67 @@ fn left_aside(server: &Server) -> usize {
 
 #[test]
 fn guests_write_on_while_a_map_is_exported() {
-    let server = Server::with_disk(SIZE);
-    server.checkpoint("cp1");
+    // An answer has 32,768, and there are more even when all are written that are written here.
+    const RUNS: u64 = 70_001;
+    const WRITES: u64 = 5_000;
+    let size = RUNS * 8 * KIB;
+    let builder = Server::builder();
+    let image = builder.path("vda.raw");
+    sparse_file(&image, size);
+    let server = builder.disk_with("vda", &image, ",granularity=4k").start();
+    let list = server.path("list");
+    fs::write(&list, every_second(RUNS)).unwrap();
+    let import = ["checkpoint", "import", "vda", "many", "--from", path(&list)];
+    server.cli(&import).ok();
     let mut nbd = server.open_live("vda");
-    nbd.write(0, &[1; 512]).unwrap();
-    std::thread::scope(|scope| {
-        let server = &server;
-        let exports = scope.spawn(move || {
-            for _ in 0..10 {
-                let told = server.cli(&["checkpoint", "export", "vda", "cp1", "--to", "-"]);
-                let told: Value = serde_json::from_str(told.ok()).unwrap();
-                assert_eq!(told[0]["description"], "dirty");
+    // What was clean, on all pages in turn.
+    let clean = |n: u64| n * 7919 % RUNS * 8 * KIB + 4 * KIB;
+    let mut written = 0;
+    for round in 0..4 {
+        let known = written;
+        let told = std::thread::scope(|scope| {
+            let export = ["checkpoint", "export", "vda", "many", "--to", "-"];
+            let server = &server;
+            let export = scope.spawn(move || server.cli(&export));
+            while written < known + WRITES && !export.is_finished() {
+                nbd.write(clean(written), &[2; 512]).unwrap();
+                written += 1;
             }
+            export.join().unwrap()
         });
-        for chunk in 0..SIZE / CHUNK {
-            nbd.write(chunk * CHUNK, &[2; 512]).unwrap();
+        let told: Vec<Value> = serde_json::from_str(told.ok()).unwrap();
+        let (mut end, mut dirty) = (0, BTreeSet::new());
+        for extent in &told {
+            let number = |key: &str| extent[key].as_u64().unwrap();
+            assert_eq!(number("offset"), end, "round {round}");
+            let start = end;
+            end += number("length");
+            if extent["description"] == "dirty" {
+                dirty.extend((start..end).step_by(4 * KIB as usize));
+            }
         }
-        exports.join().unwrap();
-    });
+        assert_eq!(end, size, "round {round}");
+        let before = (0..RUNS).map(|run| run * 8 * KIB);
+        for at in before.chain((0..known).map(clean)) {
+            assert!(dirty.contains(&at), "round {round}: {at} is not dirty");
+        }
+    }
+}
+
+/// A list of so many dirty runs of 4 KiB, each with as much behind it that is clean.
+fn every_second(runs: u64) -> String {
+    let mut list = "[".to_owned();
+    for run in 0..runs {
+        let (at, half) = (run * 8 * KIB, 4 * KIB);
+        let separator = if run == 0 { "" } else { "," };
+        let clean = at + half;
+        write!(
+            list,
+            "{separator}\n{{ \"offset\": {at}, \"length\": {half}, \"type\": 1, \"description\": \
+             \"dirty\"}},\n{{ \"offset\": {clean}, \"length\": {half}, \"type\": 0, \
+             \"description\": \"clean\"}}"
+        )
+        .unwrap();
+    }
+    list + "\n]\n"
 }

@@ -115,6 +115,9 @@ pub enum ArchiveError {
     /// It was asked to stop; what was copied so far stays.
     #[error("stopped")]
     Stopped,
+    /// The machine gives no thread to read with.
+    #[error("no thread can be started")]
+    NoThread(#[source] io::Error),
     /// Anything else that a file system can meet.
     #[error("cannot access '{}'", path.display())]
     Io {
@@ -170,6 +173,7 @@ impl ArchiveError {
             Self::Differs { .. } => "verification-failed",
             Self::Plan(_) => "impossible-point",
             Self::Stopped => "stopped",
+            Self::NoThread(_) => "no-thread",
             Self::Io { .. } => "io-error",
         }
     }
@@ -186,6 +190,9 @@ impl ArchiveError {
             Self::MissingLink { .. } => Some("put the folder of that point back where it was"),
             Self::Unknown(_) => Some("stillpoint list shows what there is"),
             Self::Exists(_) => Some("give another path, or --force to replace it"),
+            Self::NoThread(_) => {
+                Some("run it again when less runs, or with a higher limit of threads")
+            }
             Self::Manifest { .. } => Some("stillpoint verify tells what is sound"),
             Self::Differs { .. } => {
                 Some("run it again: what differs is copied anew; then suspect the storage")

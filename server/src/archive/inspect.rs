@@ -62,7 +62,9 @@ pub(super) fn inspect(
         empty.send(Buffer::of(0)).expect("there is room for them");
     }
     let (inspected, hash) = thread::scope(|scope| {
-        let hasher = scope.spawn(move || hash_all(&filled, &empty));
+        let hasher = thread::Builder::new().name("hash".to_owned());
+        let hasher = hasher.spawn_scoped(scope, move || hash_all(&filled, &empty));
+        let hasher = hasher.map_err(ArchiveError::NoThread)?;
         let mut reader = Reader {
             file,
             direct: past_the_cache(file),
@@ -76,9 +78,9 @@ pub(super) fn inspect(
         // There is no more to hash.
         drop(full);
         let hash = hasher.join().expect("hashing does not panic");
-        (read.map(|()| faults), hash)
-    });
-    let Faults { list, more } = inspected?;
+        read.map(|()| (faults, hash))
+    })?;
+    let Faults { list, more } = inspected;
     Ok(Inspection {
         blake3: Digest(hash),
         faults: list,

@@ -78,9 +78,10 @@ fn verified(
             "{missing} chunks of {name} are missing"
         )));
     }
-    let found = match follower {
-        Some(follower) => follower.outcome()?,
-        None => read_back(disk, progress)?,
+    let found = match follower.map(Follower::outcome) {
+        // Threads may have ended since it began.
+        None | Some(Err(ArchiveError::NoThread(_))) => read_back(disk, progress)?,
+        Some(found) => found?,
     };
     if let Some(fault) = found.faults.first() {
         return Err(ArchiveError::Differs {

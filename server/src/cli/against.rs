@@ -63,14 +63,17 @@ impl Comparison<'_> {
         finder.begin("compare", Some(self.disk));
         let (give, mut take) = mpsc::channel::<Stretch>(STRETCHES);
         thread::scope(|scope| {
-            let reader = scope.spawn(move || {
+            let reader = move || {
                 // When nobody takes any more, there is a reason already.
                 let mut give = |range, bytes| {
                     give.blocking_send((range, bytes))
                         .map_err(|_| ArchiveError::Stopped)
                 };
                 read_through(self.archive, self.point, self.disk, finder, &mut give)
-            });
+            };
+            let thread = thread::Builder::new().name("reader".to_owned());
+            let reader = thread.spawn_scoped(scope, reader);
+            let reader = reader.map_err(ArchiveError::NoThread)?;
             let comparing = self.compare(tls.as_ref(), &mut take, finder);
             let compared = LocalSet::new().block_on(&runtime, comparing);
             drop(take);

@@ -1,12 +1,14 @@
 //! Folders that are not to be touched, and plans that cannot be.
 
 use std::fs;
+use std::process::Command;
 
 use serde_json::Value;
 use stillpoint::archive::{Archive, ArchiveError, Mode};
 use stillpoint_tests::backup_folder::{BackupFolder, Disk};
+use stillpoint_tests::process::run;
 use stillpoint_tests::seeds::rng;
-use stillpoint_tests::server::temporary_directory;
+use stillpoint_tests::server::{binary, temporary_directory};
 use stillpoint_tests::tools::path;
 use stillpoint_tests::{KIB, MIB, Mount};
 use uuid::Uuid;
@@ -19,6 +21,17 @@ fn folder_of_two() -> BackupFolder {
         folder.pull(&mut rng);
     }
     folder
+}
+
+#[test]
+fn a_machine_that_gives_no_threads_is_told_of() {
+    let folder = folder_of_two();
+    let mut command = Command::new("strace");
+    command.args(["-f", "-o", "/dev/null", "-e", "trace=clone,clone3"]);
+    command.args(["-e", "inject=clone,clone3:error=EAGAIN"]);
+    command.arg(binary()).args(["verify", path(&folder.path())]);
+    let output = run(&mut command);
+    assert!(output.error(1).contains("no thread"), "{output}");
 }
 
 #[test]

@@ -8,13 +8,13 @@ use std::process::{ChildStderr, Command, Stdio};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::process::{KilledOnDrop, Output, line, wait};
+use crate::process::{self, KilledOnDrop, Output, line, wait};
 use crate::{Server, tools};
 
 /// What `strace` does to a server for as long as this lives.
 #[derive(Debug)]
 pub struct Killer {
-    _strace: KilledOnDrop,
+    strace: KilledOnDrop,
     _told: BufReader<ChildStderr>,
 }
 
@@ -67,9 +67,15 @@ impl Killer {
             assert!(length > 0, "strace ended");
         }
         Self {
-            _strace: strace,
+            strace,
             _told: told,
         }
+    }
+
+    /// Leaves the server alone: from here on it is killed, if perhaps not yet ended, or goes on.
+    pub fn detach(mut self) {
+        process::signal(&self.strace.child, Signal::INT);
+        wait(&mut self.strace.child).expect("strace ends");
     }
 }
 

@@ -175,7 +175,7 @@ fn a_base_that_comes_back_with_another_size_is_not_used() {
     let directory = temporary_directory();
     let (image, other) = (image(&directory), directory.path().join("other"));
     let mut base = NbdBase::file(&image);
-    let server = on(&base, ",reconnect=1s").start();
+    let server = on(&base, ",reconnect=3s").start();
     let mut live = server.open_live("vda");
     live.write(0, &[1; 512]).unwrap();
     for size in [SIZE / 2, 2 * SIZE] {

@@ -24,7 +24,7 @@ fn another_image_of_the_same_size_is_neither_read_nor_written() {
     let directory = temporary_directory();
     let (image, other) = (image(&directory), directory.path().join("other"));
     let mut base = NbdBase::file(&image);
-    let server = on(&base, ",reconnect=1s").start();
+    let server = on(&base, ",reconnect=3s").start();
     let mut live = server.open_live("vda");
     live.write(0, &[1; 512]).unwrap();
     live.flush().unwrap();
@@ -54,7 +54,7 @@ fn an_older_state_of_the_image_is_not_used() {
     let directory = temporary_directory();
     let (image, older) = (image(&directory), directory.path().join("older"));
     let mut base = NbdBase::file(&image);
-    let server = on(&base, ",reconnect=1s").start();
+    let server = on(&base, ",reconnect=3s").start();
     let mut live = server.open_live("vda");
     live.write(MIB, &[1; 512]).unwrap();
     live.flush().unwrap();
@@ -73,7 +73,7 @@ fn an_older_state_of_the_image_is_not_used() {
 #[test]
 fn a_base_that_has_lost_what_it_flushed_is_not_used() {
     let mut base = NbdBase::nbdkit(&["memory", "8M"]);
-    let server = on(&base, ",reconnect=1s").start();
+    let server = on(&base, ",reconnect=3s").start();
     let mut live = server.open_live("vda");
     live.write(MIB + 512, &[1; 512]).unwrap();
     live.flush().unwrap();
@@ -86,7 +86,7 @@ fn a_base_that_has_lost_what_it_flushed_is_not_used() {
 fn an_instant_that_the_base_cannot_make_durable_is_none_and_what_changed_stays_marked() {
     let directory = temporary_directory();
     let mut base = NbdBase::file(&image(&directory));
-    let server = on(&base, ",reconnect=1s").start();
+    let server = on(&base, ",reconnect=3s").start();
     let mut live = server.open_live("vda");
     server.checkpoint("cp0");
     live.write(CHUNK, &[1; 512]).unwrap();
@@ -128,7 +128,7 @@ fn an_instant_that_the_base_cannot_make_durable_is_none_and_what_changed_stays_m
 fn a_frozen_read_waits_for_the_base_and_is_never_wrong() {
     let directory = temporary_directory();
     let mut base = NbdBase::file(&image(&directory));
-    let server = on(&base, ",reconnect=1s").start();
+    let server = on(&base, ",reconnect=3s").start();
     let mut live = server.open_live("vda");
     live.write(0, &[1; 8192]).unwrap();
     server.begin("b1", &[]);
@@ -149,7 +149,7 @@ fn a_frozen_read_waits_for_the_base_and_is_never_wrong() {
 fn a_first_write_whose_old_bytes_cannot_be_read_breaks_the_backup_and_not_its_base() {
     let directory = temporary_directory();
     let mut base = NbdBase::file(&image(&directory));
-    let server = on(&base, ",reconnect=1s").start();
+    let server = on(&base, ",reconnect=3s").start();
     let mut live = server.open_live("vda");
     server.checkpoint("cp0");
     live.write(0, &[1; 512]).unwrap();

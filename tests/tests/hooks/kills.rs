@@ -24,7 +24,12 @@ fn ends_while_the_guest_is_held(signal: Signal) {
     assert!(!client.child.wait().unwrap().success());
     agent.wait_for(THAW);
     let text = wait_for_the_last(&mut client);
-    assert_eq!(scene.log()[2], "thaw unknown", "{text}");
+    // Failed, where the agent's answer had not reached the guardian: then nothing was asked of the server.
+    let thaw = &scene.log()[2];
+    assert!(
+        ["thaw unknown", "thaw failed"].contains(&thaw.as_str()),
+        "{thaw}: {text}"
+    );
     scene.server.signal(Signal::CONT);
 }
 

@@ -416,12 +416,17 @@ impl Export {
         &self.disk().clients
     }
 
-    /// Whoever has one of its permits asks contexts of this disk.
+    /// Whoever has its permit is the one of its role that asks contexts of this disk.
     pub(crate) fn lookups(&self) -> &Semaphore {
         match self {
             Self::Live(disk) => &disk.lookups.live,
             Self::Frozen(part) | Self::Difference(part, ..) => &part.disk.lookups.backup,
         }
+    }
+
+    /// Whoever has its permit asks once.
+    pub(crate) fn lookup_turn(&self) -> &Semaphore {
+        &self.disk().lookups.turn
     }
 
     /// What clients do here is counted here.

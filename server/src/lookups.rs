@@ -5,23 +5,21 @@
 
 use tokio::sync::Semaphore;
 
-/// Some of each role, so that a guest does not wait for backups; of each disk, so that none waits
-/// for another's device.
+/// One of each role waits for its turn at a time, so that a guest waits for no more than one lookup of
+/// backups; and for each disk one has it, so that none waits for another's device, and a guest has a
+/// processor for itself where there are two.
 pub(crate) struct Lookups {
     /// Of a live export.
     pub(crate) live: Semaphore,
     /// Of the disk's frozen exports, all together.
     pub(crate) backup: Semaphore,
+    /// Of both. Whoever has its permit has one of the others too.
+    pub(crate) turn: Semaphore,
 }
 
 impl Default for Lookups {
     fn default() -> Self {
-        Self {
-            live: Semaphore::new(AT_ONCE),
-            backup: Semaphore::new(AT_ONCE),
-        }
+        let [live, backup, turn] = [(); 3].map(|()| Semaphore::new(1));
+        Self { live, backup, turn }
     }
 }
-
-/// A guest has a processor for itself, where there are two.
-const AT_ONCE: usize = 1;

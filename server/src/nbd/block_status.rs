@@ -70,7 +70,10 @@ impl Target {
             if rest.is_empty() || answer.is_full() {
                 return Ok(lookups);
             }
-            for status in self.export.status(context, rest, BATCH).await? {
+            let turn = self.export.lookup_turn().acquire().await;
+            let found = self.export.status(context, rest, BATCH).await;
+            drop(turn.expect("it is never closed"));
+            for status in found? {
                 answer.push(status.length, status.flags);
             }
         }

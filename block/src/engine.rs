@@ -46,8 +46,8 @@ impl Engine {
         }
     }
 
-    /// Fills `buffer` with what is at `offset`.
-    pub(crate) async fn read(
+    /// Fills `buffer` with what is at `offset`, in a runtime of tokio's.
+    pub async fn read(
         self,
         file: &Arc<File>,
         offset: u64,

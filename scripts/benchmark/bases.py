@@ -1,14 +1,13 @@
 """The rows about disks that are not a file as its bytes are: qcow2 images, and exports of another
 server, with what it costs to have somebody in between."""
 
-import contextlib
 import os
 import shlex
 import subprocess
 
 from benchmark import images, processes, verify
 from benchmark.processes import output
-from benchmark.rows import Row, Variant
+from benchmark.rows import OwnServers, Variant
 from benchmark.servers import NbdkitFile, QemuNbd, Stillpoint
 from benchmark.storage_daemon import StorageDaemon
 
@@ -99,24 +98,15 @@ class BasedStorageDaemon(StorageDaemon):
         self.base.stop()
 
 
-class Own(Row):
+class Own(OwnServers):
     """A guest alone with its disk, on servers of the row's own."""
-
-    own_images = True
 
     def __init__(self, name, says, kinds, variants, unit="requests/s"):
         super().__init__(name, says, variants)
         self.kinds, self.servers, self.unit = kinds, list(kinds), unit
-        self.stack = contextlib.ExitStack()
-        self.running = {}
-
-    def verify(self, field, name):
-        """When a server has been started."""
 
     def measure(self, field, name, variant, seed):
-        if name not in self.running:
-            self.running[name] = self.begin(field, name)
-        server, kind = self.running[name], variant.options["kind"]
+        server, kind = self.own(field, name), variant.options["kind"]
         load = {key: value for key, value in variant.options.items() if key != "kind"}
         done = field.client.fio(server, kind, field.scale.seconds, seed=seed,
                                 size=field.scale.size, **load)
@@ -125,10 +115,6 @@ class Own(Row):
         if kind == "write":
             images.sync(server.image)
         return done
-
-    def done(self, field):
-        self.stack.close()
-        self.running.clear()
 
     def in_memory(self, field, image):
         size = os.path.getsize(image)

@@ -90,12 +90,21 @@ def nbdcopy(*options):
     return lambda field, uri, folder: ["nbdcopy", *options, uri, f"{folder}/copy.raw"]
 
 
+def nbdcopy_and_read_back(field, uri, folder):
+    """What `pull` does too, but for comparing what was read with anything."""
+    copy = f"{folder}/copy.raw"
+    script = 'nbdcopy --flush "$1" "$2" && dd if="$2" of=/dev/null bs=4M iflag=direct status=none'
+    return ["sh", "-c", script, "sh", uri, copy]
+
+
 ROWS = [
     FullCopy("full-copy", "a frozen export is copied whole into a new file",
              [Variant("nbdcopy", True,
                       {"command": nbdcopy(), "file": "{}/copy.raw", "format": "raw"}),
               Variant("nbdcopy --flush", False,
                       {"command": nbdcopy("--flush"), "file": "{}/copy.raw", "format": "raw"}),
+              Variant("nbdcopy --flush, then dd from the device", False,
+                      {"command": nbdcopy_and_read_back, "file": "{}/copy.raw", "format": "raw"}),
               Variant("stillpoint pull, synced and verified", True,
                       {"command": pull, "file": "{}/points/1/vda.qcow2", "format": "qcow2"})]),
     IncrementalCopy("incremental-copy", "1 % of the disk, scattered, is pulled by one command",

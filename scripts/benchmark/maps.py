@@ -9,7 +9,7 @@ import random
 import sys
 
 from benchmark import images, measure, verify
-from benchmark.rows import BACKS_UP, Row, Variant
+from benchmark.rows import BACKS_UP, OwnServers, Row, Variant
 
 CHUNK = 64 << 10
 # A file of ext4 is smaller than 16 TiB.
@@ -77,26 +77,15 @@ def digest_of(path, chunks):
     return digest.hexdigest()
 
 
-class ManyRuns(Row):
+class ManyRuns(OwnServers):
     """The dirty map of a large disk, as `nbdinfo` asks for it and prints it."""
 
     servers = BACKS_UP
     unit = "runs/s"
     per = "million runs"
-    own_images = True
-
-    def __init__(self, name, says):
-        super().__init__(name, says, [Variant("every other chunk", True, {})])
-        self.stack = contextlib.ExitStack()
-        self.backups = {}
-
-    def verify(self, field, name):
-        """With every map."""
 
     def measure(self, field, name, variant, seed):
-        if name not in self.backups:
-            self.backups[name] = self.prepare(field, name)
-        server, backup = self.backups[name]
+        server, backup = self.own(field, name)
         done, took, text = field.client.loop(
             server, ["nbdinfo", f"--map={backup.context}", backup.uri], field.scale.seconds)
         runs = sum(line.split()[2] == "1" for line in text.splitlines())
@@ -106,7 +95,7 @@ class ManyRuns(Row):
         done.rate = done.notes["times"] * runs / took
         return done
 
-    def prepare(self, field, name):
+    def begin(self, field, name):
         image = f"{field.place(self.stack, name + '-large')}/image"
         images.write_sparse(image, LARGE)
         # A first write into a region would wait for a sync: too long, a million times.
@@ -120,10 +109,6 @@ class ManyRuns(Row):
         if own:
             server = field.start(self.stack, name, image)
         return server, server.begin_backup()
-
-    def done(self, field):
-        self.stack.close()
-        self.backups.clear()
 
 
 class WideSpan(Row):
@@ -154,7 +139,8 @@ class WideSpan(Row):
 ROWS = [
     Incremental("incremental", "a small client pulls an incremental: 1 % of the disk, scattered",
                 [Variant("1 % of the chunks", True, {"share": 0.01})]),
-    ManyRuns("many-runs", "nbdinfo --map of a 15 TiB disk with a million dirty runs"),
+    ManyRuns("many-runs", "nbdinfo --map of a 15 TiB disk with a million dirty runs",
+             [Variant("every other chunk", True, {})]),
     WideSpan("wide-span", "4 KiB writes at random over a sparse 20 GiB, ten times what is active",
              [Variant("depth 32, 1 client", True,
                       {"pattern": "randwrite", "block": "4k", "depth": 32,

@@ -41,6 +41,32 @@ class Row:
         """After its last measurement."""
 
 
+class OwnServers(Row):
+    """Servers of the row's own, each from its first measurement to the row's last, and right at its start."""
+
+    own_images = True
+
+    def __init__(self, name, says, variants):
+        super().__init__(name, says, variants)
+        self.stack = contextlib.ExitStack()
+        self.begun = {}
+
+    def verify(self, field, name):
+        """When it begins, or with every measurement."""
+
+    def own(self, field, name):
+        if name not in self.begun:
+            self.begun[name] = self.begin(field, name)
+        return self.begun[name]
+
+    def begin(self, field, name):
+        raise NotImplementedError
+
+    def done(self, field):
+        self.stack.close()
+        self.begun.clear()
+
+
 class Plain(Row):
     """A guest alone with its disk."""
 

@@ -1,18 +1,15 @@
 //! Reading a file of a point as a whole, and telling what in it is not what was written.
 
 use std::fmt;
-use std::fs::{File, Metadata};
-use std::io;
+use std::fs::File;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread;
 
 use block::Buffer;
 use block::qcow2::{Layout, Part};
-use rustix::fs::{Advice, OFlags, fadvise};
 
+use super::ahead::{Ahead, ENDS, Piece, Wanted, read_cached};
 use super::chunk::Chunk;
 use super::digest::Digest;
 use super::error::ArchiveError;
@@ -22,9 +19,12 @@ use super::progress::{Progress, step};
 pub(super) struct Expected<'a> {
     pub(super) layout: &'a Layout,
     pub(super) cluster_size: u64,
-    /// The chunks with their hashes, ascending.
-    pub(super) chunks: &'a mut dyn Iterator<Item = (Chunk, Digest)>,
+    /// Its chunks, as soon as they can be read.
+    pub(super) stretches: &'a mut dyn Iterator<Item = Stretch>,
 }
+
+/// Chunks with their hashes, ascending.
+pub(super) type Stretch = Vec<(Chunk, Digest)>;
 
 /// What a file is.
 #[derive(Debug)]
@@ -58,22 +58,17 @@ pub(super) fn inspect(
     // What is known of the file's own is on another thread than what is known of its chunks.
     let (full, filled) = mpsc::sync_channel::<Buffer>(BUFFERS);
     let (empty, emptied) = mpsc::sync_channel::<Buffer>(BUFFERS);
-    for _ in 0..BUFFERS {
-        empty.send(Buffer::of(0)).expect("there is room for them");
-    }
     let (inspected, hash) = thread::scope(|scope| {
         let hasher = thread::Builder::new().name("hash".to_owned());
         let hasher = hasher.spawn_scoped(scope, move || hash_all(&filled, &empty));
         let hasher = hasher.map_err(ArchiveError::NoThread)?;
         let mut reader = Reader {
-            file,
-            direct: past_the_cache(file),
+            ahead: Ahead::of(file, emptied),
             full,
-            emptied,
+            progress,
             faults: Faults::default(),
-            at: 0,
         };
-        let read = reader.read(expected, progress);
+        let read = reader.read(file, expected);
         let Reader { faults, full, .. } = reader;
         // There is no more to hash.
         drop(full);
@@ -93,45 +88,37 @@ pub(super) fn inspect_tables(file: &File, layout: &Layout, cluster_size: u64) ->
     let mut faults = Faults::default();
     let mut expected = vec![0; cluster_size as usize];
     let mut found = expected.clone();
-    for offset in layout.metadata_offsets() {
-        if faults.end(file, layout, offset) {
-            break;
-        }
-        let error = read(file, &mut found, offset);
+    let there = length_of(file);
+    for offset in layout.metadata_offsets().take_while(|at| *at < there) {
+        let error = read_cached(file, &mut found, offset);
         layout.fill(offset, &mut expected);
         faults.compare(layout, offset, &found, &expected, error.as_deref());
     }
+    faults.end(layout, there);
     faults.list
 }
 
-/// The same file once more, for reads that go past the page cache: what comes then comes from the device,
-/// and costs no memory for pages that nobody looks at twice. All reads here are of whole clusters.
-fn past_the_cache(file: &File) -> Option<File> {
-    let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let flags = OFlags::DIRECT.bits().cast_signed();
-    let mut options = File::options();
-    options.read(true).custom_flags(flags).open(itself).ok()
+/// How long a file is, if that can be told.
+fn length_of(file: &File) -> u64 {
+    file.metadata().map_or(u64::MAX, |found| found.len())
 }
 
 fn hash_all(filled: &Receiver<Buffer>, empty: &SyncSender<Buffer>) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();
     for buffer in filled {
         hasher.update(&buffer);
-        // Nobody wants it back at the end.
-        let _ = empty.send(buffer);
+        // Nobody wants it back at the end, or where there are enough.
+        let _ = empty.try_send(buffer);
     }
     hasher.finalize()
 }
 
 struct Reader<'a> {
-    file: &'a File,
-    /// The same file, read past the page cache, where that can be had.
-    direct: Option<File>,
+    /// Of chunks, and of clusters of tables.
+    ahead: Ahead<'a, Option<(Chunk, Digest)>>,
     full: SyncSender<Buffer>,
-    emptied: Receiver<Buffer>,
+    progress: &'a dyn Progress,
     faults: Faults,
-    /// How far it has read.
-    at: u64,
 }
 
 #[derive(Default)]
@@ -141,99 +128,71 @@ struct Faults {
 }
 
 impl Reader<'_> {
-    fn read(
-        &mut self,
-        expected: Expected<'_>,
-        progress: &dyn Progress,
-    ) -> Result<(), ArchiveError> {
+    fn read(&mut self, file: &File, expected: Expected<'_>) -> Result<(), ArchiveError> {
         let Expected {
             layout,
             cluster_size,
-            chunks,
+            stretches,
         } = expected;
+        let there = length_of(file);
+        let tables = layout.metadata_offsets().take_while(|at| *at < there);
+        let mut tables = tables.map(|offset| Wanted {
+            what: None,
+            offset,
+            length: cluster_size,
+        });
         let mut cluster = vec![0; cluster_size as usize];
-        for offset in layout.metadata_offsets() {
-            if self.faults.end(self.file, layout, offset) {
-                self.at = layout.metadata_size();
-                break;
-            }
-            let (buffer, error) = self.next(cluster_size);
-            layout.fill(offset, &mut cluster);
-            let error = error.as_deref();
+        while let Some(piece) = self.ahead.next(&mut tables) {
+            layout.fill(piece.offset, &mut cluster);
+            let error = piece.error.as_deref();
             self.faults
-                .compare(layout, offset, &buffer, &cluster, error);
-            self.done(buffer, progress)?;
+                .compare(layout, piece.offset, &piece.buffer, &cluster, error);
+            self.done(piece.offset, piece.buffer)?;
         }
-        for (chunk, hash) in chunks {
-            let bytes = chunk.bytes();
-            let (buffer, error) = self.next(bytes.next_multiple_of(cluster_size));
-            let (data, padding) = buffer.split_at(bytes as usize);
-            let is_sound = error.is_none();
-            if !is_sound || Digest::of(data) != hash {
-                self.faults.add(Fault::of_data(self.at, chunk, error));
+        self.faults.end(layout, there);
+
+        let mut end = layout.metadata_size();
+        for stretch in stretches {
+            let mut chunks = stretch.into_iter().map(|chunk| {
+                let (offset, length) = (end, chunk.0.bytes().next_multiple_of(cluster_size));
+                end += length;
+                Wanted {
+                    what: Some(chunk),
+                    offset,
+                    length,
+                }
+            });
+            while let Some(piece) = self.ahead.next(&mut chunks) {
+                let Piece {
+                    what,
+                    offset,
+                    buffer,
+                    error,
+                } = piece;
+                if let Some((chunk, hash)) = what {
+                    self.faults.look_at(chunk, hash, offset, &buffer, error);
+                }
+                self.done(offset, buffer)?;
             }
-            if is_sound && !block::is_zero(padding) {
-                self.faults.add(Fault {
-                    offset: self.at + bytes,
-                    length: padding.len() as u64,
-                    part: Part::Padding,
-                    guest: Vec::new(),
-                    error: None,
-                });
-            }
-            self.done(buffer, progress)?;
         }
         Ok(())
     }
 
-    /// The next bytes, and what went wrong with reading them.
-    fn next(&mut self, length: u64) -> (Buffer, Option<String>) {
-        let mut buffer = self.emptied.recv().expect("the hasher gives them back");
-        if buffer.len() as u64 != length {
-            buffer = Buffer::of(length as usize);
-        }
-        let direct = self.direct.as_ref();
-        let is_read = direct.is_some_and(|file| file.read_exact_at(&mut buffer, self.at).is_ok());
-        // What is wrong with a read, such as that the file ends within a block, is for the page cache
-        // to say.
-        let error = if is_read {
-            None
-        } else {
-            read(self.file, &mut buffer, self.at)
-        };
-        (buffer, error)
-    }
-
-    fn done(&mut self, buffer: Buffer, progress: &dyn Progress) -> Result<(), ArchiveError> {
+    fn done(&mut self, offset: u64, buffer: Buffer) -> Result<(), ArchiveError> {
         let length = buffer.len() as u64;
-        if self.direct.is_none() {
-            // What was read once here is of no use to anybody.
-            let _ = fadvise(self.file, self.at, length.try_into().ok(), Advice::DontNeed);
-        }
-        self.at += length;
+        self.ahead.forget(offset, length);
         self.full.send(buffer).expect("the hasher takes all");
-        step(progress, length)
-    }
-}
-
-/// Fills the buffer, with zeroes if it cannot be read, and says why not.
-pub(super) fn read(file: &File, buffer: &mut [u8], offset: u64) -> Option<String> {
-    let error = file.read_exact_at(buffer, offset).err()?;
-    buffer.fill(0);
-    match error.kind() {
-        io::ErrorKind::UnexpectedEof => Some(ENDS.to_owned()),
-        _ => Some(error.to_string()),
+        step(self.progress, length)
     }
 }
 
 impl Faults {
-    /// Whether the file ends at or before `offset`, which is before the data; notes it if so. A manifest can
-    /// say that tables are longer than anybody waits for.
-    fn end(&mut self, file: &File, layout: &Layout, offset: u64) -> bool {
-        let is_there = |found: Metadata| found.len() > offset;
-        if file.metadata().map_or(true, is_there) {
-            return false;
-        }
+    /// Notes what tables a file of length `there` lacks. A manifest can say that they are longer than
+    /// anybody waits for.
+    fn end(&mut self, layout: &Layout, there: u64) {
+        let Some(offset) = layout.metadata_offsets().find(|at| *at >= there) else {
+            return;
+        };
         self.add(Fault {
             offset,
             length: layout.metadata_size() - offset,
@@ -241,7 +200,32 @@ impl Faults {
             guest: Vec::new(),
             error: Some(ENDS.to_owned()),
         });
-        true
+    }
+
+    /// Notes where a chunk that lies at `offset` is not what was written.
+    fn look_at(
+        &mut self,
+        chunk: Chunk,
+        hash: Digest,
+        offset: u64,
+        found: &[u8],
+        error: Option<String>,
+    ) {
+        let bytes = chunk.bytes();
+        let (data, padding) = found.split_at(bytes as usize);
+        let is_sound = error.is_none();
+        if !is_sound || Digest::of(data) != hash {
+            self.add(Fault::of_data(offset, chunk, error));
+        }
+        if is_sound && !block::is_zero(padding) {
+            self.add(Fault {
+                offset: offset + bytes,
+                length: padding.len() as u64,
+                part: Part::Padding,
+                guest: Vec::new(),
+                error: None,
+            });
+        }
     }
 
     /// Notes where the cluster of tables at `base` differs: a stretch for each part of it.
@@ -355,14 +339,11 @@ pub(super) fn part_name(part: &Part) -> &'static str {
     }
 }
 
-/// Why what is beyond the end cannot be read.
-const ENDS: &str = "the file ends before";
-
 /// Of each file: more than anybody reads; and what is damaged beyond that is not to be patched up.
 pub(super) const FAULTS_MAX: usize = 1000;
 
 /// Of a fault, in a line for people.
 const RUNS_SHOWN: usize = 4;
 
-/// Chunks that are in memory at once: one is read, one is hashed, one waits.
-const BUFFERS: usize = 3;
+/// How many pieces wait for the hasher; and of how many that it has done with the memory is kept.
+const BUFFERS: usize = 2;

@@ -9,6 +9,7 @@
 mod entries;
 mod folder;
 
+mod ahead;
 mod begin;
 mod draft;
 mod map;

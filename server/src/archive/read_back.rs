@@ -4,7 +4,7 @@
 //! only then read: so what is compared with the hash of what was received comes from where it will be
 //! read one day. Done beside the copy, it leaves little to wait for when the last chunk has come.
 
-use std::collections::VecDeque;
+use std::iter;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -12,10 +12,9 @@ use std::thread::{self, JoinHandle};
 use rustix::fs::{Advice, fadvise};
 
 use super::chunk::{self, Chunk};
-use super::digest::Digest;
 use super::draft::DiskDraft;
 use super::error::ArchiveError;
-use super::inspect::{Expected, Inspection, inspect};
+use super::inspect::{Expected, Inspection, Stretch, inspect};
 use super::progress::Progress;
 
 /// Reads back all of a disk. What has not come yet is waited for.
@@ -27,16 +26,15 @@ pub(super) fn read_back(
     let mut coming = Coming {
         disk,
         rest: Box::new(chunk::chunks(&map.data, map.chunk_size)),
-        settled: VecDeque::new(),
         end: 0,
         failed: None,
     };
     // The tables are read before the first chunk, and settle with it.
-    coming.settle()?;
+    let first = coming.settle()?;
     let expected = Expected {
         layout: &map.layout,
         cluster_size: map.cluster_size,
-        chunks: &mut coming,
+        stretches: &mut iter::once(first).chain(&mut coming),
     };
     let found = inspect(&disk.file, expected, progress)?;
     match coming.failed {
@@ -45,12 +43,11 @@ pub(super) fn read_back(
     }
 }
 
-/// The chunks of a disk with their hashes, ascending; each as soon as it can be read back.
+/// The chunks of a disk with their hashes, ascending, by stretches: each is durable when it comes, and not
+/// in the page cache.
 struct Coming<'a> {
     disk: &'a DiskDraft,
     rest: Box<dyn Iterator<Item = Chunk> + 'a>,
-    /// Those that are durable, and not in the page cache.
-    settled: VecDeque<(Chunk, Digest)>,
     /// Where in the file the last of them ends.
     end: u64,
     /// Why there are no more, if not because that was all.
@@ -59,9 +56,9 @@ struct Coming<'a> {
 
 impl Coming<'_> {
     /// Waits for the next stretch, and makes it durable with all that was stored before it.
-    fn settle(&mut self) -> Result<(), ArchiveError> {
+    fn settle(&mut self) -> Result<Stretch, ArchiveError> {
         let DiskDraft { map, records, .. } = self.disk;
-        let start = self.end;
+        let (start, mut stretch) = (self.end, Stretch::new());
         while self.end - start < STRETCH {
             let Some(chunk) = self.rest.next() else {
                 break;
@@ -70,7 +67,7 @@ impl Coming<'_> {
             let hash = hash.ok_or(ArchiveError::Stopped)?;
             let end = map.host(&chunk) + chunk.bytes();
             self.end = end.next_multiple_of(map.cluster_size);
-            self.settled.push_back((chunk, hash));
+            stretch.push((chunk, hash));
         }
         let DiskDraft { file, path, .. } = self.disk;
         let synced = file.sync_data();
@@ -78,20 +75,20 @@ impl Coming<'_> {
         // It is advice: in a file system in memory there is no other place.
         let length = (self.end - start).try_into().ok();
         let _ = fadvise(file, start, length, Advice::DontNeed);
-        Ok(())
+        Ok(stretch)
     }
 }
 
 impl Iterator for Coming<'_> {
-    type Item = (Chunk, Digest);
+    type Item = Stretch;
 
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.settled.is_empty() && self.end < self.disk.map.layout.file_size() {
-            self.failed = self.settle().err();
-        }
-        match self.failed {
-            None => self.settled.pop_front(),
-            Some(_) => None,
+    fn next(&mut self) -> Option<Stretch> {
+        match self.settle() {
+            Ok(stretch) => Some(stretch).filter(|stretch| !stretch.is_empty()),
+            Err(error) => {
+                self.failed = Some(error);
+                None
+            }
         }
     }
 }

@@ -8,13 +8,14 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
+use super::ahead::read_cached;
 use super::chain::{Chain, Layer, Segment, Source};
 use super::chunk::{CHUNK_SIZE_MAX, Chunk};
 use super::damage::{Damage, Watch};
 use super::digest::Digest;
 use super::error::ArchiveError;
 use super::folder::Archive;
-use super::inspect::{Fault, inspect_tables, read};
+use super::inspect::{Fault, inspect_tables};
 use super::manifest::MANIFEST;
 use super::output::{Existing, Format, Output};
 use super::progress::step;
@@ -195,7 +196,7 @@ impl Restorer<'_> {
         for (chunk, hash, offset) in layer.chunks_of(wanted) {
             buffer.resize(chunk.bytes() as usize, 0);
             let error = match &self.files[number] {
-                Ok(file) => read(file, &mut buffer, offset),
+                Ok(file) => read_cached(file, &mut buffer, offset),
                 Err(error) => Some(error.clone()),
             };
             let pieces = runs::intersection(&chunk.runs, wanted);

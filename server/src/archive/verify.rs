@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
+use std::iter;
 use std::path::{Path, PathBuf};
 
 use super::damage::{Damage, Watch};
 use super::error::ArchiveError;
 use super::folder::Archive;
-use super::inspect::{Expected, Fault, inspect};
+use super::inspect::{Expected, Fault, Stretch, inspect};
 use super::manifest::{Contents, DiskEntry, MANIFEST, Manifest};
 
 /// What to look at.
@@ -187,10 +188,12 @@ impl Verifier<'_> {
         };
         let layout = disk.layout(contents);
         let mut chunks = contents.chunks(disk.chunk_size);
+        let stretches = iter::from_fn(|| Some(chunks.by_ref().take(STRETCH).collect::<Stretch>()));
+        let mut stretches = stretches.take_while(|stretch| !stretch.is_empty());
         let expected = Expected {
             layout: &layout,
             cluster_size: disk.cluster_size,
-            chunks: &mut chunks,
+            stretches: &mut stretches,
         };
         let found = inspect(&file, expected, self.watch)?;
         self.verified.files += 1;
@@ -227,3 +230,6 @@ impl Verifier<'_> {
         self.watch.found(damage);
     }
 }
+
+/// How many chunks are prepared at a time to be read.
+const STRETCH: usize = 1024;

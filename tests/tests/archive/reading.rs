@@ -21,9 +21,10 @@ fn folder() -> BackupFolder {
 /// A command that takes longer than a second, since each of its reads takes a while.
 fn slowly(folder: &BackupFolder, command: &str, args: &[&str]) -> Output {
     let mut slow = Command::new("strace");
-    let inject = ["-e", "inject=pread64:delay_enter=300000"];
-    slow.args(["-f", "-o", "/dev/null", "--trace=pread64"])
-        .args(inject)
+    // The one asks the device, the other the page cache.
+    let reads = "io_uring_enter,pread64";
+    slow.args(["-f", "-o", "/dev/null", &format!("--trace={reads}")])
+        .args(["-e", &format!("inject={reads}:delay_enter=300000")])
         .arg(binary())
         .args([command, path(&folder.path())])
         .args(args);

@@ -134,3 +134,14 @@ pub(crate) fn image_with_bitmap(dirty: &[u64]) -> (tempfile::TempDir, PathBuf) {
 pub(crate) fn bytes_of(file: &Path) -> Vec<u8> {
     fs::read(file).unwrap()
 }
+
+/// Begins a backup since "cp1", which comes out full.
+#[track_caller]
+pub(crate) fn is_known_to_have_changed(server: &Server) {
+    let begun = server.cli(&["backup", "begin", "--since", "cp1", "--json"]);
+    begun.exits(3);
+    assert!(
+        begun.stdout.contains("changed while the server was down"),
+        "{begun}"
+    );
+}

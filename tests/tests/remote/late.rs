@@ -22,6 +22,22 @@ fn first_chunk(server: &Server, id: &str, since: &str) -> (Vec<u8>, u32) {
     (bytes, frozen.map(&context)[0].2)
 }
 
+/// Of a write that was given up, and one after it: "b1" is from before it landed, the next from after.
+#[track_caller]
+fn the_next_has_what_has_landed(server: &Server) {
+    is_marked_with(server, "b1", "cp-b0", 3);
+    server.commit("b1");
+    checkpointed(server, "b2", "cp-b1");
+    is_marked_with(server, "b2", "cp-b1", 2);
+}
+
+#[track_caller]
+fn is_marked_with(server: &Server, id: &str, since: &str, value: u8) {
+    let (bytes, marked) = first_chunk(server, id, since);
+    let is_all = bytes.iter().all(|byte| *byte == value);
+    assert!(is_all && marked == 1, "{id}: not {value}, or not marked");
+}
+
 fn checkpointed(server: &Server, id: &str, since: &str) {
     server.begin(id, &["--since", since, "--checkpoint", &format!("cp-{id}")]);
 }
@@ -72,19 +88,14 @@ fn a_write_that_lands_long_after_it_was_given_up_is_marked_and_preserved() {
         .unwrap();
     assert_eq!(first, [2], "it has landed");
 
-    let was = |bytes: Vec<u8>, value| bytes.iter().all(|byte| *byte == value);
-    let (bytes, marked) = first_chunk(&server, "b2", "cp-b1");
-    assert!(was(bytes, 3) && marked == 1, "b2 is as it was");
+    // Those that are open are as they were.
+    is_marked_with(&server, "b2", "cp-b1", 3);
     let (bytes, _) = first_chunk(&server, "b3", "cp-b1");
-    assert!(was(bytes, 3), "b3 is as it was");
+    assert!(bytes.iter().all(|byte| *byte == 3), "b3");
     server.commit("b2");
     server.commit("b3");
     checkpointed(&server, "b4", "cp-b3");
-    let (bytes, marked) = first_chunk(&server, "b4", "cp-b3");
-    assert!(
-        was(bytes, 2) && marked == 1,
-        "the next one has what has landed"
-    );
+    is_marked_with(&server, "b4", "cp-b3", 2);
     server.commit("b4");
     server.stop();
     server.start();
@@ -124,12 +135,7 @@ fn a_write_that_was_repeated_may_land_twice_and_is_marked_and_preserved() {
     checkpointed(&server, "b1", "cp-b0");
     relay.release();
     assert_eq!(live.read(0, 1).unwrap(), [2], "the first one has landed");
-    let (bytes, marked) = first_chunk(&server, "b1", "cp-b0");
-    assert!(bytes.iter().all(|byte| *byte == 3) && marked == 1);
-    server.commit("b1");
-    checkpointed(&server, "b2", "cp-b1");
-    let (bytes, marked) = first_chunk(&server, "b2", "cp-b1");
-    assert!(bytes.iter().all(|byte| *byte == 2) && marked == 1);
+    the_next_has_what_has_landed(&server);
 }
 
 #[test]
@@ -142,12 +148,7 @@ fn a_write_that_lands_while_nobody_serves_the_disk_makes_no_other_image_of_it() 
     server.stop();
     relay.release();
     server.start();
-    let (bytes, marked) = first_chunk(&server, "b1", "cp-b0");
-    assert!(bytes.iter().all(|byte| *byte == 3) && marked == 1);
-    server.commit("b1");
-    checkpointed(&server, "b2", "cp-b1");
-    let (bytes, marked) = first_chunk(&server, "b2", "cp-b1");
-    assert!(bytes.iter().all(|byte| *byte == 2) && marked == 1);
+    the_next_has_what_has_landed(&server);
 }
 
 #[test]

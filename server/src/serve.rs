@@ -29,7 +29,7 @@ use crate::nbd::{Client, Entrance, Peer, Stream, Workers};
 use crate::notify;
 use crate::push::Jobs;
 use crate::served::DiskSpec;
-use crate::service::{Opening, ScratchOptions, Service};
+use crate::service::{Opening, ScratchOptions, Service, refuse_copies};
 use crate::tls::{Terms, Tls, TlsOptions};
 
 /// How to serve.
@@ -92,6 +92,7 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
         on_tracking_error: options.on_tracking_error,
         engine,
     };
+    refuse_copies(&options.disks)?;
     let mut disks = Vec::new();
     for spec in &options.disks {
         disks.push(opening.open(spec).await?);

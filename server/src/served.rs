@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -122,6 +123,8 @@ pub(crate) struct ServedDisk {
     pub(crate) clients: Arc<Clients>,
     /// It is made larger at this moment.
     pub(crate) resizing: AtomicBool,
+    /// Where its state is.
+    pub(crate) state_dir: PathBuf,
     scratch_dir: PathBuf,
     /// Its last server was killed.
     was_killed: bool,
@@ -403,6 +406,7 @@ async fn open_disk(
         bits: BitsFolder::of(&state),
         stored,
         lookups: Lookups::default(),
+        state_dir: state,
         scratch_dir,
         was_killed: opened.ending == Ending::Killed,
         clients: Clients::new(),
@@ -442,11 +446,26 @@ fn shown_path(spec: &DiskSpec) -> PathBuf {
     }
 }
 
+/// Where the state of a disk is or would be, as far as that can be told without opening its image.
+pub(crate) fn likely_state_dir(spec: &DiskSpec) -> Option<PathBuf> {
+    let is_device = || {
+        let found = fs::metadata(&spec.path);
+        found.is_ok_and(|found| found.file_type().is_block_device())
+    };
+    // As `Image::is_device` has it.
+    let is_file = spec.remote.is_none() && (spec.format == Some(Format::Qcow2) || !is_device());
+    place_of_state(spec, is_file).ok()
+}
+
 fn state_dir(spec: &DiskSpec, image: &Image) -> Result<PathBuf, Failure> {
+    place_of_state(spec, !image.is_device() && image.remote().is_none())
+}
+
+fn place_of_state(spec: &DiskSpec, is_file: bool) -> Result<PathBuf, Failure> {
     if let Some(dir) = &spec.state {
         return Ok(dir.clone());
     }
-    if !image.is_device() && image.remote().is_none() {
+    if is_file {
         let mut dir = fs::canonicalize(&spec.path)
             .map_err(|error| cannot_open(&spec.path, &error))?
             .into_os_string();

@@ -21,8 +21,8 @@ use tokio::task::{LocalSet, spawn_blocking};
 use super::agree::{Told, agree};
 use super::book::Book;
 use super::restore::restore_one;
-use super::same_image::{refuse_same_image, refuse_same_state};
-use super::{Backup, Disks, Event, Service};
+use super::same_image::{DiskState, refuse_same_image, refuse_same_state};
+use super::{Backup, Disks, Event, Service, blocking};
 use crate::disk::{Ending, OnTrackingError};
 use crate::failure::Failure;
 use crate::names::Name;
@@ -99,6 +99,9 @@ impl Service {
     ) -> Result<Arc<ServedDisk>, Failure> {
         let _alone = self.changing.lock().await;
         self.refuse_taken(&spec)?;
+        let states: Vec<_> = self.disks().values().map(DiskState::from).collect();
+        let asked = spec.clone();
+        blocking(move || refuse_same_state(&asked, &states)).await??;
         let (disk, past) = opening.open_aside(spec).await?;
         let (disk, ending) = (Arc::new(disk), past.ending);
         let has_open = !past.ledger.open.is_empty();
@@ -173,7 +176,6 @@ impl Service {
     /// it had hardly started. In between: some of what the journals have to be told, and the next
     /// start tells the rest. Nobody has written by then, nor was told of the disk.
     async fn come(self: &Arc<Self>, disk: &Arc<ServedDisk>, past: Past) -> Result<(), Failure> {
-        refuse_same_state(disk, self.disks().values())?;
         let found = self.find(disk, past).await?;
         self.refuse_clashes(disk, &found.book)?;
         self.settle_one(disk, &found).await.map_err(|error| {

@@ -50,6 +50,7 @@ use crate::names::Name;
 use crate::served::{Past, ServedDisk};
 use crate::state::Record;
 use restore::Restored;
+pub(crate) use same_image::refuse_copies;
 use space::Space;
 pub(crate) use space::{Reserve, ScratchOptions};
 

@@ -2,11 +2,15 @@
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use uuid::Uuid;
+
 use crate::failure::Failure;
-use crate::served::{DiskSpec, ServedDisk};
+use crate::names::Name;
+use crate::served::{DiskSpec, ServedDisk, likely_state_dir};
+use crate::state::State;
 
 /// Refuses an image that one of `disks` is on. Its lock would refuse it too, and not say why.
 pub(super) fn refuse_same_image<'a>(
@@ -30,25 +34,72 @@ pub(super) fn refuse_same_image<'a>(
     Err(Failure::new("image-locked", message))
 }
 
-/// Refuses a disk whose state was copied from one of `disks`: all that is recorded of either would be
-/// taken for the other's.
-pub(super) fn refuse_same_state<'a>(
-    disk: &ServedDisk,
-    mut disks: impl Iterator<Item = &'a Arc<ServedDisk>>,
-) -> Result<(), Failure> {
-    let Some(other) = disks.find(|other| other.uuid == disk.uuid) else {
+/// Refuses disks of which one was copied from another, with its state. Nothing of them is changed.
+pub(crate) fn refuse_copies(specs: &[DiskSpec]) -> Result<(), Failure> {
+    let mut states = Vec::new();
+    for spec in specs {
+        refuse_same_state(spec, &states)?;
+        states.extend(DiskState::of(spec));
+    }
+    Ok(())
+}
+
+/// Refuses a disk whose state and one of `states` are copies of each other: all that is recorded of
+/// either would be taken for the other's. Nothing of it is changed.
+pub(super) fn refuse_same_state(spec: &DiskSpec, states: &[DiskState]) -> Result<(), Failure> {
+    let Some(own) = DiskState::of(spec) else {
+        return Ok(());
+    };
+    // A folder that two disks are to have is no copy, and its lock refuses it.
+    let is_copy = |other: &&DiskState| {
+        other.uuid == own.uuid && identity(&other.folder) != identity(&own.folder)
+    };
+    let Some(other) = states.iter().find(is_copy) else {
         return Ok(());
     };
     let message = format!(
-        "cannot serve '{}': its state is a copy of disk '{}''s",
-        disk.path.display(),
-        other.name
+        "cannot serve '{}': its state in '{}' is the same as disk '{}''s in '{}'",
+        spec.path.display(),
+        own.folder.display(),
+        other.disk,
+        other.folder.display()
     );
-    let hint = "remove the copy of the state: its first backup is then a full one";
+    let hint = "one is a copy of the other: remove the folder of the disk that is the copy, whose \
+                first backup is then a full one";
     Err(Failure::new("disk-exists", message).hint(hint))
 }
 
-/// What tells one file, or one device, from all others.
+/// Where the state of a disk is, and which disk it says that it is of.
+pub(super) struct DiskState {
+    disk: Name,
+    uuid: Uuid,
+    folder: PathBuf,
+}
+
+impl DiskState {
+    /// That of a disk that is about to be served, if there is one that can be read. Where it cannot,
+    /// whoever opens it says why.
+    fn of(spec: &DiskSpec) -> Option<Self> {
+        let folder = likely_state_dir(spec)?;
+        Some(Self {
+            disk: spec.name.clone(),
+            uuid: State::disk_in(&folder)?,
+            folder,
+        })
+    }
+}
+
+impl From<&Arc<ServedDisk>> for DiskState {
+    fn from(disk: &Arc<ServedDisk>) -> Self {
+        Self {
+            disk: disk.name.clone(),
+            uuid: disk.uuid,
+            folder: disk.state_dir.clone(),
+        }
+    }
+}
+
+/// What tells one file, one folder or one device from all others.
 fn identity(path: &Path) -> Option<(bool, u64, u64)> {
     let found = fs::metadata(path).ok()?;
     if found.file_type().is_block_device() {

@@ -209,4 +209,4 @@ fn sync(folder: &Path) -> io::Result<()> {
 
 /// Where it is until it is decided that it counts, and from then on.
 const ARRIVING: &str = "arriving";
-const ARRIVED: &str = "arrived";
+pub(super) const ARRIVED: &str = "arrived";

@@ -28,6 +28,7 @@ use bitmap::{Era, EraMap, Granularity, PAGE_BYTES, PageTable, Salt};
 use block::{Cells, Storage};
 use uuid::Uuid;
 
+use arrival::ARRIVED;
 pub(crate) use arrival::NotTaken;
 pub(crate) use bits::{BitsFolder, BitsId, read as read_bits, write as write_bits};
 pub(crate) use identity::ImageIdentity;
@@ -141,6 +142,17 @@ impl State {
         [HEADER, ERAS, PAGES, JOURNAL]
             .iter()
             .any(|name| dir.join(name).exists())
+    }
+
+    /// Which disk the one in `dir` is of, if there is one that says so. Nothing there is changed.
+    pub(crate) fn disk_in(dir: &Path) -> Option<Uuid> {
+        // What has arrived takes the place of what is there.
+        let places = [dir.join(ARRIVED), dir.to_owned()];
+        let found = places
+            .iter()
+            .find_map(|dir| File::open(dir.join(HEADER)).ok())?;
+        let (_, format, _) = Header::open(Cells::from(found)).ok()?;
+        Some(format.uuid)
     }
 
     /// What the journal says.

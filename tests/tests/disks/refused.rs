@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
+use stillpoint_tests::state::{Begun, begin_since, copy_directory};
 use stillpoint_tests::tools::{path, sparse_file, tool};
 use stillpoint_tests::{CHUNK, Guest, Mount, Output, Server};
 
@@ -70,23 +71,77 @@ fn a_name_or_an_image_that_is_there_already_is_refused() {
     create.refused("the name that a disk's backup bitmap goes by");
 }
 
+/// Copies a disk together with its state, and says where that of the copy is.
+fn copy_with_state(image: &Path, copy: &Path) -> PathBuf {
+    let state = |image: &Path| PathBuf::from(format!("{}.stillpoint", path(image)));
+    tool("cp", &["-a", path(image), path(copy)]).ok();
+    copy_directory(&state(image), &state(copy));
+    state(copy)
+}
+
 #[test]
 fn a_copy_of_a_disk_that_is_served_is_refused_and_breaks_nothing() {
     let server = builder().start();
     server.begin("b1", &[]);
-    let (image, copy) = (server.image("vda"), server.path("copy.raw"));
-    for (from, to) in [("", ""), (".stillpoint", ".stillpoint")] {
-        let [from, to] = [(&image, from), (&copy, to)].map(|(file, end)| {
-            let file = path(file);
-            format!("{file}{end}")
-        });
-        tool("cp", &["-a", &from, &to]).ok();
-    }
+    let copy = server.path("copy.raw");
+    let state = copy_with_state(&server.image("vda"), &copy);
+    let before = server.path("before");
+    copy_directory(&state, &before);
     let disk = format!("vdx={}", path(&copy));
-    refused(&server, &disk, "a copy of disk 'vda''s");
+    let told = refused(&server, &disk, "is the same as disk 'vda''s");
+    assert!(told.stderr.contains("remove the folder"), "{told}");
     assert_eq!(server.backup("b1")["state"], "open");
-    fs::remove_dir_all(server.path("copy.raw.stillpoint")).unwrap();
+    tool("diff", &["-r", path(&before), path(&state)]).ok();
+    fs::remove_dir_all(state).unwrap();
     server.cli(&["disk", "add", &disk]).ok();
+}
+
+#[test]
+fn disks_that_are_copies_of_each_other_are_refused_by_a_start_that_changes_nothing() {
+    let mut server = builder().start();
+    server.checkpoint("cp1");
+    Guest::new(&server, "vda").write(3 * CHUNK, &[1; 512]);
+    server.stop();
+    let (image, copy) = (server.image("vda"), server.path("copy.raw"));
+    let state = copy_with_state(&image, &copy);
+    let disks = [("vda", &image), ("vdx", &copy)]
+        .map(|(name, image)| (name, format!("{name}={}", path(image))));
+    let builder = |[first, second]: [usize; 2]| {
+        let run = server.path("own-run-dir");
+        let builder = Server::builder().run_directory(&run);
+        builder.disk_as(&disks[first].1).disk_as(&disks[second].1)
+    };
+    let is_refused = || {
+        let before = ["vda.raw", "copy.raw"].map(|image| {
+            let [now, before] = ["stillpoint", "before"].map(|end| format!("{image}.{end}"));
+            let [now, before] = [now, before].map(|name| server.path(&name));
+            copy_directory(&now, &before);
+            [before, now]
+        });
+        for order in [[0, 1], [1, 0]] {
+            let told = builder(order).start_and_fail();
+            let saying = format!("is the same as disk '{}''s", disks[order[0]].0);
+            assert!(told.error(1).contains(&saying), "{told}");
+            assert!(told.stderr.contains("remove the folder"), "{told}");
+        }
+        for [before, now] in before {
+            tool("diff", &["-r", path(&before), path(&now)]).ok();
+            fs::remove_dir_all(before).unwrap();
+        }
+    };
+    is_refused();
+    // Also where it has come from elsewhere, and is not at its place yet.
+    fs::create_dir(state.join("arrived")).unwrap();
+    for file in ["eras", "pages", "journal", "lease", "header"] {
+        fs::rename(state.join(file), state.join("arrived").join(file)).unwrap();
+    }
+    is_refused();
+
+    fs::remove_dir_all(state).unwrap();
+    let both = builder([1, 0]).start();
+    assert_eq!(changed(&both, "i1", "vda", "cp1"), map_of(&[3]));
+    let begun = begin_since(&both, "i2", "vdx", "cp1");
+    assert!(matches!(begun, Begun::Full { .. }));
 }
 
 #[test]

@@ -194,6 +194,7 @@ fn fio_writes_and_verifies() {
         "--iodepth=8",
         "--verify=crc32c",
         "--verify_fatal=1",
+        "--verify_state_save=0",
         "--randseed=1",
         "--output-format=json",
     ];

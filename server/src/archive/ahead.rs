@@ -1,9 +1,9 @@
 //! Reading a file piece by piece, some pieces ahead of whoever looks at them.
 //!
-//! Past the page cache: what comes then comes from the device, and costs no memory for pages that nobody
-//! looks at twice. A read past the cache that its thread waits for has the file to itself meanwhile, and
-//! whoever writes to it waits too; the ring of the kernel's lets go when it has asked the device. So where
-//! there is no ring, the page cache is read, which the kernel is told to fill.
+//! Past the page cache where the file system can: what comes then comes from the device, and costs no
+//! memory for pages that nobody looks at twice. Such a read has the file to itself while its thread waits
+//! for it, and whoever writes to the file waits too; the ring of the kernel's lets go when it has asked the
+//! device. So where there is a ring, it is asked ahead; where there is none, whoever wants a piece waits.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -50,6 +50,11 @@ type Reading = JoinHandle<io::Result<Buffer>>;
 /// The same file once more. Whoever reads here asks for whole blocks.
 struct PastTheCache {
     file: Arc<File>,
+    ring: Option<Ring>,
+}
+
+/// What can be asked without waiting for the answer.
+struct Ring {
     engine: Engine,
     runtime: Runtime,
 }
@@ -73,16 +78,7 @@ impl<'a, T> Ahead<'a, T> {
             self.asked.push_back((wanted, reading));
         }
         let (wanted, reading) = self.asked.pop_front()?;
-        let past_the_cache = self.past_the_cache.as_ref().zip(reading);
-        let read = past_the_cache.and_then(|(file, reading)| file.outcome(reading));
-        let mut error = None;
-        let buffer = read.unwrap_or_else(|| {
-            let mut buffer = self.memory(wanted.length);
-            // What is wrong with a read, such as that the file ends within a block, is for the page
-            // cache to say.
-            error = read_cached(self.file, &mut buffer, wanted.offset);
-            buffer
-        });
+        let (buffer, error) = self.read(&wanted, reading);
         let Wanted { what, offset, .. } = wanted;
         Some(Piece {
             what,
@@ -96,13 +92,37 @@ impl<'a, T> Ahead<'a, T> {
         self.asked.iter().map(|(wanted, _)| wanted.length).sum()
     }
 
+    /// Has it on the way, where that can be.
     fn ask(&self, wanted: &Wanted<T>) -> Option<Reading> {
-        if let Some(file) = &self.past_the_cache {
-            return Some(file.ask(wanted.offset, self.memory(wanted.length)));
+        let Some(PastTheCache { file, ring }) = &self.past_the_cache else {
+            let length = wanted.length.try_into().ok();
+            let _ = fadvise(self.file, wanted.offset, length, Advice::WillNeed);
+            return None;
+        };
+        let ring = ring.as_ref()?;
+        Some(ring.ask(file, wanted.offset, self.memory(wanted.length)))
+    }
+
+    /// Its bytes, and what went wrong with reading them.
+    fn read(&self, wanted: &Wanted<T>, reading: Option<Reading>) -> (Buffer, Option<String>) {
+        let direct = self.past_the_cache.as_ref();
+        if let Some(reading) = reading
+            && let Some(ring) = direct.and_then(|it| it.ring.as_ref())
+            && let Some(buffer) = ring.outcome(reading)
+        {
+            return (buffer, None);
         }
-        let length = wanted.length.try_into().ok();
-        let _ = fadvise(self.file, wanted.offset, length, Advice::WillNeed);
-        None
+        let mut buffer = self.memory(wanted.length);
+        let is_read =
+            direct.is_some_and(|it| it.file.read_exact_at(&mut buffer, wanted.offset).is_ok());
+        // What is wrong with a read, such as that the file ends within a block, is for the page cache
+        // to say.
+        let error = if is_read {
+            None
+        } else {
+            read_cached(self.file, &mut buffer, wanted.offset)
+        };
+        (buffer, error)
     }
 
     fn memory(&self, length: u64) -> Buffer {
@@ -121,7 +141,6 @@ impl<'a, T> Ahead<'a, T> {
 
 impl PastTheCache {
     fn of(file: &File) -> io::Result<Self> {
-        let engine = Engine::io_uring()?;
         let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
         let flags = OFlags::DIRECT.bits().cast_signed();
         let file = File::options()
@@ -130,24 +149,32 @@ impl PastTheCache {
             .open(itself)?;
         Ok(Self {
             file: Arc::new(file),
-            engine,
+            ring: Ring::new().ok(),
+        })
+    }
+}
+
+impl Ring {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            engine: Engine::io_uring()?,
             runtime: Builder::new_current_thread().enable_all().build()?,
         })
     }
 
-    fn ask(&self, offset: u64, buffer: Buffer) -> JoinHandle<io::Result<Buffer>> {
-        let (file, engine) = (Arc::clone(&self.file), self.engine);
+    fn ask(&self, file: &Arc<File>, offset: u64, buffer: Buffer) -> Reading {
+        let (file, engine) = (Arc::clone(file), self.engine);
         let read = async move { engine.read(&file, offset, buffer).await };
         self.runtime.spawn(read)
     }
 
     /// What was read, if it was.
-    fn outcome(&self, read: JoinHandle<io::Result<Buffer>>) -> Option<Buffer> {
+    fn outcome(&self, reading: Reading) -> Option<Buffer> {
         let read = self.runtime.block_on(async {
             // What has been asked since goes to the kernel before anything is waited for.
             yield_now().await;
             yield_now().await;
-            read.await
+            reading.await
         });
         read.ok()?.ok()
     }
@@ -177,7 +204,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pieces_come_in_order_and_what_is_not_there_is_told_with_a_ring_and_without() {
+    fn pieces_come_in_order_and_what_is_not_there_is_told_whatever_way_is_there() {
         const LENGTH: u64 = 64 << 10;
         let file = tempfile::tempfile().unwrap();
         for number in 0..100 {
@@ -186,12 +213,15 @@ mod tests {
         }
         // The last one is cut, and nothing is where the next would be.
         file.set_len(100 * LENGTH - 1).unwrap();
-        for is_past_the_cache in [true, false] {
+        for way in ["ring", "direct", "cached"] {
             let (_empty, emptied) = mpsc::sync_channel(1);
             let mut ahead = Ahead::of(&file, emptied);
-            assert!(ahead.past_the_cache.is_some(), "this machine has rings");
-            if !is_past_the_cache {
-                ahead.past_the_cache = None;
+            let past_the_cache = ahead.past_the_cache.as_mut().expect("a file on a device");
+            assert!(past_the_cache.ring.is_some(), "this machine has rings");
+            match way {
+                "ring" => {}
+                "direct" => past_the_cache.ring = None,
+                _ => ahead.past_the_cache = None,
             }
             let mut wanted = (0..101).map(|number| Wanted {
                 what: number,
@@ -200,11 +230,15 @@ mod tests {
             });
             for number in 0..101 {
                 let piece = ahead.next(&mut wanted).expect("there are more");
-                assert_eq!((piece.what, piece.offset), (number, number * LENGTH));
+                assert_eq!(
+                    (piece.what, piece.offset),
+                    (number, number * LENGTH),
+                    "{way}"
+                );
                 let is_there = number < 99;
                 let expected = if is_there { number as u8 } else { 0 };
-                assert!(piece.buffer.iter().all(|byte| *byte == expected));
-                assert_eq!(piece.error.as_deref(), (!is_there).then_some(ENDS));
+                assert!(piece.buffer.iter().all(|byte| *byte == expected), "{way}");
+                assert_eq!(piece.error.as_deref(), (!is_there).then_some(ENDS), "{way}");
                 ahead.forget(piece.offset, LENGTH);
             }
             assert!(ahead.next(&mut wanted).is_none());

@@ -188,8 +188,10 @@ impl Verifier<'_> {
         };
         let layout = disk.layout(contents);
         let mut chunks = contents.chunks(disk.chunk_size);
-        let stretches = iter::from_fn(|| Some(chunks.by_ref().take(STRETCH).collect::<Stretch>()));
-        let mut stretches = stretches.take_while(|stretch| !stretch.is_empty());
+        let mut stretches = iter::from_fn(|| {
+            let stretch: Stretch = chunks.by_ref().take(CHUNKS_AT_ONCE).collect();
+            Some(stretch).filter(|stretch| !stretch.is_empty())
+        });
         let expected = Expected {
             layout: &layout,
             cluster_size: disk.cluster_size,
@@ -232,4 +234,4 @@ impl Verifier<'_> {
 }
 
 /// How many chunks are prepared at a time to be read.
-const STRETCH: usize = 1024;
+const CHUNKS_AT_ONCE: usize = 1024;

@@ -99,7 +99,7 @@ impl Service {
     ) -> Result<Arc<ServedDisk>, Failure> {
         let _alone = self.changing.lock().await;
         self.refuse_taken(&spec)?;
-        let states: Vec<_> = self.disks().values().map(DiskState::from).collect();
+        let states = self.states();
         let asked = spec.clone();
         blocking(move || refuse_same_state(&asked, &states)).await??;
         let (disk, past) = opening.open_aside(spec).await?;
@@ -113,6 +113,11 @@ impl Service {
                 Err(failure)
             }
         }
+    }
+
+    fn states(&self) -> Vec<DiskState> {
+        let disks = self.disks();
+        disks.values().map(|disk| (&**disk).into()).collect()
     }
 
     /// Serves this disk no more, so that another server can have it. Who has it open is in the way,
@@ -176,6 +181,8 @@ impl Service {
     /// it had hardly started. In between: some of what the journals have to be told, and the next
     /// start tells the rest. Nobody has written by then, nor was told of the disk.
     async fn come(self: &Arc<Self>, disk: &Arc<ServedDisk>, past: Past) -> Result<(), Failure> {
+        // That was looked at before it was opened; what it has now counts.
+        DiskState::from(&**disk).refuse_copy(&self.states())?;
         let found = self.find(disk, past).await?;
         self.refuse_clashes(disk, &found.book)?;
         self.settle_one(disk, &found).await.map_err(|error| {

@@ -44,34 +44,16 @@ pub(crate) fn refuse_copies(specs: &[DiskSpec]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Refuses a disk whose state and one of `states` are copies of each other: all that is recorded of
-/// either would be taken for the other's. Nothing of it is changed.
+/// Refuses a disk that is about to be opened, if its state and one of `states` are copies of each other.
+/// Nothing of it is changed.
 pub(super) fn refuse_same_state(spec: &DiskSpec, states: &[DiskState]) -> Result<(), Failure> {
-    let Some(own) = DiskState::of(spec) else {
-        return Ok(());
-    };
-    // A folder that two disks are to have is no copy, and its lock refuses it.
-    let is_copy = |other: &&DiskState| {
-        other.uuid == own.uuid && identity(&other.folder) != identity(&own.folder)
-    };
-    let Some(other) = states.iter().find(is_copy) else {
-        return Ok(());
-    };
-    let message = format!(
-        "cannot serve '{}': its state in '{}' is the same as disk '{}''s in '{}'",
-        spec.path.display(),
-        own.folder.display(),
-        other.disk,
-        other.folder.display()
-    );
-    let hint = "one is a copy of the other: remove the folder of the disk that is the copy, whose \
-                first backup is then a full one";
-    Err(Failure::new("disk-exists", message).hint(hint))
+    DiskState::of(spec).map_or(Ok(()), |own| own.refuse_copy(states))
 }
 
 /// Where the state of a disk is, and which disk it says that it is of.
 pub(super) struct DiskState {
     disk: Name,
+    image: PathBuf,
     uuid: Uuid,
     folder: PathBuf,
 }
@@ -83,16 +65,40 @@ impl DiskState {
         let folder = likely_state_dir(spec)?;
         Some(Self {
             disk: spec.name.clone(),
+            image: spec.path.clone(),
             uuid: State::disk_in(&folder)?,
             folder,
         })
     }
+
+    /// Refuses it if it and one of `others` are copies of each other: all that is recorded of either
+    /// would be taken for the other's.
+    pub(super) fn refuse_copy(&self, others: &[Self]) -> Result<(), Failure> {
+        // A folder that two disks are to have is no copy, and its lock refuses it.
+        let is_copy = |other: &&Self| {
+            other.uuid == self.uuid && identity(&other.folder) != identity(&self.folder)
+        };
+        let Some(other) = others.iter().find(is_copy) else {
+            return Ok(());
+        };
+        let message = format!(
+            "cannot serve '{}': its state in '{}' is the same as disk '{}''s in '{}'",
+            self.image.display(),
+            self.folder.display(),
+            other.disk,
+            other.folder.display()
+        );
+        let hint = "one is a copy of the other: remove the folder of the disk that is the copy, \
+                    whose first backup is then a full one";
+        Err(Failure::new("disk-exists", message).hint(hint))
+    }
 }
 
-impl From<&Arc<ServedDisk>> for DiskState {
-    fn from(disk: &Arc<ServedDisk>) -> Self {
+impl From<&ServedDisk> for DiskState {
+    fn from(disk: &ServedDisk) -> Self {
         Self {
             disk: disk.name.clone(),
+            image: disk.path.clone(),
             uuid: disk.uuid,
             folder: disk.state_dir.clone(),
         }

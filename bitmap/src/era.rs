@@ -68,6 +68,7 @@ impl Granularity {
     }
 
     /// The bytes of `chunks` on a disk of `size` bytes, whose last chunk may be a partial one.
+    #[inline]
     pub fn range(self, chunks: &Chunks, size: u64) -> Range<u64> {
         (chunks.start * self.0).min(size)..chunks.end.saturating_mul(self.0).min(size)
     }

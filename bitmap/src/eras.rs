@@ -229,17 +229,20 @@ impl<P: PageStore> Eras<P> {
         chunks.clone().flat_map(entry).collect()
     }
 
-    /// The last chunk index, plus one, up to which no chunk from `chunk` on has a page.
-    ///
-    /// Equal to `chunk` where there is one: a quick way across what never changed.
-    pub fn skip_untouched(&self, chunk: u64, end: u64) -> u64 {
-        if chunk >= end || self.page_of(chunk).is_some() {
-            return chunk;
+    /// To look at one chunk after the other.
+    pub(crate) fn cursor(&self) -> Cursor<'_, P> {
+        Cursor {
+            eras: self,
+            number: 0,
+            page: None,
         }
+    }
+
+    /// Up to where, at most `end`, no page is there from that of `chunk` on.
+    fn next_touched(&self, chunk: u64, end: u64) -> u64 {
         let pages = page_index(chunk)..page_index(end - 1) + 1;
-        let touched = pages
-            .clone()
-            .find(|page| self.pages.at(*page).get().is_some());
+        let mut after = pages.clone().skip(1);
+        let touched = after.find(|page| self.pages.at(*page).get().is_some());
         (touched.unwrap_or(pages.end) as u64 * ERAS_PER_PAGE).min(end)
     }
 
@@ -260,6 +263,45 @@ impl<P: PageStore> Eras<P> {
     /// Page number `page`, which comes into being if need be.
     fn page(&self, page: u64) -> &Page {
         self.pages.at(page as usize).get_or_init(empty_page)
+    }
+}
+
+/// Looks at chunks in order, and finds a page once. What it returns is what is in memory at that moment.
+pub(crate) struct Cursor<'a, P> {
+    eras: &'a Eras<P>,
+    number: u64,
+    page: Option<&'a Page>,
+}
+
+impl<P: PageStore> Cursor<'_, P> {
+    /// The era of `chunk`, and up to where, at most `end`, every chunk is known to have the same: the next
+    /// one, or beyond all pages that are not there, which is a quick way across what never changed.
+    #[inline]
+    pub(crate) fn stretch(&mut self, chunk: u64, end: u64) -> (Era, u64) {
+        match self.page_of(chunk) {
+            Some(page) => {
+                let era = page[place(chunk)].load(Ordering::Acquire);
+                (Era::from_number(era), chunk + 1)
+            }
+            None => (Era::NEVER, self.eras.next_touched(chunk, end)),
+        }
+    }
+
+    /// The era of `chunk`.
+    #[inline]
+    pub(crate) fn era(&mut self, chunk: u64) -> Era {
+        self.stretch(chunk, chunk + 1).0
+    }
+
+    #[inline]
+    fn page_of(&mut self, chunk: u64) -> Option<&Page> {
+        let number = chunk / ERAS_PER_PAGE;
+        // That a page was not there says nothing about now.
+        if self.page.is_none() || self.number != number {
+            self.number = number;
+            self.page = self.eras.page_of(chunk);
+        }
+        self.page
     }
 }
 
@@ -335,7 +377,7 @@ mod tests {
     fn what_was_never_set_is_never() {
         let eras = Eras::new(5000, SALT, MemoryPages::default());
         assert_eq!(eras.era(4999), Era::NEVER);
-        assert_eq!(eras.skip_untouched(7, 5000), 5000);
+        assert_eq!(eras.cursor().stretch(7, 5000), (Era::NEVER, 5000));
     }
 
     #[test]
@@ -349,8 +391,23 @@ mod tests {
             assert_eq!(eras.era(chunk).number(), era, "chunk {chunk}");
             assert_eq!(stored.era(chunk).number(), era, "stored, chunk {chunk}");
         }
-        assert_eq!(eras.skip_untouched(4000, 5000), 5000);
-        assert_eq!(eras.skip_untouched(0, 5000), 0);
+        for (chunk, era, stop) in [(0, 0, 1), (1000, 7, 1001), (2050, 0, 2051), (4000, 0, 5000)] {
+            let found = eras.cursor().stretch(chunk, 5000);
+            assert_eq!(found, (Era::from_number(era), stop), "chunk {chunk}");
+        }
+    }
+
+    #[test]
+    fn a_cursor_sees_what_is_stored_after_it_has_looked() {
+        let eras = Eras::new(5000, SALT, MemoryPages::default());
+        let mut cursor = eras.cursor();
+        assert_eq!(cursor.stretch(10, 5000), (Era::NEVER, 5000));
+        eras.set(&(10..11), Era::from_number(7)).unwrap();
+        assert_eq!(cursor.stretch(10, 5000), (Era::from_number(7), 11));
+        eras.set(&(10..11), Era::from_number(8)).unwrap();
+        assert_eq!(cursor.stretch(10, 5000), (Era::from_number(8), 11));
+        assert_eq!(cursor.stretch(1024, 5000), (Era::NEVER, 5000));
+        assert_eq!(cursor.stretch(12, 500), (Era::NEVER, 13));
     }
 
     #[test]

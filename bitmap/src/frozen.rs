@@ -71,19 +71,17 @@ impl<P: PageStore> FrozenEras<P> {
     /// What of `range`, in bytes, had changed in `since` or later by then: adjacent runs, covering
     /// all of it.
     pub fn changes(&self, range: Range<u64>, since: Era) -> impl Iterator<Item = Run> + '_ {
-        let next = move |chunk, end| {
-            let dirty = self.had_changed(chunk, since);
-            let mut stop = chunk + 1;
-            while stop < end && self.had_changed(stop, since) == dirty {
-                stop = if dirty {
-                    stop + 1
-                } else {
-                    self.live.eras().skip_untouched(stop, end).max(stop + 1)
-                };
+        let (mut eras, mut aside) = (self.live.eras().cursor(), self.aside.cursor());
+        let look = move |chunk, end| {
+            let (live, stop) = eras.stretch(chunk, end);
+            if live < self.frozen_in {
+                return (live >= since, stop);
             }
-            (stop, dirty)
+            // Whatever should have been put aside and was not counts as changed.
+            let aside = aside.era(chunk);
+            (aside >= since || aside == Era::NEVER, stop)
         };
-        runs(self.live.granularity(), self.size, range, next)
+        runs(self.live.granularity(), self.size, range, look)
     }
 
     /// How many bytes had changed in `since` or later by then.
@@ -118,16 +116,6 @@ impl<P: PageStore> FrozenEras<P> {
         } else {
             self.aside.era(chunk)
         }
-    }
-
-    fn had_changed(&self, chunk: u64, since: Era) -> bool {
-        let live = self.live.era(chunk);
-        if live < self.frozen_in {
-            return live >= since;
-        }
-        // Whatever should have been put aside and was not counts as changed.
-        let aside = self.aside.era(chunk);
-        aside >= since || aside == Era::NEVER
     }
 }
 

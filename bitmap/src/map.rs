@@ -78,20 +78,12 @@ impl<P: PageStore> EraMap<P> {
 
     /// What of `range`, in bytes, changed in `since` or later: adjacent runs, covering all of it.
     pub fn changes(&self, range: Range<u64>, since: Era) -> impl Iterator<Item = Run> + '_ {
-        let next = move |chunk, end| {
-            let dirty = self.era(chunk) >= since;
-            let mut stop = chunk + 1;
-            while stop < end && (self.era(stop) >= since) == dirty {
-                // What never changed is as clean as its neighbour; see whole pages of it at once.
-                stop = if dirty {
-                    stop + 1
-                } else {
-                    self.eras.skip_untouched(stop, end).max(stop + 1)
-                };
-            }
-            (stop, dirty)
+        let mut eras = self.eras.cursor();
+        let look = move |chunk, end| {
+            let (era, stop) = eras.stretch(chunk, end);
+            (era >= since, stop)
         };
-        runs(self.granularity, self.size(), range, next)
+        runs(self.granularity, self.size(), range, look)
     }
 
     /// How many bytes changed in `since` or later.
@@ -134,21 +126,33 @@ impl<P: PageStore> EraMap<P> {
 
 /// Turns a walk over chunks into runs over the bytes of `range`.
 ///
-/// `next(chunk, end)` says up to where, at most `end`, all is like `chunk`, and what that is.
+/// `look(chunk, end)` says whether that chunk is dirty, and up to where, at most `end`, all is known to be
+/// like it. Each chunk is looked at once.
 pub(crate) fn runs(
     granularity: Granularity,
     size: u64,
     range: Range<u64>,
-    next: impl Fn(u64, u64) -> (u64, bool),
+    mut look: impl FnMut(u64, u64) -> (bool, u64),
 ) -> impl Iterator<Item = Run> {
     let end = granularity.chunks(&range).end;
     let mut at = range.start;
+    let mut seen = None;
     std::iter::from_fn(move || {
         if at >= range.end {
             return None;
         }
         let start = at;
-        let (stop, dirty) = next(start / granularity.bytes(), end);
+        let (dirty, mut stop) = seen
+            .take()
+            .unwrap_or_else(|| look(start / granularity.bytes(), end));
+        while stop < end {
+            let next = look(stop, end);
+            if next.0 != dirty {
+                seen = Some(next);
+                break;
+            }
+            stop = next.1;
+        }
         at = granularity.range(&(0..stop), size).end.min(range.end);
         Some(Run {
             range: start..at,

@@ -54,6 +54,7 @@ impl Extents {
     }
 
     /// Says that the next `length` bytes have the status `flags`. What does not fit is left out.
+    #[inline]
     pub fn push(&mut self, length: u64, flags: u32) {
         let length = length.min(self.room);
         if length == 0 {

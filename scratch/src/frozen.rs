@@ -58,7 +58,7 @@ impl<W: World> Frozen<W> {
     pub async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), FrozenError> {
         let range = offset..offset + buffer.len() as u64;
         self.snapshot.whole()?;
-        self.image.read(offset, buffer).await?;
+        self.read_disk(&range, buffer).await?;
         // What the disk returned was read before the bits are.
         fence(Ordering::Acquire);
         self.pace.step(Step::ReadPast).await;
@@ -74,6 +74,34 @@ impl<W: World> Frozen<W> {
         // What scratch returned was read before it is asked whether that was still there.
         fence(Ordering::Acquire);
         self.snapshot.whole()
+    }
+
+    /// Reads what the disk has of `range` today: all but long stretches that are kept, which it lacks
+    /// anyway. What is kept stays kept, so whoever looks again finds these.
+    async fn read_disk(&self, range: &Range<u64>, buffer: &mut [u8]) -> io::Result<()> {
+        let mut at = range.start;
+        for run in self.snapshot.preserved.runs(granules(range)) {
+            let part = clamp(&bytes(&run.granules, self.size()), range);
+            if run.kept != Kept::Not && part.end - part.start >= LEFT_OUT_MIN {
+                self.read_part(at..part.start, range, buffer).await?;
+                at = part.end;
+            }
+        }
+        self.read_part(at..range.end, range, buffer).await
+    }
+
+    async fn read_part(
+        &self,
+        part: Range<u64>,
+        range: &Range<u64>,
+        buffer: &mut [u8],
+    ) -> io::Result<()> {
+        let within = |offset: u64| (offset - range.start) as usize;
+        let target = &mut buffer[within(part.start)..within(part.end)];
+        if target.is_empty() {
+            return Ok(());
+        }
+        self.image.read(part.start, target).await
     }
 
     async fn read_kept(&self, offset: u64, target: &mut [u8]) -> Result<(), FrozenError> {
@@ -160,6 +188,9 @@ impl<W: World> Clone for Frozen<W> {
         }
     }
 }
+
+/// Reading less costs less than the call that it saves.
+const LEFT_OUT_MIN: u64 = 32 << 10;
 
 fn clamp(range: &Range<u64>, within: &Range<u64>) -> Range<u64> {
     range.start.max(within.start)..range.end.min(within.end)

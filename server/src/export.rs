@@ -366,11 +366,11 @@ impl Export {
             }
             (Context::Dirty(since), Self::Frozen(part) | Self::Difference(part, ..)) => {
                 let runs = part.frozen.changes(range, *since, limit)?;
-                runs.into_iter().map(dirty_of).collect()
+                runs.iter().map(dirty_of).collect()
             }
             (Context::Bitmap(set), Self::Frozen(part) | Self::Difference(part, ..)) => {
                 let runs = part.frozen.dirty(range, set, limit)?;
-                runs.into_iter().map(dirty_of).collect()
+                runs.iter().map(dirty_of).collect()
             }
             // A live disk has no bitmaps to ask for.
             (Context::Dirty(_) | Context::Bitmap(_), Self::Live(_)) => vec![Status {
@@ -503,7 +503,7 @@ fn depth_of(stretch: &Depth) -> Status {
     }
 }
 
-fn dirty_of(run: Run) -> Status {
+fn dirty_of(run: &Run) -> Status {
     let flags = if run.dirty { DIRTY } else { 0 };
     Status {
         length: run.range.end - run.range.start,

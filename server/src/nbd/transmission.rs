@@ -271,6 +271,7 @@ impl Connection {
 
     fn begin(&mut self, request: Request) {
         self.progress.completed();
+        self.vigil.asked();
         if request.data.len() > INPUT_PIECE {
             // Or what comes next would keep the memory of this, which is no longer counted once it is
             // written or refused.

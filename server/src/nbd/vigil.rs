@@ -27,6 +27,10 @@ pub(super) struct Vigil {
     begun: Option<Instant>,
     /// It asked again soon, the last time.
     is_worth_it: bool,
+    /// How many requests it has asked since all answers were there.
+    asked: u32,
+    /// How soon is soon.
+    awake_max: Duration,
     /// Until then the processor is left to others.
     rests: Option<Instant>,
 }
@@ -37,6 +41,8 @@ impl Vigil {
             waiting: Arc::clone(waiting),
             begun: None,
             is_worth_it: false,
+            asked: 0,
+            awake_max: AWAKE_MAX,
             rests: None,
         }
     }
@@ -53,15 +59,26 @@ impl Vigil {
         std::future::pending::<()>().await;
     }
 
-    /// The client asks something.
+    /// The client asks a request.
+    pub(super) fn asked(&mut self) {
+        self.asked = self.asked.saturating_add(1);
+    }
+
+    /// The client sends something.
     pub(super) fn end(&mut self, now: Instant) {
-        let soon = |begun| now.saturating_duration_since(begun) < AWAKE_MAX;
+        let soon = |begun| now.saturating_duration_since(begun) < self.awake_max;
         self.is_worth_it = self.begun.take().is_some_and(soon);
     }
 
     fn goes_on(&mut self, now: Instant) -> bool {
-        let begun = *self.begun.get_or_insert(now);
-        self.is_worth_it &= now.saturating_duration_since(begun) < AWAKE_MAX;
+        let begun = *self.begun.get_or_insert_with(|| {
+            self.awake_max = match std::mem::take(&mut self.asked) {
+                1 => AWAKE_FOR_ONE_MAX,
+                _ => AWAKE_MAX,
+            };
+            now
+        });
+        self.is_worth_it &= now.saturating_duration_since(begun) < self.awake_max;
         self.is_worth_it && !self.waiting.any() && self.rests.is_none_or(|until| until <= now)
     }
 
@@ -89,6 +106,10 @@ impl Waiting {
 
 /// Longer than it takes to wake both threads, so that a client that does nothing else is noticed while
 /// the server's still sleeps; and no longer, as it is what is wasted when a client stops.
+const AWAKE_FOR_ONE_MAX: Duration = Duration::from_micros(150);
+
+/// For who asks many requests at a time: they share what waking costs, and come in larger batches to
+/// who sleeps.
 const AWAKE_MAX: Duration = Duration::from_micros(60);
 
 /// Giving a processor away that nobody else wants takes less.
@@ -130,6 +151,20 @@ mod tests {
         vigil.end(at(310));
         vigil.end(at(320));
         assert!(!vigil.goes_on(at(330)), "it asks before it is answered");
+    }
+
+    #[test]
+    fn who_asks_one_request_at_a_time_is_waited_for_longer() {
+        for (requests, longest) in [(1, AWAKE_FOR_ONE_MAX), (2, AWAKE_MAX), (32, AWAKE_MAX)] {
+            let start = Instant::now();
+            let (mut vigil, _) = quick(start);
+            (0..requests).for_each(|_| vigil.asked());
+            let begun = at(start, 100);
+            assert!(vigil.goes_on(begun), "{requests} requests");
+            let last = begun + longest - Duration::from_micros(1);
+            assert!(vigil.goes_on(last), "{requests} requests");
+            assert!(!vigil.goes_on(begun + longest), "{requests} requests");
+        }
     }
 
     #[test]

@@ -155,6 +155,7 @@ impl Allowance {
             own.give_back(bytes);
             return Err(full("the scratch limit of all backups", all.limit()));
         }
+        self.room.kept.add(bytes);
         // From here on the bytes go back when this is dropped.
         let taken = Taken {
             from: self,
@@ -168,10 +169,35 @@ impl Allowance {
         Ok(taken)
     }
 
+    /// A snapshot may come to need `bytes` of scratch.
+    pub(crate) fn expect(&self, bytes: u64) {
+        self.budget.own.expect(bytes);
+        self.budget.all.expect(bytes);
+        self.room.expect(bytes);
+    }
+
+    /// It needs none any more.
+    pub(crate) fn expect_no_more(&self, bytes: u64) {
+        for quota in self.quotas() {
+            quota.expect_no_more(bytes);
+        }
+    }
+
+    /// Whether there is room for all that the open snapshots could come to need, so that none of them
+    /// breaks for what is kept without need.
+    pub(crate) fn holds_all(&self) -> bool {
+        self.quotas().iter().all(|quota| quota.holds_all()) && self.room.holds_all()
+    }
+
+    fn quotas(&self) -> [&Quota; 3] {
+        [&self.budget.own, &self.budget.all, &self.room.kept]
+    }
+
     /// Counts what is stored already, of which nobody is told again.
     pub(crate) fn add(&self, bytes: u64) {
-        self.budget.own.add(bytes);
-        self.budget.all.add(bytes);
+        for quota in self.quotas() {
+            quota.add(bytes);
+        }
         self.budget.note(None);
     }
 
@@ -182,8 +208,9 @@ impl Allowance {
     }
 
     fn give_back(&self, bytes: u64) {
-        self.budget.own.give_back(bytes);
-        self.budget.all.give_back(bytes);
+        for quota in self.quotas() {
+            quota.give_back(bytes);
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! to the scratch of each [`Snapshot`] that lacks it. [`Frozen`] reads the past: from scratch where
 //! the guest has written since, from the disk everywhere else.
 
+mod ahead;
 mod allocation;
 mod allowance;
 mod claims;

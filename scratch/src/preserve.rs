@@ -5,10 +5,11 @@ use std::sync::Arc;
 use block::{Storage, is_zero};
 use bytes::{Bytes, BytesMut};
 
+use crate::ahead::ahead;
 use crate::allocation::allocation;
 use crate::claims::Claims;
 use crate::granules::{GRANULE, bytes, granules};
-use crate::preserved::{Kept, KeptRun};
+use crate::preserved::Kept;
 use crate::snapshot::Snapshot;
 use crate::sync::{Ordering, fence};
 use crate::world::{Pace, Step, World};
@@ -31,29 +32,49 @@ pub async fn preserve<W: World>(
         fence(Ordering::Release);
         return Ok(());
     }
+    let more = ahead(snapshots, &wanted);
     // Only writers meet here: whoever comes second finds the bits set and has nothing to copy.
-    let _alone = claims.claim(wanted.clone()).await;
+    let _alone = claims.claim(more.clone().unwrap_or(wanted.clone())).await;
+    if let Some(hull) = more.and_then(|more| hull(&lacking_runs(snapshots, &more))) {
+        // Nobody is harmed if that fails: what is wanted of it is tried again.
+        pace.step(Step::CopyAhead).await;
+        let nobody = |_: &Snapshot<W>, _: &str, _: &io::Error| Err(io::ErrorKind::Other.into());
+        let _ = copy(&hull, image, snapshots, pace, nobody).await;
+    }
+    let give_way =
+        |snapshot: &Snapshot<W>, what: &str, error: &io::Error| snapshot.cannot_keep(what, error);
     for run in lacking_runs(snapshots, &wanted) {
         pace.step(Step::Copy).await;
-        let range = bytes(&run, image.size());
-        let old = match read_old(image, &range).await {
-            Ok(old) => old,
-            Err(error) => {
-                for snapshot in in_order(snapshots, &run) {
-                    snapshot.cannot_keep("old contents cannot be read", &error)?;
-                }
-                continue;
-            }
-        };
-        for snapshot in in_order(snapshots, &run) {
-            if let Err(error) = keep(snapshot, &run, &old, pace).await {
-                snapshot.cannot_keep("scratch", &error)?;
-            }
-        }
-        pace.step(Step::Release).await;
+        copy(&run, image, snapshots, pace, give_way).await?;
     }
     // What was copied is stored before the guest's write: that is what a reader relies on.
     fence(Ordering::Release);
+    Ok(())
+}
+
+/// Copies what each snapshot lacks of `run`, which the caller has claimed. `failed` says what comes of
+/// it if one cannot keep its part.
+async fn copy<W: World>(
+    run: &Range<u64>,
+    image: &W::Image,
+    snapshots: &[Arc<Snapshot<W>>],
+    pace: &W::Pace,
+    failed: impl Fn(&Snapshot<W>, &str, &io::Error) -> io::Result<()>,
+) -> io::Result<()> {
+    let range = bytes(run, image.size());
+    let old = match read_old(image, &range).await {
+        Ok(old) => old,
+        Err(error) => {
+            let mut lacking = in_order(snapshots, run);
+            return lacking.try_for_each(|s| failed(s, "old contents cannot be read", &error));
+        }
+    };
+    for snapshot in in_order(snapshots, run) {
+        if let Err(error) = keep(snapshot, run, &old, pace).await {
+            failed(snapshot, "scratch", &error)?;
+        }
+    }
+    pace.step(Step::Release).await;
     Ok(())
 }
 
@@ -117,55 +138,60 @@ async fn keep<W: World>(
         // Broken or ended meanwhile, it needs nothing any more.
         return Ok(());
     };
-    let missing: Vec<KeptRun> = snapshot
+    let missing: Vec<Range<u64>> = snapshot
         .preserved
         .runs(run.clone())
         .filter(|part| part.kept == Kept::Not)
+        .map(|part| part.granules)
         .collect();
-    for part in missing
-        .iter()
-        .flat_map(|part| alike(part.granules.clone(), run.start, &old.kept))
-    {
-        let count = part.granules.end - part.granules.start;
-        let mut taken = None;
-        if part.kept == Kept::Data {
-            taken = Some(snapshot.allowance().take(count * GRANULE)?);
-            let range = bytes(&part.granules, snapshot.size());
-            let from = (range.start - run.start * GRANULE) as usize;
-            let length = (range.end - range.start) as usize;
-            snapshot
-                .scratch
-                .write(range.start, &old.data.slice(from..from + length))
-                .await?;
-        }
-        pace.step(Step::Keep).await;
-        snapshot.preserved.keep(&part)?;
-        if let Some(taken) = taken {
-            taken.stored();
-            snapshot.count_scratch(count);
-        }
+    let Some(hull) = hull(&missing) else {
+        return Ok(());
+    };
+    let in_scratch: Vec<Range<u64>> = missing
+        .into_iter()
+        .flat_map(|part| data(part, run.start, &old.kept))
+        .collect();
+    let count: u64 = in_scratch.iter().map(|part| part.end - part.start).sum();
+    // What takes no room is kept also where there is none.
+    let taken = (count > 0).then(|| snapshot.allowance().take(count * GRANULE));
+    let taken = taken.transpose()?;
+    for part in &in_scratch {
+        let range = bytes(part, snapshot.size());
+        let from = (range.start - run.start * GRANULE) as usize;
+        let length = (range.end - range.start) as usize;
+        let data = old.data.slice(from..from + length);
+        snapshot.scratch.write(range.start, &data).await?;
+    }
+    pace.step(Step::Keep).await;
+    let from = (hull.start - run.start) as usize;
+    snapshot.preserved.keep(hull, &old.kept[from..])?;
+    if let Some(taken) = taken {
+        taken.stored();
+        snapshot.count_scratch(count);
     }
     Ok(())
 }
 
-/// `granules` cut into runs whose old contents, listed in `kept` from granule `first` on, are alike.
-fn alike(granules: Range<u64>, first: u64, kept: &[Kept]) -> impl Iterator<Item = KeptRun> {
+/// The parts of `granules` whose old contents, listed in `kept` from granule `first` on, go to
+/// scratch.
+fn data(granules: Range<u64>, first: u64, kept: &[Kept]) -> impl Iterator<Item = Range<u64>> {
     let mut at = granules.start;
+    let is_data = move |granule: u64| kept.get((granule - first) as usize) == Some(&Kept::Data);
     std::iter::from_fn(move || {
-        let start = at;
-        let kind = *kept
-            .get((start - first) as usize)
-            .filter(|_| start < granules.end)?;
-        let same = |g: &u64| kept.get((g - first) as usize) == Some(&kind);
-        at = start + (start..granules.end).take_while(same).count() as u64;
-        Some(KeptRun {
-            granules: start..at,
-            kept: kind,
-        })
+        let start = (at..granules.end).find(|granule| is_data(*granule))?;
+        at = (start..granules.end)
+            .find(|granule| !is_data(*granule))
+            .unwrap_or(granules.end);
+        Some(start..at)
     })
 }
 
-fn lacks<W: World>(snapshot: &Snapshot<W>, granules: &Range<u64>) -> bool {
+/// From the first to the last of `runs`.
+fn hull(runs: &[Range<u64>]) -> Option<Range<u64>> {
+    Some(runs.first()?.start..runs.last()?.end)
+}
+
+pub(crate) fn lacks<W: World>(snapshot: &Snapshot<W>, granules: &Range<u64>) -> bool {
     !snapshot.is_over() && !snapshot.preserved.covers(granules)
 }
 

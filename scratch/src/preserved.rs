@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 
 use bitmap::PageStore;
 
+use crate::ahead::STRETCH;
 use crate::code::{Code, Copy};
 use crate::head::damaged;
 use crate::sync::{AtomicU64, Ordering};
@@ -140,6 +141,16 @@ impl<P: PageStore> Preserved<P> {
         }
     }
 
+    /// How many are kept of the [`STRETCH`] granules from `first` on, a multiple of that.
+    pub(crate) fn kept_of_stretch(&self, first: u64) -> u32 {
+        let Some(page) = self.pages[(first / GRANULES_PER_PAGE) as usize].get() else {
+            return 0;
+        };
+        let (word, shift) = place(first);
+        let bits = page[word].load(Ordering::Relaxed) >> shift & STRETCH_MASK;
+        ((bits | bits >> 1) & EVERY_GRANULE).count_ones()
+    }
+
     /// Whether nothing of `granules` is lacking.
     pub(crate) fn covers(&self, granules: &Range<u64>) -> bool {
         (granules.start..granules.end.min(self.count))
@@ -186,19 +197,29 @@ impl<P: PageStore> Preserved<P> {
         end
     }
 
-    /// Records that `run`, of which nothing was kept before, is kept now: in the stores first.
+    /// Records that `granules` are kept now, each as `states` says unless it was kept before: in the
+    /// stores first.
     ///
     /// Whoever holds the claim on these granules calls this, and nobody else.
-    pub(crate) fn keep(&self, run: &KeptRun) -> io::Result<()> {
-        let KeptRun { granules, kept } = run;
+    pub(crate) fn keep(&self, granules: Range<u64>, states: &[Kept]) -> io::Result<()> {
+        let states: Vec<Kept> = granules
+            .clone()
+            .zip(states)
+            .map(|(granule, state)| match self.kept(granule) {
+                Kept::Not => *state,
+                kept => kept,
+            })
+            .collect();
         let bytes = |copy| -> Vec<u8> {
-            let byte = |granule| self.code.byte(copy, granule, *kept);
-            granules.clone().map(byte).collect()
+            let states = granules.clone().zip(&states);
+            states
+                .map(|(granule, kept)| self.code.byte(copy, granule, *kept))
+                .collect()
         };
         self.store
             .store(STATES_OFFSET + granules.start, &bytes(Copy::First))?;
         self.second.store(granules.start, &bytes(Copy::Second))?;
-        for granule in granules.clone() {
+        for (granule, kept) in granules.zip(&states) {
             self.set(granule, *kept as u64);
         }
         Ok(())
@@ -244,6 +265,8 @@ const PIECE: u64 = 4096;
 const GRANULES_PER_WORD: u64 = 32;
 /// The low bit of each granule of a word.
 const EVERY_GRANULE: u64 = u64::MAX / 0b11;
+/// Both bits of the granules of a stretch, of which a word has some whole.
+const STRETCH_MASK: u64 = (1 << (2 * STRETCH)) - 1;
 /// A page of memory holds the bits of 64 MiB of disk.
 const WORDS_PER_PAGE: u64 = if cfg!(feature = "loom") { 1 } else { 512 };
 const GRANULES_PER_PAGE: u64 = GRANULES_PER_WORD * WORDS_PER_PAGE;
@@ -255,6 +278,13 @@ mod tests {
     use super::*;
 
     const CODE: Code = Code::new(5);
+
+    impl Preserved<MemoryPages> {
+        fn keep_all(&self, granules: Range<u64>, kept: Kept) {
+            let states = vec![kept; (granules.end - granules.start) as usize];
+            self.keep(granules, &states).unwrap();
+        }
+    }
 
     #[test]
     fn runs_say_how_each_granule_is_kept_across_pages() {
@@ -269,8 +299,9 @@ mod tests {
             granules: border + 1..border + 2,
             kept: Kept::Hole,
         };
-        preserved.keep(&data).unwrap();
-        preserved.keep(&hole).unwrap();
+        for run in [&data, &hole] {
+            preserved.keep_all(run.granules.clone(), run.kept);
+        }
 
         let expected = |preserved: &Preserved<MemoryPages>| {
             let found: Vec<_> = preserved.runs(border - 3..border + 4).collect();
@@ -307,7 +338,7 @@ mod tests {
         ] {
             let granules = at..at + length;
             at = granules.end + 7;
-            preserved.keep(&KeptRun { granules, kept }).unwrap();
+            preserved.keep_all(granules, kept);
         }
         let end = 4 * GRANULES_PER_PAGE;
         for range in [0..end, 3..end - 5, 32..64, 64..100, 70..71] {
@@ -332,7 +363,7 @@ mod tests {
         let mut histories = vec![(vec![], vec![])];
         for (granules, kept) in [(2..4, Kept::Data), (4..6, Kept::Hole), (9..10, Kept::Zero)] {
             let before = preserved.second.contents();
-            preserved.keep(&KeptRun { granules, kept }).unwrap();
+            preserved.keep_all(granules, kept);
             histories.push((preserved.store.contents(), before));
             histories.push((preserved.store.contents(), preserved.second.contents()));
         }

@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 #[derive(Debug)]
 pub struct Quota {
     used: AtomicU64,
+    /// What would be in use if everything were kept that may have to be.
+    most: AtomicU64,
     limit: Option<u64>,
 }
 
@@ -12,6 +14,7 @@ impl Quota {
     pub fn new(limit: Option<u64>) -> Self {
         Self {
             used: AtomicU64::new(0),
+            most: AtomicU64::new(0),
             limit,
         }
     }
@@ -40,6 +43,26 @@ impl Quota {
     /// Counts what is in use already, whether or not it may be.
     pub(crate) fn add(&self, bytes: u64) {
         self.used.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Up to `bytes` more may come into use.
+    pub(crate) fn expect(&self, bytes: u64) {
+        self.most.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// They will not, or they have gone.
+    pub(crate) fn expect_no_more(&self, bytes: u64) {
+        self.most.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// In bytes.
+    pub(crate) fn most(&self) -> u64 {
+        self.most.load(Ordering::Relaxed)
+    }
+
+    /// Whether the limit would not be reached by that either.
+    pub(crate) fn holds_all(&self) -> bool {
+        self.limit.is_none_or(|limit| self.most() <= limit)
     }
 
     pub(crate) fn give_back(&self, bytes: u64) {

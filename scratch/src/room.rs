@@ -3,6 +3,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::granules::GRANULE;
+use crate::quota::Quota;
 
 /// Free space of a file system, of which a reserve is left alone.
 ///
@@ -20,6 +21,11 @@ pub struct Room {
     going: AtomicU64,
     /// How far the reserve was at the last answer; the most there is if it was never asked.
     left: AtomicU64,
+    /// What is kept here, and could come to be.
+    pub(crate) kept: Quota,
+    /// When it was last asked whether all could be: what was kept, in [`TRUSTED_MAX`], times two, and
+    /// one more if so.
+    asked: AtomicU64,
 }
 
 /// Who knows how much is free.
@@ -39,6 +45,8 @@ impl Room {
             in_flight: AtomicU64::new(0),
             going: AtomicU64::new(0),
             left: AtomicU64::new(u64::MAX),
+            kept: Quota::new(None),
+            asked: AtomicU64::new(NEVER),
         }
     }
 
@@ -73,6 +81,36 @@ impl Room {
     pub fn falls_short(&self) -> io::Result<bool> {
         let going = self.going.load(Ordering::Relaxed);
         Ok(self.reserve > 0 && self.free()?.saturating_add(going) < self.reserve)
+    }
+
+    /// Up to `bytes` more may come to be kept here.
+    pub(crate) fn expect(&self, bytes: u64) {
+        self.kept.expect(bytes);
+        self.asked.store(NEVER, Ordering::Relaxed);
+    }
+
+    /// Whether all that could come to be kept here would fit beside the reserve. An answer is trusted
+    /// for some MiB.
+    ///
+    /// What a guest writes to holes of its image may be taken from here as well, but then there were
+    /// holes, which take nothing.
+    pub(crate) fn holds_all(&self) -> bool {
+        let used = self.kept.used();
+        let part = used / TRUSTED_MAX;
+        let asked = self.asked.load(Ordering::Relaxed);
+        if asked / 2 == part {
+            return asked % 2 == 1;
+        }
+        let most = self.kept.most();
+        let wanted = most
+            .saturating_add(most / BOOKKEEPING_PART)
+            .saturating_add(self.reserve)
+            .saturating_add(TRUSTED_MAX);
+        let free = self.space.free().unwrap_or(0);
+        let holds = free.saturating_add(used) >= wanted;
+        self.asked
+            .store(part * 2 + u64::from(holds), Ordering::Relaxed);
+        holds
     }
 
     /// How many bytes lay between what was free and the reserve when that was last asked.
@@ -150,6 +188,12 @@ const TRUSTED_MAX: u64 = 4 << 20;
 /// (its state, twice, and the old era of its chunk) may take a block each the first time, so four
 /// times the bytes that are counted.
 const TRUSTED_PART: u64 = 4;
+
+/// No answer is known.
+const NEVER: u64 = u64::MAX;
+
+/// What is stored beside all that is kept is less than one part in so many of it.
+const BOOKKEEPING_PART: u64 = 1024;
 
 /// What is left for that when the last bytes are taken.
 const BOOKKEEPING: u64 = 64 << 10;

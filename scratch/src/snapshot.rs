@@ -130,6 +130,7 @@ impl<W: World> Snapshot<W> {
         terms: Terms,
         nonce: u64,
     ) -> Self {
+        terms.allowance.expect(scratch.size());
         Self {
             scratch,
             preserved,
@@ -354,5 +355,6 @@ impl<W: World> Drop for Keeping<'_, W> {
 impl<W: World> Drop for Snapshot<W> {
     fn drop(&mut self) {
         self.released();
+        self.terms.allowance.expect_no_more(self.size());
     }
 }

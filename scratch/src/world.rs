@@ -83,6 +83,8 @@ pub enum Step {
     Preserve,
     /// A write copies granules that it has claimed.
     Copy,
+    /// The same, of granules that it will not change.
+    CopyAhead,
     /// A write sets preserved bits.
     Keep,
     /// A write gives its claim back.

@@ -11,6 +11,7 @@ use bitmap::{Era, EraMap, Granularity, MemoryPages, Salt};
 use block::{Extent, Zeroing};
 
 use super::*;
+use crate::ahead::OFTEN;
 use crate::world::Unpaced;
 use crate::{Frozen, SnapshotFiles, Terms};
 
@@ -81,8 +82,11 @@ impl Storage for Memory {
     }
 }
 
-/// Two to be written, and one that is kept from the beginning.
-const GRANULES: u64 = 3;
+/// Two to be written, and others that are kept from the beginning: one of them, or as many as it takes
+/// for the rest to be copied ahead.
+const GRANULES: u64 = 2 + OFTEN as u64;
+const ONE: Range<u64> = 2..3;
+const ALL: Range<u64> = 2..GRANULES;
 const OLD: u8 = 1;
 /// What is found in scratch that has gone.
 const GONE: u8 = 9;
@@ -94,7 +98,7 @@ struct Scene {
 }
 
 impl Scene {
-    fn new() -> Arc<Self> {
+    fn new(kept: Range<u64>) -> Arc<Self> {
         let pages = MemoryPages::default;
         let size = GRANULES * GRANULE;
         let live = EraMap::new(size, Granularity::DEFAULT, Salt::default(), pages());
@@ -113,11 +117,8 @@ impl Scene {
         );
         let snapshot = snapshot.unwrap();
         // So that the page of bits is there: how it comes into being, the checker cannot see.
-        let kept = KeptRun {
-            granules: 2..3,
-            kept: Kept::Hole,
-        };
-        snapshot.preserved.keep(&kept).unwrap();
+        let holes = [Kept::Hole; GRANULES as usize];
+        snapshot.preserved.keep(kept, &holes).unwrap();
         Arc::new(Self {
             image: Arc::new(Memory::image()),
             snapshots: [Arc::new(snapshot)],
@@ -171,7 +172,7 @@ fn check(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
 #[test]
 fn loom_the_past_is_read_as_it_was() {
     check(4, || {
-        let scene = Scene::new();
+        let scene = Scene::new(ONE);
         let writer = scene.write(7, 0..1);
         scene.read_the_past(1);
         writer.join().unwrap();
@@ -182,8 +183,20 @@ fn loom_the_past_is_read_as_it_was() {
 #[test]
 fn loom_the_past_is_read_as_it_was_whoever_copies_it() {
     check(3, || {
-        let scene = Scene::new();
+        let scene = Scene::new(ONE);
         let writers = [scene.write(7, 0..2), scene.write(8, 0..1)];
+        scene.read_the_past(2);
+        for writer in writers {
+            writer.join().unwrap();
+        }
+    });
+}
+
+#[test]
+fn loom_the_past_is_read_as_it_was_where_more_is_copied_than_is_written() {
+    check(3, || {
+        let scene = Scene::new(ALL);
+        let writers = [scene.write(7, 0..1), scene.write(8, 1..2)];
         scene.read_the_past(2);
         for writer in writers {
             writer.join().unwrap();
@@ -194,7 +207,7 @@ fn loom_the_past_is_read_as_it_was_whoever_copies_it() {
 #[test]
 fn loom_what_has_gone_is_neither_believed_nor_stored_to() {
     check(3, || {
-        let scene = Scene::new();
+        let scene = Scene::new(ONE);
         let others = [scene.write(7, 0..1), scene.read_what_is_left()];
         let snapshot = &scene.snapshots[0];
         snapshot.end();

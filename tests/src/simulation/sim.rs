@@ -17,6 +17,7 @@ struct State {
     task: usize,
     rates: Rates,
     faults: Vec<Fault>,
+    ahead: u64,
 }
 
 /// Where something can fail.
@@ -78,6 +79,7 @@ impl Sim {
             task: 0,
             rates,
             faults: Vec::new(),
+            ahead: 0,
         };
         Self {
             seed,
@@ -156,6 +158,14 @@ impl Sim {
 
     pub(super) fn fault_count(&self) -> u64 {
         self.state().faults.len() as u64
+    }
+
+    pub(super) fn copies_ahead(&self) {
+        self.state().ahead += 1;
+    }
+
+    pub(super) fn ahead_count(&self) -> u64 {
+        self.state().ahead
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -26,6 +26,8 @@ pub struct Tally {
     pub releases: u64,
     /// Writes that failed for the sake of an instant.
     pub refused: u64,
+    /// Copies of more than a write was about to change.
+    pub ahead: u64,
     /// Questions about the past.
     pub reads: u64,
     /// Checks of what holds at every moment.
@@ -41,6 +43,7 @@ impl Tally {
     pub(super) fn end(&mut self, stage: &Stage) {
         self.schedules += 1;
         self.faults += stage.sim.fault_count();
+        self.ahead += stage.sim.ahead_count();
         let snapshots = stage.snapshots.borrow();
         let broken = snapshots
             .iter()
@@ -48,7 +51,7 @@ impl Tally {
         self.breaks += broken.count() as u64;
     }
 
-    fn rows(&self) -> [(&'static str, u64); 14] {
+    fn rows(&self) -> [(&'static str, u64); 15] {
         [
             ("schedules", self.schedules),
             ("guest operations", self.operations),
@@ -60,6 +63,7 @@ impl Tally {
             ("  that broke", self.breaks),
             ("  given back", self.releases),
             ("writes refused", self.refused),
+            ("copies ahead", self.ahead),
             ("reads of the past", self.reads),
             ("audits", self.audits),
             ("faults", self.faults),
@@ -80,6 +84,7 @@ impl AddAssign for Tally {
         self.breaks += other.breaks;
         self.releases += other.releases;
         self.refused += other.refused;
+        self.ahead += other.ahead;
         self.reads += other.reads;
         self.audits += other.audits;
         self.faults += other.faults;

@@ -127,6 +127,9 @@ pub(super) struct SimPace {
 
 impl Pace for SimPace {
     async fn step(&self, before: Step) {
+        if before == Step::CopyAhead {
+            self.sim.copies_ahead();
+        }
         if before != Step::Swap {
             return pause(&self.sim).await;
         }

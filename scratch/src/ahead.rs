@@ -8,10 +8,10 @@ use crate::world::World;
 /// The stretch around `wanted`, if all of it is to be kept now and not only what is about to be
 /// overwritten.
 ///
-/// Sixteen granules cost three times as much as one when they are copied at once. So a stretch of
-/// which some have been copied one by one is copied whole: if the guest comes for the others too, that
-/// costs it half, and if it never does, hardly more than it has cost already. Only
-/// where [even everything](crate::Allowance::holds_all) would fit into scratch, so that nobody wants
+/// The rest of a stretch costs at once what four or five of its granules cost one by one. So when that many
+/// are kept already, the rest is copied too: if the guest comes for it, that is half of what it would
+/// cost, and if it never does, no more than it has cost already. Only
+/// where [twice everything](crate::Allowance::holds_all) would fit into scratch, so that nobody wants
 /// for what was copied in vain; and where several snapshots lack something, if it suits all of them.
 pub(crate) fn ahead<W: World>(
     snapshots: &[Arc<Snapshot<W>>],
@@ -24,7 +24,7 @@ pub(crate) fn ahead<W: World>(
     }
     let mut lacking = snapshots.iter().filter(|s| lacks(s, &stretch));
     let suits = |snapshot: &Arc<Snapshot<W>>| {
-        snapshot.preserved.kept_of_stretch(start) >= OFTEN && snapshot.allowance().holds_all()
+        snapshot.preserved.kept_of_stretch(start) >= OFTEN && snapshot.takes_copies_ahead()
     };
     lacking.all(suits).then_some(stretch)
 }
@@ -32,7 +32,7 @@ pub(crate) fn ahead<W: World>(
 /// So many granules, from a multiple of it on, are a stretch.
 pub(crate) const STRETCH: u64 = 16;
 
-/// After so many granules of a stretch it is copied whole.
+/// When so many granules of a stretch are kept, the rest is copied with the next write.
 pub(crate) const OFTEN: u32 = 4;
 
 #[cfg(all(test, not(feature = "loom")))]
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_is_copied_ahead_where_not_everything_would_fit() {
+    async fn nothing_is_copied_ahead_where_not_everything_would_fit_twice() {
         let disk = Disk::new();
         let limited = |own: u64, all: u64, free: u64| {
             let all = Arc::new(Quota::new(Some(all)));
@@ -78,12 +78,12 @@ mod tests {
             let room = Arc::new(room);
             Allowance { budget, room }
         };
-        let enough = SIZE + 6 * MIB;
+        let twice = 2 * SIZE;
         for (own, all, free, count) in [
-            (SIZE, SIZE, enough, 16),
-            (SIZE - 1, SIZE, enough, 5),
-            (SIZE, SIZE - 1, enough, 5),
-            (SIZE, SIZE, SIZE + MIB, 5),
+            (twice, twice, twice + 6 * MIB, 16),
+            (twice - 1, twice, twice + 6 * MIB, 5),
+            (twice, twice - 1, twice + 6 * MIB, 5),
+            (twice, twice, twice + MIB, 5),
         ] {
             let snapshots = [freeze(limited(own, all, free))];
             disk.preserve(&snapshots, 0..5).await;
@@ -94,12 +94,12 @@ mod tests {
     #[tokio::test]
     async fn what_others_may_need_counts_until_they_are_gone() {
         let disk = Disk::new();
-        let all = Arc::new(Quota::new(Some(SIZE)));
+        let all = Arc::new(Quota::new(Some(2 * SIZE)));
         let allowance = || Allowance {
             budget: Arc::new(Budget::new(None, Arc::clone(&all))),
             room: Arc::new(Room::endless()),
         };
-        let two = [allowance(), allowance()].map(|allowance| freeze(allowance));
+        let two = [allowance(), allowance()].map(freeze);
         disk.preserve(&two, 0..5).await;
         assert_eq!(two.each_ref().map(|s| kept(s).len()), [5, 5]);
         let [one, other] = two;
@@ -127,6 +127,9 @@ mod tests {
             disk.preserve(&snapshots, 0..6).await;
             assert!(!snapshots[0].is_over());
             assert!(kept(&snapshots[0]).into_iter().eq(0..6));
+            // It is not tried again, where it would succeed either.
+            disk.preserve(&snapshots, 16..21).await;
+            assert_eq!(kept(&snapshots[0]).len(), 11);
         }
     }
 

@@ -183,8 +183,9 @@ impl Allowance {
         }
     }
 
-    /// Whether there is room for all that the open snapshots could come to need, so that none of them
-    /// breaks for what is kept without need.
+    /// Whether there is room for twice all that the open snapshots could come to need: for
+    /// themselves, and for others like them that begin later. So none breaks for what is kept
+    /// without need.
     pub(crate) fn holds_all(&self) -> bool {
         self.quotas().iter().all(|quota| quota.holds_all()) && self.room.holds_all()
     }

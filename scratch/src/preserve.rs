@@ -35,11 +35,15 @@ pub async fn preserve<W: World>(
     let more = ahead(snapshots, &wanted);
     // Only writers meet here: whoever comes second finds the bits set and has nothing to copy.
     let _alone = claims.claim(more.clone().unwrap_or(wanted.clone())).await;
+    in_order(snapshots, &wanted).for_each(|snapshot| snapshot.count_copying_write());
     if let Some(hull) = more.and_then(|more| hull(&lacking_runs(snapshots, &more))) {
-        // Nobody is harmed if that fails: what is wanted of it is tried again.
+        // If that fails, what is wanted of it is tried again, and decides.
         pace.step(Step::CopyAhead).await;
-        let nobody = |_: &Snapshot<W>, _: &str, _: &io::Error| Err(io::ErrorKind::Other.into());
-        let _ = copy(&hull, image, snapshots, pace, nobody).await;
+        let no_more = |snapshot: &Snapshot<W>, _: &str, _: &io::Error| {
+            snapshot.failed_ahead();
+            Err(io::ErrorKind::Other.into())
+        };
+        let _ = copy(&hull, image, snapshots, pace, no_more).await;
     }
     let give_way =
         |snapshot: &Snapshot<W>, what: &str, error: &io::Error| snapshot.cannot_keep(what, error);

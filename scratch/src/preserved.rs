@@ -6,6 +6,7 @@ use bitmap::PageStore;
 
 use crate::ahead::STRETCH;
 use crate::code::{Code, Copy};
+use crate::granules::GRANULE;
 use crate::head::damaged;
 use crate::sync::{AtomicU64, Ordering};
 
@@ -139,6 +140,11 @@ impl<P: PageStore> Preserved<P> {
             2 => Kept::Zero,
             _ => Kept::Hole,
         }
+    }
+
+    /// What scratch can come to hold, in bytes.
+    pub(crate) fn most_bytes(&self) -> u64 {
+        self.count * GRANULE
     }
 
     /// How many are kept of the [`STRETCH`] granules from `first` on, a multiple of that.

@@ -60,9 +60,10 @@ impl Quota {
         self.most.load(Ordering::Relaxed)
     }
 
-    /// Whether the limit would not be reached by that either.
+    /// Whether that would fit twice.
     pub(crate) fn holds_all(&self) -> bool {
-        self.limit.is_none_or(|limit| self.most() <= limit)
+        self.limit
+            .is_none_or(|limit| self.most().saturating_mul(2) <= limit)
     }
 
     pub(crate) fn give_back(&self, bytes: u64) {

@@ -35,8 +35,8 @@ pub trait FreeSpace: Send + Sync + 'static {
 }
 
 impl Room {
-    /// All of `space` but `reserve` bytes. With no reserve it is never asked for: whoever writes to
-    /// what is full is told so.
+    /// All of `space` but `reserve` bytes. With no reserve nothing is refused: whoever writes to what is
+    /// full is told so.
     pub fn new(space: impl FreeSpace, reserve: u64) -> Self {
         Self {
             reserve,
@@ -89,11 +89,10 @@ impl Room {
         self.asked.store(NEVER, Ordering::Relaxed);
     }
 
-    /// Whether all that could come to be kept here would fit beside the reserve. An answer is trusted
-    /// for some MiB.
+    /// Whether all that could come to be kept here would fit twice beside the reserve. An answer is
+    /// trusted for some MiB.
     ///
-    /// What a guest writes to holes of its image may be taken from here as well, but then there were
-    /// holes, which take nothing.
+    /// Twice is also enough for what guests write meanwhile to holes of images on the same file system.
     pub(crate) fn holds_all(&self) -> bool {
         let used = self.kept.used();
         let part = used / TRUSTED_MAX;
@@ -101,15 +100,18 @@ impl Room {
         if asked / 2 == part {
             return asked % 2 == 1;
         }
-        let most = self.kept.most();
+        let most = self.kept.most().saturating_mul(2);
         let wanted = most
             .saturating_add(most / BOOKKEEPING_PART)
             .saturating_add(self.reserve)
             .saturating_add(TRUSTED_MAX);
         let free = self.space.free().unwrap_or(0);
         let holds = free.saturating_add(used) >= wanted;
-        self.asked
-            .store(part * 2 + u64::from(holds), Ordering::Relaxed);
+        let answer = part * 2 + u64::from(holds);
+        // Not if anyone has asked for more meanwhile.
+        let _ = self
+            .asked
+            .compare_exchange(asked, answer, Ordering::Relaxed, Ordering::Relaxed);
         holds
     }
 
@@ -192,8 +194,9 @@ const TRUSTED_PART: u64 = 4;
 /// No answer is known.
 const NEVER: u64 = u64::MAX;
 
-/// What is stored beside all that is kept is less than one part in so many of it.
-const BOOKKEEPING_PART: u64 = 1024;
+/// What is stored beside all that is kept is less than one part in so many of it, also with chunks of
+/// 4 KiB.
+const BOOKKEEPING_PART: u64 = 256;
 
 /// What is left for that when the last bytes are taken.
 const BOOKKEEPING: u64 = 64 << 10;

@@ -37,6 +37,9 @@ pub struct Snapshot<W: World> {
     keeping: AtomicU64,
     left: Notify,
     scratch_used: AtomicU64,
+    copying_writes: AtomicU64,
+    /// Something could not be copied that no write was about to change: that is not tried again.
+    not_ahead: AtomicBool,
     /// What is still in scratch, and nobody's any more.
     going: AtomicU64,
 }
@@ -130,7 +133,7 @@ impl<W: World> Snapshot<W> {
         terms: Terms,
         nonce: u64,
     ) -> Self {
-        terms.allowance.expect(scratch.size());
+        terms.allowance.expect(preserved.most_bytes());
         Self {
             scratch,
             preserved,
@@ -143,6 +146,8 @@ impl<W: World> Snapshot<W> {
             keeping: AtomicU64::new(0),
             left: Notify::new(),
             scratch_used: AtomicU64::new(0),
+            copying_writes: AtomicU64::new(0),
+            not_ahead: AtomicBool::new(false),
             going: AtomicU64::new(0),
         }
     }
@@ -332,6 +337,24 @@ impl<W: World> Snapshot<W> {
         self.scratch_used.load(Ordering::Relaxed)
     }
 
+    /// How many pieces of writes found something lacking, since this was made or
+    /// [reopened](Self::reopen).
+    pub fn copying_writes(&self) -> u64 {
+        self.copying_writes.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn count_copying_write(&self) {
+        self.copying_writes.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn takes_copies_ahead(&self) -> bool {
+        !self.not_ahead.load(Ordering::Relaxed) && self.allowance().holds_all()
+    }
+
+    pub(crate) fn failed_ahead(&self) {
+        self.not_ahead.store(true, Ordering::Relaxed);
+    }
+
     pub(crate) fn count_scratch(&self, granules: u64) {
         self.scratch_used
             .fetch_add(granules * GRANULE, Ordering::Relaxed);
@@ -355,6 +378,7 @@ impl<W: World> Drop for Keeping<'_, W> {
 impl<W: World> Drop for Snapshot<W> {
     fn drop(&mut self) {
         self.released();
-        self.terms.allowance.expect_no_more(self.size());
+        let most = self.preserved.most_bytes();
+        self.terms.allowance.expect_no_more(most);
     }
 }

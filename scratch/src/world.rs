@@ -83,7 +83,7 @@ pub enum Step {
     Preserve,
     /// A write copies granules that it has claimed.
     Copy,
-    /// The same, of granules that it will not change.
+    /// The same, of a stretch of which it will change a part.
     CopyAhead,
     /// A write sets preserved bits.
     Keep,

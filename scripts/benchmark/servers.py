@@ -110,8 +110,8 @@ class StillpointBackup:
 
     def copied(self):
         """Copies so far, and their bytes."""
-        used = self.server.cli("backup", "show", self.id)["scratch_used_bytes"]
-        return used >> 12, used
+        disk = self.server.cli("backup", "show", self.id)["disks"][0]
+        return disk["copying_writes"], disk["scratch_used_bytes"]
 
     def close(self):
         self.server.cli("backup", "abort", self.id)

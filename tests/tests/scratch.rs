@@ -137,6 +137,34 @@ fn of_backups_that_reach_the_limit_of_all_the_oldest_breaks_and_makes_room() {
 }
 
 #[test]
+fn what_is_overwritten_piece_by_piece_is_kept_at_once_where_everything_fits() {
+    const GRANULE: u64 = 4 * KIB;
+    let (server, mut guest) = start(&["--scratch-reserve=0"]);
+    let mut overwrite = |at: u64| {
+        let then = sha256(&guest.disk);
+        (0..5).for_each(|i| guest.write(at + 3 * i * GRANULE, &[2; GRANULE as usize]));
+        then
+    };
+    let use_of = |id: &str| {
+        let disk = server.backup(id)["disks"][0].clone();
+        (
+            disk["scratch_used_bytes"].as_u64().expect("bytes"),
+            disk["copying_writes"].as_u64().expect("a count"),
+        )
+    };
+    server.begin("roomy", &[]);
+    let first = overwrite(0);
+    assert_eq!(use_of("roomy"), (64 * KIB, 5));
+    // Not everything would fit into this one, so nothing is kept without need.
+    server.begin("tight", &["--scratch-limit", "31M"]);
+    let second = overwrite(MIB);
+    assert_eq!(use_of("roomy"), (64 * KIB + 5 * GRANULE, 10));
+    assert_eq!(use_of("tight"), (5 * GRANULE, 5));
+    is_exact(&server, "vda@roomy", &first);
+    is_exact(&server, "vda@tight", &second);
+}
+
+#[test]
 fn zeroes_and_holes_take_nothing() {
     let (server, mut guest) = start(&[]);
     guest.zeroes(0, 4 * MIB, 0);

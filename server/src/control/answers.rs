@@ -338,6 +338,9 @@ pub(crate) struct BackupDisk {
     /// What it keeps of the instant.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) scratch_used_bytes: Option<u64>,
+    /// How many pieces of writes found something that had to be copied first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) copying_writes: Option<u64>,
 }
 
 /// What a copy of a frozen disk consists of.

@@ -233,6 +233,7 @@ impl Control {
         for (answer, part) in answer.disks.iter_mut().zip(backup.disks.values()) {
             answer.exports = Some(export_uses(part));
             answer.scratch_used_bytes = Some(part.frozen.snapshot().scratch_used());
+            answer.copying_writes = Some(part.frozen.snapshot().copying_writes());
         }
         answer
     }
@@ -291,6 +292,7 @@ impl Control {
             difference,
             exports: None,
             scratch_used_bytes: None,
+            copying_writes: None,
         }
     }
 }

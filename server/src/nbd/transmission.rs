@@ -355,6 +355,6 @@ impl Drop for Connected {
 /// withdrawn: whoever wants it has it by then, and a second is what all of it may take.
 pub(super) const GOODBYE_MAX: Duration = Duration::from_millis(500);
 
-/// No more requests are begun while so much is to be sent: what the socket takes at once. More would
-/// wait in memory that the processor's cache does not hold.
-const OUTPUT_MAX: usize = 1 << 20;
+/// No more requests are begun while so much is to be sent. More would be read while what was read
+/// before leaves the processor's cache, from which it is to be sent.
+const OUTPUT_MAX: usize = 256 << 10;

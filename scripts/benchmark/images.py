@@ -44,6 +44,12 @@ def sync(path):
     os.close(descriptor)
 
 
+def sync_all():
+    """So that what made a state is not written back while the state is measured: images, and what
+    servers keep beside them."""
+    os.sync()
+
+
 def fill_cache(path, size, way):
     """Leaves the whole image in the page cache, read in small pieces or in large ones."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -7,7 +7,7 @@ import collections
 import contextlib
 
 from benchmark import measure, verify
-from benchmark.images import MIB, sync
+from benchmark.images import MIB, sync, sync_all
 
 # What is measured: how it is called, whether the short run has it (True, False, or "few" for some
 # of the peers), and what it is made of.
@@ -104,6 +104,7 @@ class DuringBackup(Row):
             # All of it, in large pieces: the quick way to the same state.
             field.client.fio(server, "write", seed=seed, size=size, pattern="write", block="1m",
                              depth=8)
+            sync_all()
         copies, copied = backup.copied()
         puller = measure.Puller(field.client, backup.uri, size)
         with puller if variant.options["pulled"] else contextlib.nullcontext():
@@ -144,7 +145,7 @@ class FrozenPull(Row):
         field.client.fio(server, "write", seed=seed, size=size, pattern="randwrite",
                          block=variant.options["block"], depth=32,
                          extra=[f"--io_size={size // 4}"])
-        sync(server.image)
+        sync_all()
         before = backup.copied()[1]
         done = self.pull(field, server, backup, variant, seed)
         done.notes["preserved_share"] = before / size

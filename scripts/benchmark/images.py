@@ -6,6 +6,7 @@ read again in one chosen way, and locked into memory for as long as it is measur
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import random
@@ -20,6 +21,8 @@ LIBC.mmap.restype = ctypes.c_void_p
 LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int,
                       ctypes.c_long]
 LIBC.munmap.argtypes = LIBC.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+LIBC.mlock2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+MLOCK_ONFAULT = 1
 
 
 def write_full(path, size):
@@ -44,10 +47,11 @@ def sync(path):
     os.close(descriptor)
 
 
-def sync_all():
-    """So that what made a state is not written back while the state is measured: images, and what
-    servers keep beside them."""
+def settle(path):
+    """What servers have copied to `path` is not written back while it is measured, and not paged
+    out: locked into memory until the returned is called."""
     os.sync()
+    return HeldData(path).release
 
 
 def fill_cache(path, size, way):
@@ -70,13 +74,45 @@ class Held:
         descriptor = os.open(path, os.O_RDONLY)
         self.size = size
         self.address = LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-        os.close(descriptor)
         if self.address == MAP_FAILED:
             raise OSError(ctypes.get_errno(), f"cannot map {path}")
-        if LIBC.mlock(self.address, size):
+        if self.lock(descriptor):
             raise OSError(ctypes.get_errno(),
                           f"cannot lock {size >> 20} MiB of {path} into memory: "
                           "raise the limit (ulimit -l) or be root")
+        os.close(descriptor)
+
+    def lock(self, descriptor):
+        return LIBC.mlock(self.address, self.size)
 
     def release(self):
         LIBC.munmap(self.address, self.size)
+
+
+class HeldData(Held):
+    """The same of a sparse file: what it has, and not its holes."""
+
+    def __init__(self, path):
+        super().__init__(path, os.path.getsize(path))
+
+    def lock(self, descriptor):
+        if LIBC.mlock2(self.address, self.size, MLOCK_ONFAULT):
+            return True
+        for start, end in data(descriptor, self.size):
+            for page in range(start, end, mmap.PAGESIZE):
+                ctypes.string_at(self.address + page, 1)
+        return False
+
+
+def data(descriptor, size):
+    """Where a file has data."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(descriptor, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        end = os.lseek(descriptor, start, os.SEEK_HOLE)
+        yield start, end

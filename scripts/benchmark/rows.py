@@ -7,7 +7,7 @@ import collections
 import contextlib
 
 from benchmark import measure, verify
-from benchmark.images import MIB, sync, sync_all
+from benchmark.images import MIB, settle, sync
 
 # What is measured: how it is called, whether the short run has it (True, False, or "few" for some
 # of the peers), and what it is made of.
@@ -100,15 +100,16 @@ class DuringBackup(Row):
     def measure(self, field, name, variant, seed):
         server, size = field.server(name), field.scale.size
         backup = server.begin_backup()
-        if self.preserved:
-            # All of it, in large pieces: the quick way to the same state.
-            field.client.fio(server, "write", seed=seed, size=size, pattern="write", block="1m",
-                             depth=8)
-            sync_all()
-        copies, copied = backup.copied()
-        puller = measure.Puller(field.client, backup.uri, size)
-        with puller if variant.options["pulled"] else contextlib.nullcontext():
-            done = self.write(field, server, variant, seed)
+        with contextlib.ExitStack() as stack:
+            if self.preserved:
+                # All of it, in large pieces: the quick way to the same state.
+                field.client.fio(server, "write", seed=seed, size=size, pattern="write",
+                                 block="1m", depth=8)
+                stack.callback(settle(backup.kept_in()))
+            copies, copied = backup.copied()
+            puller = measure.Puller(field.client, backup.uri, size)
+            with puller if variant.options["pulled"] else contextlib.nullcontext():
+                done = self.write(field, server, variant, seed)
         copies, copied = (after - before
                           for after, before in zip(backup.copied(), (copies, copied)))
         done.notes |= {"copies": copies, "copied_bytes": copied,
@@ -145,9 +146,10 @@ class FrozenPull(Row):
         field.client.fio(server, "write", seed=seed, size=size, pattern="randwrite",
                          block=variant.options["block"], depth=32,
                          extra=[f"--io_size={size // 4}"])
-        sync_all()
         before = backup.copied()[1]
-        done = self.pull(field, server, backup, variant, seed)
+        with contextlib.ExitStack() as stack:
+            stack.callback(settle(backup.kept_in()))
+            done = self.pull(field, server, backup, variant, seed)
         done.notes["preserved_share"] = before / size
         backup.close()
         sync(server.image)

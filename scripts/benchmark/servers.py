@@ -113,6 +113,10 @@ class StillpointBackup:
         disk = self.server.cli("backup", "show", self.id)["disks"][0]
         return disk["copying_writes"], disk["scratch_used_bytes"]
 
+    def kept_in(self):
+        """The file that it copies to."""
+        return f"{self.server.image}.stillpoint/backups/{self.id}/scratch"
+
     def close(self):
         self.server.cli("backup", "abort", self.id)
 

@@ -128,6 +128,9 @@ class FleecedBackup:
     def allocated(self):
         return os.stat(self.overlay).st_blocks * 512
 
+    def kept_in(self):
+        return self.overlay
+
     def copied(self):
         """Copies so far, and their bytes: what the overlay has grown by, in clusters."""
         grown = self.allocated() - self.empty

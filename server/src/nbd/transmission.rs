@@ -56,6 +56,7 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + AsFd + Unpin>(
         last_words: false,
         hung_up: false,
         postponed: None,
+        is_at_once: false,
         share: Share::new(&entrance.budget),
         progress: Progress::new(&entrance.limits, entrance.role == Role::Live),
         limits: entrance.limits.clone(),
@@ -85,6 +86,8 @@ struct Connection {
     hung_up: bool,
     /// A request for which there is no memory yet. None is taken in after it.
     postponed: Option<(Origin, Command)>,
+    /// The last request that was begun was answered at once, and did not wait for a device or others.
+    is_at_once: bool,
     /// What all of this may take.
     share: Share,
     progress: Progress,
@@ -204,7 +207,7 @@ impl Connection {
             let (held, next) = (self.held(), self.next());
             let has_room = self.under_way.count.get() < self.limits.requests
                 && held < self.limits.request_bytes
-                && self.output.len() < OUTPUT_MAX
+                && self.output.len() < self.output_max()
                 && self.share.covers(held, next);
             if !has_room {
                 self.share.fit(held);
@@ -227,6 +230,14 @@ impl Connection {
         }
         self.share.fit(self.held());
         Ok(false)
+    }
+
+    fn output_max(&self) -> usize {
+        if self.is_at_once {
+            OUTPUT_AT_ONCE_MAX
+        } else {
+            OUTPUT_MAX
+        }
     }
 
     /// What requests and their replies take that have been taken in.
@@ -301,7 +312,9 @@ impl Connection {
         let mut work: Pin<Box<dyn Future<Output = Reply>>> =
             Box::pin(async move { target.perform(origin, command, reply).await });
         // Whoever is not ready is polled again by its own task, with a waker that wakes.
-        match work.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        let polled = work.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        self.is_at_once = polled.is_ready();
+        match polled {
             Poll::Ready(reply) => self.output.push(reply),
             Poll::Pending => {
                 let pending = Pending::new(&self.under_way, self.target.replies, origin, weight);
@@ -355,6 +368,9 @@ impl Drop for Connected {
 /// withdrawn: whoever wants it has it by then, and a second is what all of it may take.
 pub(super) const GOODBYE_MAX: Duration = Duration::from_millis(500);
 
-/// No more requests are begun while so much is to be sent. More would be read while what was read
-/// before leaves the processor's cache, from which it is to be sent.
-const OUTPUT_MAX: usize = 256 << 10;
+/// No more requests are begun while so much is to be sent: what the socket takes at once.
+const OUTPUT_MAX: usize = 1 << 20;
+
+/// The same where requests are answered at once. More would be read while what was read before leaves
+/// the processor's cache, from which it is to be sent.
+const OUTPUT_AT_ONCE_MAX: usize = 256 << 10;

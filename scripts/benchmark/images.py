@@ -47,13 +47,6 @@ def sync(path):
     os.close(descriptor)
 
 
-def settle(path):
-    """What servers have copied to `path` is not written back while it is measured, and not paged
-    out: locked into memory until the returned is called."""
-    os.sync()
-    return HeldData(path).release
-
-
 def fill_cache(path, size, way):
     """Leaves the whole image in the page cache, read in small pieces or in large ones."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -71,18 +64,19 @@ class Held:
     """A file locked into memory until it is let go."""
 
     def __init__(self, path, size):
-        descriptor = os.open(path, os.O_RDONLY)
         self.size = size
-        self.address = LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-        if self.address == MAP_FAILED:
-            raise OSError(ctypes.get_errno(), f"cannot map {path}")
-        if self.lock(descriptor):
-            raise OSError(ctypes.get_errno(),
-                          f"cannot lock {size >> 20} MiB of {path} into memory: "
-                          "raise the limit (ulimit -l) or be root")
-        os.close(descriptor)
+        with open(path, "rb") as image:
+            self.address = LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, image.fileno(),
+                                     0)
+            if self.address == MAP_FAILED:
+                raise OSError(ctypes.get_errno(), f"cannot map {path}")
+            if self.lock(image.fileno()):
+                raise OSError(ctypes.get_errno(),
+                              f"cannot lock {size >> 20} MiB of {path} into memory: "
+                              "raise the limit (ulimit -l) or be root")
 
-    def lock(self, descriptor):
+    def lock(self, _):
+        """Says whether that failed."""
         return LIBC.mlock(self.address, self.size)
 
     def release(self):

@@ -7,7 +7,7 @@ import collections
 import contextlib
 
 from benchmark import measure, verify
-from benchmark.images import MIB, settle, sync
+from benchmark.images import MIB, HeldData, sync
 
 # What is measured: how it is called, whether the short run has it (True, False, or "few" for some
 # of the peers), and what it is made of.
@@ -67,6 +67,15 @@ class OwnServers(Row):
         self.begun.clear()
 
 
+def settle(stack, field, server, backup):
+    """What made a state is not written back while it is measured; and what was copied is in memory as
+    the image is, until the stack is closed."""
+    for path in [server.image, backup.kept_in()]:
+        sync(path)
+    if field.scale.held:
+        stack.callback(HeldData(backup.kept_in()).release)
+
+
 class Plain(Row):
     """A guest alone with its disk."""
 
@@ -105,7 +114,7 @@ class DuringBackup(Row):
                 # All of it, in large pieces: the quick way to the same state.
                 field.client.fio(server, "write", seed=seed, size=size, pattern="write",
                                  block="1m", depth=8)
-                stack.callback(settle(backup.kept_in()))
+                settle(stack, field, server, backup)
             copies, copied = backup.copied()
             puller = measure.Puller(field.client, backup.uri, size)
             with puller if variant.options["pulled"] else contextlib.nullcontext():
@@ -148,7 +157,7 @@ class FrozenPull(Row):
                          extra=[f"--io_size={size // 4}"])
         before = backup.copied()[1]
         with contextlib.ExitStack() as stack:
-            stack.callback(settle(backup.kept_in()))
+            settle(stack, field, server, backup)
             done = self.pull(field, server, backup, variant, seed)
         done.notes["preserved_share"] = before / size
         backup.close()

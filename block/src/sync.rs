@@ -1,8 +1,6 @@
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync;
-
 /// One sync for all who wait, and none that began before someone asked.
 ///
 /// A sync makes durable what was written before it *began*; whoever asks while one is under way
@@ -14,12 +12,12 @@ pub struct SharedSync {
     /// The round that whoever asks takes part in.
     next: Mutex<Arc<Round>>,
     /// Held while a sync is under way.
-    turn: sync::Mutex<()>,
+    turn: tokio::sync::Mutex<()>,
 }
 
 /// Those who share a sync, and how it ended. Who holds this makes it, if it was not made yet; should
 /// that be given up, the next of them does.
-type Round = sync::Mutex<Option<Result<(), io::ErrorKind>>>;
+type Round = tokio::sync::Mutex<Option<Result<(), io::ErrorKind>>>;
 
 impl SharedSync {
     /// Returns when a sync that began after this call has ended, with its result.

@@ -339,7 +339,7 @@ impl Export {
         self.still_open()
     }
 
-    /// What `context` says of `range`, from its start on: at most some `limit` stretches.
+    /// What `context` says of `range`, from its start on: at most `limit` stretches, which is not zero.
     pub(crate) async fn status(
         &self,
         context: &Context,
@@ -358,7 +358,7 @@ impl Export {
             }
             (Context::Allocation, Self::Live(disk)) => {
                 let extents = disk.disk.extents(range).await?;
-                extents.iter().take(limit).map(allocation_of).collect()
+                first(extents.iter().map(allocation_of), limit)
             }
             (Context::Allocation, Self::Frozen(part)) => {
                 let extents = part.frozen.extents(range, limit).await?;
@@ -509,6 +509,19 @@ fn dirty_of(run: &Run) -> Status {
         length: run.range.end - run.range.start,
         flags,
     }
+}
+
+/// The first `limit` stretches, of which those that say the same are one.
+fn first(told: impl Iterator<Item = Status>, limit: usize) -> Vec<Status> {
+    let mut found = Vec::new();
+    for Status { length, flags } in told {
+        push(&mut found, length, flags);
+        if found.len() > limit {
+            found.pop();
+            break;
+        }
+    }
+    found
 }
 
 fn push(found: &mut Vec<Status>, length: u64, flags: u32) {

@@ -7,8 +7,9 @@ use std::process::{Command, Stdio};
 use rustix::process::Signal;
 use serde_json::json;
 use stillpoint_tests::process::{self, KilledOnDrop};
+use stillpoint_tests::raw_nbd::flag;
 use stillpoint_tests::tools::path;
-use stillpoint_tests::{Guest, MIB, Server};
+use stillpoint_tests::{CHUNK, GIB, Guest, MIB, Server};
 
 #[test]
 fn a_new_region_is_recorded_durably_before_its_first_write_and_never_again_while_it_is_active() {
@@ -83,6 +84,31 @@ fn the_bits_of_a_dirty_bitmap_are_durable_before_the_record_that_counts_on_them(
     }
 }
 
+#[test]
+fn who_wants_one_extent_of_a_difference_has_the_file_system_asked_for_no_more() {
+    let server = Server::with_disk(GIB);
+    server.checkpoint("cp1");
+    let mut guest = Guest::new(&server, "vda");
+    for chunk in 1..=200 {
+        guest.write(3 * chunk * CHUNK, &[1; 4096]);
+    }
+    server.begin("b1", &["--since", "cp1"]);
+    let export = "vda@cp1..b1";
+    let mut nbd = server.open_frozen(export, &["base:allocation"]);
+    let length = GIB as u32 - 512;
+    for (flags, extents, most) in [(flag::REQ_ONE, 1, 2), (0, 400, 1000)] {
+        let calls = traced(&server, || {
+            // The first is clean, and the second is not.
+            let status = nbd.block_status(0, length, flags).expect("block status");
+            let told = status.values().next().expect("a context");
+            assert!(told.len() >= extents, "{}", told.len());
+        });
+        let asked = calls.iter().filter(|call| call.is("ioctl", "FIEMAP"));
+        let asked = asked.count();
+        assert!((1..=most).contains(&asked), "{asked} times, {flags:#x}");
+    }
+}
+
 /// A system call, and between which lines of the trace it was.
 #[derive(Debug)]
 struct Call {
@@ -105,7 +131,7 @@ fn traced(server: &Server, then: impl FnOnce()) -> Vec<Call> {
         .args(["-f", "-y", "-s", "0", "-o", path(&trace)])
         .args([
             "-e",
-            "trace=write,pwrite64,pwritev,pwritev2,fdatasync,fsync,fallocate",
+            "trace=write,pwrite64,pwritev,pwritev2,fdatasync,fsync,fallocate,ioctl",
         ])
         .args(["-p", &server.pid().to_string()])
         .stderr(Stdio::piped());

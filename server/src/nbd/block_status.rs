@@ -49,7 +49,7 @@ impl Target {
             let _lookup = lookup.expect("it is never closed");
             at = end.min(at + STEP);
             for ((_, answer), context) in answers.iter_mut().zip(&contexts) {
-                lookups += self.look_up(context, start..at, answer).await?;
+                lookups += self.look_up(context, start..at, question, answer).await?;
                 // No context needs to say more than the one that says least.
                 at = at.min(start + answer.covered());
             }
@@ -63,6 +63,7 @@ impl Target {
         &self,
         context: &Context,
         range: Range<u64>,
+        question: &Question,
         answer: &mut Extents,
     ) -> Result<usize, ExportError> {
         for lookups in 0..LOOKUPS_MAX {
@@ -71,7 +72,7 @@ impl Target {
                 return Ok(lookups);
             }
             let turn = self.export.lookup_turn().acquire().await;
-            let found = self.export.status(context, rest, BATCH).await;
+            let found = self.export.status(context, rest, question.batch()).await;
             drop(turn.expect("it is never closed"));
             for status in found? {
                 answer.push(status.length, status.flags);
@@ -82,6 +83,12 @@ impl Target {
 }
 
 impl Question {
+    /// How many stretches of a context are asked for at a time. Who wants one extent asks again for each of
+    /// them, so that what is looked up in vain would be so for each.
+    fn batch(&self) -> usize {
+        if self.one { 1 } else { BATCH }
+    }
+
     fn empty_answer(&self) -> Extents {
         let length = self.range.end - self.range.start;
         if self.one {
@@ -96,7 +103,7 @@ impl Question {
 /// the usual granularity, which takes some hundreds of microseconds to scan.
 const STEP: u64 = 16 << 30;
 
-/// How many stretches of a context are asked for at a time.
+/// So many stretches of a context at a time take some hundreds of microseconds to find.
 const BATCH: usize = 4096;
 
 /// How often a request asks the file system and the maps; then the answer ends, and the client asks

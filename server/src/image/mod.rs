@@ -75,6 +75,14 @@ impl Image {
         }
     }
 
+    /// What all access to it is made of where that is direct, in bytes.
+    pub(crate) fn block(&self) -> Option<u64> {
+        match self {
+            Self::File(file) => file.block(),
+            Self::Nbd(_) | Self::Qcow2(_) => None,
+        }
+    }
+
     /// Whether nobody ever writes it here, so that any change of it is another's.
     pub(crate) fn is_constant(&self) -> bool {
         matches!(self, Self::Qcow2(_))

@@ -162,6 +162,13 @@ fn check_image(disk: &ServedDisk, size: u64) -> Result<(), Failure> {
         let hint = "enlarge the device first, then ask for the size that it has";
         return Err(Failure::new("other-size", message).hint(hint));
     }
+    if let Some(block) = image.block().filter(|block| !size.is_multiple_of(*block)) {
+        let message = format!(
+            "{size} bytes are no multiple of {block}, of which direct I/O to '{path}' is made"
+        );
+        let hint = "choose a size that is, or serve the disk with cache=writeback";
+        return Err(Failure::new("bad-argument", message).hint(hint));
+    }
     if length > size || length < now {
         let message = format!(
             "'{path}' has {length} bytes, which someone else has made of {}",

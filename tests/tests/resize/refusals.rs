@@ -34,6 +34,22 @@ fn a_size_that_cannot_be_is_refused_with_the_reason() {
     assert_eq!(found, map_before(&[WRITTEN]));
 }
 
+/// Nobody could read or write what is behind the last whole block, and no start would have it.
+#[test]
+fn a_size_of_which_direct_access_cannot_be_made_is_refused() {
+    // Whatever it is made of, it does not tell.
+    let mount = Mount::tmpfs(8 * MIB);
+    let builder = Server::builder();
+    let (image, state) = (mount.path().join("vda.raw"), builder.path("state"));
+    sparse_file(&image, MIB);
+    let disk = format!("vda={},cache=none,state={}", path(&image), path(&state));
+    let server = builder.disk_as(&disk).start();
+    let odd = server.cli(&["disk", "resize", "vda", "+512"]);
+    odd.refused("no multiple of 4096");
+    assert!(odd.stderr.contains("cache=writeback"), "{odd}");
+    server.cli(&["disk", "resize", "vda", "+4096"]).ok();
+}
+
 #[test]
 fn a_disk_that_is_read_only_or_in_use_is_refused() {
     let builder = Server::builder();

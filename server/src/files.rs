@@ -216,11 +216,15 @@ impl SnapshotDir {
     }
 
     /// Makes the folder and its files survive, as files, whatever happens to the machine.
-    pub(crate) fn sync_names(&self) -> io::Result<()> {
-        let parents = self.path.ancestors().take(FOLDERS_MADE);
-        parents
-            .into_iter()
-            .try_for_each(|folder| File::open(folder)?.sync_all())
+    pub(crate) async fn sync_names(&self) -> io::Result<()> {
+        let path = self.path.clone();
+        let sync = move || {
+            let mut parents = path.ancestors().take(FOLDERS_MADE);
+            parents.try_for_each(|folder| File::open(folder)?.sync_all())
+        };
+        // A guest may wait for a sync that it shares with a task of this thread.
+        let synced = tokio::task::spawn_blocking(sync).await;
+        synced.map_err(io::Error::other)?
     }
 
     /// Where the bits of the backup's dirty bitmap number `number` lie.

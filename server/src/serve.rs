@@ -148,8 +148,11 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     }
     // What a job has published it still commits, for which instants must be free.
     control.jobs.rest().await;
-    // The workers have been told; joining them blocks nobody but this thread.
-    workers.join();
+    // The workers have been told. What they wait for may be a task of this thread, which goes on meanwhile: a sync
+    // that all share, or a gate that is about to reopen.
+    if let Err(error) = tokio::task::spawn_blocking(move || workers.join()).await {
+        tracing::error!(%error, "workers cannot be waited for");
+    }
     keepers.shutdown().await;
     // What a control client has begun may still go on, whether or not that client is there.
     let _at_rest = service.rest().await;

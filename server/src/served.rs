@@ -324,7 +324,7 @@ impl ServedDisk {
         state.close(era, self.disk.image(), self.disk.map()).await
     }
 
-    /// Records that what was stored lately cannot be believed, if a sync has failed.
+    /// Records that what was stored lately in the map or the table cannot be believed, if a sync of it has failed.
     pub(crate) async fn record_doubt(&self) {
         let in_doubt = self.disk.in_doubt();
         if let Err(error) = self.state.lock().await.record_doubt(in_doubt).await {
@@ -384,7 +384,8 @@ async fn open_disk(
     }
     let stored = image.stored_bitmaps(&spec.path).await;
     let disk = Disk::new(image, opened.map, Some(opened.intents), opened.era, Hooks)
-        .with_loss(opened.loss);
+        .with_loss(opened.loss)
+        .with_doubt(opened.doubt);
     if let (Some(remote), Ending::PowerCut) = (disk.image().remote(), opened.ending) {
         // Which writes were under way when the machine stopped is not known so exactly.
         let added = remote.add_unsettled(disk.active_ranges());

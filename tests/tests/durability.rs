@@ -5,10 +5,11 @@ use std::path::PathBuf;
 
 use rustix::process::Signal;
 use stillpoint_tests::killer::Killer;
+use stillpoint_tests::raw_nbd::{command, errno};
 use stillpoint_tests::server::{named, temporary_directory};
 use stillpoint_tests::state::{Begun, begin_since, pretend_power_cut};
 use stillpoint_tests::tools::{path, sparse_file};
-use stillpoint_tests::{CHUNK, Guest, MIB, Mount, Server, Syncs};
+use stillpoint_tests::{CHUNK, GIB, Guest, MIB, Mount, Server, Syncs};
 use tempfile::TempDir;
 
 /// An image that several servers serve, one after the other.
@@ -138,6 +139,70 @@ fn a_stop_whose_sync_fails_leaves_its_disk_in_doubt_and_ends_the_others_well() {
     assert_eq!(server.dirty_bytes("cp1", "vdb"), 0);
 }
 
+/// A client that is told may be all that is left to tell, a moment later.
+#[test]
+fn a_failed_sync_is_recorded_before_anyone_is_told_of_it() {
+    let mut server = Server::with_disk(8 * MIB);
+    let mut live = server.open_live("vda");
+    live.write(CHUNK, &[1; 4096]).unwrap();
+    server.checkpoint("cp1");
+    let header = server.path("vda.raw.stillpoint/header");
+    let told = || fs::read(&header).expect("a header")[SYNC_FAILED_AT];
+    assert_eq!(told(), 0);
+    {
+        let _failing = Killer::failing(&server, "fdatasync", &server.image("vda"));
+        assert_eq!(live.flush(), Err(errno::EIO));
+        assert_eq!(told(), 1);
+    }
+    server.kill();
+    server.start();
+    let marked = server.dirty_bytes("cp1", "vda");
+    assert!(marked >= CHUNK, "{marked} bytes");
+    assert_eq!(told(), 0, "by now it is marked");
+    server.open_live("vda").flush().expect("another server");
+}
+
+/// A guest's flush that waits for the sync of a retirement ends with it, although the server does by then.
+#[test]
+fn a_stop_waits_for_a_flush_that_waits_for_a_retirement() {
+    let mut server = Server::with_disk(4 * GIB);
+    let mut live = server.open_live("vda");
+    for region in 0..=ACTIVE_MAX {
+        if region == ACTIVE_MAX {
+            // The next one is one too many.
+            let slow = Killer::slowing(&server, "fdatasync", &server.image("vda"), 2_000_000);
+            live.write(region * REGION, &[1; 512]).unwrap();
+            // Answered by the thread that retires, after it has begun.
+            server.cli(&["status"]).ok();
+            let (to, from) = live.halves();
+            to.request((command::FLUSH, 0), 1, 0, 0, &[]).unwrap();
+            to.request((command::READ, 0), 2, 0, 512, &[]).unwrap();
+            assert_eq!(from.answer().unwrap().cookie, 2, "the flush waits");
+            server.signal(Signal::TERM);
+            assert_eq!(server.wait().code(), Some(0), "{}", server.stderr());
+            slow.detach();
+        } else {
+            live.write(region * REGION, &[1; 512]).unwrap();
+        }
+    }
+}
+
+/// Else the next server takes a write that waited for long for someone else's.
+#[test]
+fn a_write_that_waited_for_a_sync_for_seconds_is_our_own_after_a_kill() {
+    let mut server = Server::with_disk(64 * MIB);
+    let mut guest = Guest::new(&server, "vda");
+    guest.write(3 * CHUNK, &[1; 4096]);
+    server.checkpoint("cp1");
+    let pages = server.path("vda.raw.stillpoint/pages");
+    let slow = Killer::slowing(&server, "fdatasync", &pages, 4_500_000);
+    guest.write(33 * MIB, &[2; 4096]);
+    slow.detach();
+    server.kill();
+    server.start();
+    has_changed(&server, "b1", "cp1", &[528]);
+}
+
 #[test]
 fn a_start_after_a_kill_makes_up_for_what_a_weaker_server_did_not_sync() {
     let image = Image::new();
@@ -207,3 +272,10 @@ fn a_state_directory_in_memory_is_refused_unless_nothing_is_promised() {
     server.start();
     has_changed(&server, "b1", "cp1", &[]);
 }
+
+/// Where the header of a state has it that a sync of the image has failed.
+const SYNC_FAILED_AT: usize = 4 * 512 + 4;
+
+/// How many regions may be active before some are retired, and how large one is with chunks of 64 KiB.
+const ACTIVE_MAX: u64 = 512;
+const REGION: u64 = 4 * MIB;

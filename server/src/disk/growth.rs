@@ -69,6 +69,7 @@ impl<W: World> Disk<W> {
         };
         begun.await.map_err(NotGrown::Refused)?;
         self.pace.step(Step::Grow).await;
+        self.issuing();
         if let Err(error) = self.image.grow(size).await {
             // What cannot be taken back is so at the next start.
             let _ = record.undone().await;

@@ -97,6 +97,14 @@ impl<W: World> Intents<W> {
         self.lease.note(pace.now())
     }
 
+    /// The image is about to be changed, perhaps long after it was allowed. If that cannot be stored, who
+    /// finds it changed after a kill takes it for someone else's doing.
+    pub(super) fn issuing(&self, pace: &W::Pace) {
+        if let Err(error) = self.lease.note(pace.now()) {
+            tracing::error!(%error, "the time of a write cannot be stored");
+        }
+    }
+
     /// Waits until there are too many active regions.
     pub(super) async fn crowded(&self) {
         self.crowded.notified().await;

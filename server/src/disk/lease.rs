@@ -46,22 +46,26 @@ impl<P: Durable> Lease<P> {
 
     /// Returns when a write may be issued at `now`.
     pub(super) async fn cover(&self, now: u64) -> io::Result<()> {
-        if now + RENEWED_BEFORE_S >= self.end.load(Ordering::Acquire) {
-            let end = now + LEASE_S;
+        // Whoever shares a sync has the end that another stored, perhaps much earlier.
+        while now + RENEWED_BEFORE_S >= self.end.load(Ordering::Acquire) {
             self.syncs
                 .run(|| async {
+                    let end = now + LEASE_S;
                     save(&self.store, END_SECTOR, end)?;
-                    self.store.sync().await
+                    self.store.sync().await?;
+                    self.end.fetch_max(end, Ordering::AcqRel);
+                    Ok(())
                 })
                 .await?;
-            self.end.fetch_max(end, Ordering::AcqRel);
         }
         Ok(())
     }
 
     /// Stores that a write is issued at `now`.
     pub(super) fn note(&self, now: u64) -> io::Result<()> {
-        if self.clock.swap(now, Ordering::AcqRel) != now {
+        // Most often someone has done so, and nobody need wait for the others' copy of it.
+        let known = self.clock.load(Ordering::Acquire) == now;
+        if !known && self.clock.swap(now, Ordering::AcqRel) != now {
             save(&self.store, CLOCK_SECTOR, now)?;
         }
         Ok(())

@@ -3,6 +3,7 @@
 //! A guest write takes one path: reserve, gate, mark, preserve, write. What it must not do out of order, and
 //! what each step leaves behind when the process is killed after it, stands at [`Disk::change`].
 
+mod doubt;
 mod durability;
 mod elsewhere;
 mod freeze;
@@ -30,6 +31,7 @@ use intents::Inside;
 use sound_sync::SoundSync;
 use tokio::sync::Notify;
 
+pub use doubt::Doubt;
 pub use durability::Durability;
 pub use freeze::{Cover, Freeze, NotFrozen, freeze};
 pub use gate::{Closed, Gate, Pass};
@@ -48,6 +50,8 @@ pub struct Disk<W: World> {
     intents: Option<Intents<W>>,
     /// None where a write that cannot be tracked fails.
     loss: Option<Loss<W::Pages>>,
+    /// None where nobody starts after this.
+    doubt: Option<Doubt<W::Pages>>,
     map_syncs: SoundSync,
     /// Entered for as long as a write is under way. Closed and empty, it is therefore a moment when
     /// no write is half done: a point in time.
@@ -84,6 +88,7 @@ impl<W: World> Disk<W> {
             map,
             intents,
             loss: None,
+            doubt: None,
             map_syncs: SoundSync::default(),
             gate: Gate::new(Tracking::new(era)),
             claims: Claims::default(),
@@ -99,6 +104,13 @@ impl<W: World> Disk<W> {
     pub fn with_loss(self, loss: Loss<W::Pages>) -> Self {
         let loss = Some(loss);
         Self { loss, ..self }
+    }
+
+    /// The same with a place for what the next start must know.
+    #[must_use]
+    pub fn with_doubt(self, doubt: Doubt<W::Pages>) -> Self {
+        let doubt = Some(doubt);
+        Self { doubt, ..self }
     }
 
     /// What is not known because tracking was lost, if so.
@@ -208,11 +220,24 @@ impl<W: World> Disk<W> {
         if let Err(error) = &result
             && !Unreachable::is(error)
         {
-            self.sync_failed.store(true, Ordering::Release);
-            self.failing.notify_one();
-            self.give_up(&format!("a sync of the image failed: {error}"));
+            self.lose_trust(error).await;
         }
         result
+    }
+
+    /// A sync has failed with `error`, of which nobody knows yet. Whoever is told of it, or of any that comes
+    /// after, finds it stored: else a server that is killed then would leave a disk that looks as it should.
+    async fn lose_trust(&self, error: &io::Error) {
+        let stored = self.doubt.as_ref().map_or(Ok(()), Doubt::store);
+        self.sync_failed.store(true, Ordering::Release);
+        self.give_up(&format!("a sync of the image failed: {error}"));
+        let recorded = match (&self.doubt, stored) {
+            (Some(doubt), Ok(())) => doubt.sync().await,
+            (_, other) => other,
+        };
+        if let Err(error) = recorded {
+            tracing::error!(%error, "that a sync of the image failed cannot be recorded");
+        }
     }
 
     /// Gives up every instant that is kept.
@@ -317,10 +342,11 @@ impl<W: World> Disk<W> {
         }
     }
 
-    /// Whether a sync has failed, so that what is stored may not be there, even without a power cut.
+    /// Whether a sync of the map or of the table has failed, so that what is stored there may be gone, even without
+    /// a power cut.
     pub fn in_doubt(&self) -> bool {
         let table = self.intents.as_ref().is_some_and(Intents::in_doubt);
-        self.sync_failed() || self.map_syncs.has_failed() || table
+        self.map_syncs.has_failed() || table
     }
 
     fn tell_doubt(&self) {
@@ -329,7 +355,7 @@ impl<W: World> Disk<W> {
         }
     }
 
-    /// Waits until a sync has failed, and what it was to make durable is in doubt.
+    /// Waits until a sync of the map or of the table has failed, and what it was to make durable is in doubt.
     pub async fn sync_fails(&self) {
         self.failing.notified().await;
     }
@@ -393,12 +419,20 @@ impl<W: World> Disk<W> {
         )
         .await?;
         self.pace.step(Step::Write).await;
+        self.issuing();
         match change {
             Change::Write(data) => self.image.write(range.start, &data).await,
             Change::Zero(how) => self.image.zero(range, how).await,
             Change::ByItself => Ok(()),
         }
         // The pass is given back here, when the outcome is known; then the regions are left.
+    }
+
+    /// The image is about to be changed.
+    fn issuing(&self) {
+        if let Some(intents) = &self.intents {
+            intents.issuing(&self.pace);
+        }
     }
 
     async fn mark(&self, range: &Range<u64>, tracking: &Tracking<W>) -> io::Result<()> {

@@ -15,7 +15,7 @@ use super::bases::Since;
 use super::bitmaps::{FrozenBitmap, inconsistent};
 use super::book::{Backup, Base, BeginRequest, Checkpoint, FrozenDisk, Outcome};
 use super::expiry::expiry;
-use super::{Counter, Event, Service, next_era, not_recorded, refuse_untrusted, restore};
+use super::{Counter, Event, Service, blocking, next_era, not_recorded, refuse_untrusted, restore};
 use crate::disk::Freeze;
 use crate::failure::Failure;
 use crate::files::{Files, SnapshotDir};
@@ -53,7 +53,7 @@ impl Service {
         for disk in disks {
             let base = self.base_of(&since, &disk);
             let bitmaps = bitmaps.remove(&disk.name).unwrap_or_default();
-            prepared.push(self.prepare(&id, disk, base, bitmaps, &budget)?);
+            prepared.push(self.prepare(&id, disk, base, bitmaps, &budget).await?);
         }
         let next = |part: &Prepared| Freeze {
             disk: Arc::clone(&part.disk.disk),
@@ -224,8 +224,11 @@ impl Service {
     /// Makes the beginning of a backup durable on each of its disks: then it is open.
     async fn record_begin(&self, backup: &Backup) -> Result<(), (Name, io::Error)> {
         for (name, part) in &backup.disks {
-            let sync_names = || part.dir.as_ref().map_or(Ok(()), SnapshotDir::sync_names);
-            let recorded = match sync_names() {
+            let named = match &part.dir {
+                Some(dir) => dir.sync_names().await,
+                None => Ok(()),
+            };
+            let recorded = match named {
                 Ok(()) => {
                     part.disk
                         .record(&Record::Begun(Box::new(backup.record_of(part))))
@@ -373,7 +376,7 @@ fn common_base<'a>(parts: impl Iterator<Item = &'a Arc<FrozenDisk>>) -> Option<(
 }
 
 impl Service {
-    fn prepare(
+    async fn prepare(
         &self,
         id: &Name,
         disk: Arc<ServedDisk>,
@@ -390,15 +393,19 @@ impl Service {
             Failure::new("scratch", message)
         };
         let (size, engine) = (disk.disk.size(), disk.engine);
-        let (dir, files) = SnapshotDir::create(path.clone(), size, engine).map_err(failed)?;
+        let place = path.clone();
+        let made = blocking(move || SnapshotDir::create(place, size, engine)).await?;
+        let (dir, files) = made.map_err(failed)?;
         let terms = self.space.terms(budget, dir.parent()).map_err(failed)?;
         self.space
             .refuse_if_full(&terms.allowance.room, dir.parent())?;
         // Nobody changes these while an instant is being taken; of the eras, the snapshot keeps its
         // own.
         for (number, bitmap) in bitmaps.iter().enumerate() {
-            let bits = BitsId::frozen(bitmap.uuid);
-            write_bits(&dir.bitmap(number), bits, &bitmap.dirty.bits).map_err(|error| {
+            let (path, id) = (dir.bitmap(number), BitsId::frozen(bitmap.uuid));
+            let bits = Arc::clone(&bitmap.dirty.bits);
+            let written = blocking(move || write_bits(&path, id, &bits)).await?;
+            written.map_err(|error| {
                 let message = format!("cannot keep dirty bitmap '{}': {error}", bitmap.name);
                 Failure::new("scratch", message)
             })?;

@@ -2,7 +2,8 @@
 //!
 //! One file of sectors, each with a CRC-32 of its own, so that storage writes each of them
 //! whole or not at all. Sector 0 never changes; sectors 1 and 2 take turns, and the valid one with
-//! the higher number counts. Sector 3 is [where it is recorded](Loss) that tracking was lost.
+//! the higher number counts. Sector 3 is [where it is recorded](Loss) that tracking was lost, and
+//! sector 4 that [a sync of the image failed](Doubt).
 
 use std::io;
 
@@ -12,7 +13,7 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use super::identity::ImageIdentity;
-use crate::disk::{Durability, Growth, Loss};
+use crate::disk::{Doubt, Durability, Growth, Loss};
 use crate::files::CellPages;
 
 /// The file, whose room was taken when it was made.
@@ -35,8 +36,8 @@ pub(crate) struct Format {
 pub(crate) struct Life {
     /// Its end was recorded, last of all.
     pub(crate) clean: bool,
-    /// Nothing that was not durable can be believed: a sync of the image failed, or a recovery from
-    /// a power cut was not finished.
+    /// Nothing that was not durable can be believed: a sync failed, or a recovery from a power cut was
+    /// not finished. Of the image's syncs it is found, and not stored, here.
     pub(crate) in_doubt: bool,
     /// The boot of the machine in which it ran.
     pub(crate) boot: [u8; 16],
@@ -77,6 +78,7 @@ impl Header {
         // Written and not only reserved: nothing that is stored here later may need room.
         cells.store(0, &[0; FILE_BYTES])?;
         cells.store(Loss::<CellPages>::OFFSET, &Loss::<CellPages>::empty())?;
+        cells.store(Doubt::<CellPages>::OFFSET, &Doubt::<CellPages>::none())?;
         let mut sector = Sector::new();
         sector.put(MAGIC);
         sector.put(&VERSION.to_le_bytes());
@@ -104,7 +106,12 @@ impl Header {
             }
         }
         let number = found.as_ref().map_or(0, |(number, _)| *number);
-        Ok((Self { cells, number }, format, found.map(|(_, life)| life)))
+        let sync_failed = Doubt::of(CellPages::from(cells.clone())).is_told()?;
+        let life = found.map(|(_, life)| Life {
+            in_doubt: life.in_doubt || sync_failed,
+            ..life
+        });
+        Ok((Self { cells, number }, format, life))
     }
 
     /// Stores how things stand, over the older copy. Durable after a [`sync`](Self::sync).
@@ -122,6 +129,13 @@ impl Header {
     pub(crate) fn forget_loss(&self) -> io::Result<()> {
         self.cells
             .store(Loss::<CellPages>::OFFSET, &Loss::<CellPages>::empty())
+    }
+
+    /// Stores that no sync of the image has failed. Durable after a [`sync`](Self::sync), which must come
+    /// after the sector of the life says the rest.
+    pub(crate) fn forget_doubt(&self) -> io::Result<()> {
+        self.cells
+            .store(Doubt::<CellPages>::OFFSET, &Doubt::<CellPages>::none())
     }
 
     /// The file, for what has a sector of its own.

@@ -40,7 +40,7 @@ pub(crate) use ledger::{ENDED_MAX, Ledger};
 pub(crate) use parcel::{Description, Unfit, open as open_parcel, verify as verify_parcel};
 
 use crate::disk::{
-    Before, Durability, Ending, Growth, Intents, Lease, Loss, OnTrackingError, Recovery,
+    Before, Doubt, Durability, Ending, Growth, Intents, Lease, Loss, OnTrackingError, Recovery,
 };
 use crate::failure::Failure;
 use crate::files::{CellPages, Files};
@@ -56,6 +56,8 @@ pub(crate) struct State {
     dir: PathBuf,
     header: Header,
     life: Life,
+    /// The header is known to say this of the life.
+    is_stored: bool,
     journal: Journal,
 }
 
@@ -79,6 +81,8 @@ pub(crate) struct Opened {
     pub(crate) lost: Option<Lost>,
     /// Where it is recorded that tracking was lost, if a write may go on untracked.
     pub(crate) loss: Loss<CellPages>,
+    /// Where it is recorded that a sync of the image has failed.
+    pub(crate) doubt: Doubt<CellPages>,
     /// What happened before.
     pub(crate) ledger: Ledger,
     /// How the disk has grown with this start.
@@ -182,17 +186,12 @@ impl State {
 
     /// Records that nothing is in doubt any more: all of that is marked by now, or recorded.
     pub(crate) async fn settle(&mut self) -> io::Result<()> {
-        if !self.life.in_doubt {
-            return Ok(());
-        }
-        self.life.in_doubt = false;
-        self.header.store(&self.life)?;
-        self.header.sync().await
+        self.record_doubt(false).await
     }
 
-    /// Records whether a sync has failed: then the next start cannot believe what is newer.
+    /// Records whether a sync of the map or the table has failed: then the next start cannot believe what is newer.
     pub(crate) async fn record_doubt(&mut self, in_doubt: bool) -> io::Result<()> {
-        if self.life.in_doubt == in_doubt {
+        if self.is_stored && self.life.in_doubt == in_doubt {
             return Ok(());
         }
         let life = Life {
@@ -202,10 +201,13 @@ impl State {
         self.replace(life).await
     }
 
+    /// On an error the header may say either.
     async fn replace(&mut self, life: Life) -> io::Result<()> {
+        self.is_stored = false;
         self.header.store(&life)?;
         self.header.sync().await?;
         self.life = life;
+        self.is_stored = true;
         Ok(())
     }
 
@@ -362,8 +364,9 @@ async fn begin(
         lost = Some(why);
     }
 
-    let pages = CellPages::from(header.cells().clone());
-    let (record_of_loss, untracked) = Loss::open(pages, policy).await?;
+    let pages = || CellPages::from(header.cells().clone());
+    let (record_of_loss, untracked) = Loss::open(pages(), policy).await?;
+    let doubt = Doubt::of(pages());
     if untracked.is_none() {
         lost = Some("the record of whether tracking was lost is damaged".to_owned());
     }
@@ -399,6 +402,11 @@ async fn begin(
     };
     let recovered = recovery.start(before, durability, &mut start).await?;
     start.recovered(has_record, image).await?;
+    if doubt.is_told()? {
+        // The life says by now whether anything is in doubt.
+        start.header.forget_doubt()?;
+        start.header.sync().await?;
+    }
     fit_eras(dir, whole)?;
     if recovered.damaged_bytes > 0 {
         let bytes = recovered.damaged_bytes;
@@ -424,10 +432,12 @@ async fn begin(
         ending,
         lost: lost_before(&life),
         loss: record_of_loss,
+        doubt,
         state: State {
             dir: dir.to_owned(),
             header,
             life,
+            is_stored: true,
             journal,
         },
         ledger,

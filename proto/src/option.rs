@@ -247,14 +247,18 @@ fn info_request(mut data: Bytes) -> Result<InfoRequest, Declined> {
 fn context_request(mut data: Bytes) -> Result<ContextRequest, Declined> {
     let export = take_counted_string(&mut data)?;
     let count = data.try_get_u32().map_err(|_| cut_short())?;
+    let mut queries = Vec::new();
+    for number in 0..count {
+        // Also those that are too many must be there, which is little beside the most that an option has.
+        let query = take_counted_string(&mut data)?;
+        if number < QUERIES_MAX {
+            queries.push(query);
+        }
+    }
+    expect_end(&data)?;
     if count > QUERIES_MAX {
         return Err(too_big(format!("{count} queries, more than {QUERIES_MAX}")));
     }
-    let mut queries = Vec::new();
-    for _ in 0..count {
-        queries.push(take_counted_string(&mut data)?);
-    }
-    expect_end(&data)?;
     Ok(ContextRequest { export, queries })
 }
 

@@ -246,8 +246,10 @@ fn malformed_questions_are_invalid_and_not_repeated() {
     let mut trailing = info("vda", &[]);
     trailing.push(0);
     let overlong = info(&"x".repeat(STRING_MAX + 1), &[]);
-    let cases: [&[u8]; 7] = [
+    let cases: [&[u8]; 8] = [
         b"",
+        // As many questions as there can be, and none of them is there.
+        b"\0\0\0\x03vda\xff\xff\xff\xff",
         b"\0\0\0\x04vda\0\0",
         b"\xff\xff\xff\xffvda\0\0",
         b"\0\0\0\x03v\0a\0\0",

@@ -35,6 +35,7 @@ impl Target {
         mut reply: Reply,
     ) -> Reply {
         let begun = reply.first_bytes();
+        let asks = Asks::of(&command);
         let outcome = match command {
             Command::Read {
                 range,
@@ -60,7 +61,7 @@ impl Target {
         if let Err(error) = outcome {
             // Whatever of the answer there was is worth nothing.
             reply.truncate(begun);
-            self.fail(origin, &error, reply.end());
+            self.fail(origin, asks, &error, reply.end());
         }
         reply
     }
@@ -68,12 +69,12 @@ impl Target {
     /// The answer to a request that came to nothing.
     pub(super) fn failed(&self, origin: Origin, error: &ExportError) -> Reply {
         let mut reply = Reply::default();
-        self.fail(origin, error, reply.end());
+        self.fail(origin, Asks::ToKnow, error, reply.end());
         reply
     }
 
-    fn fail(&self, origin: Origin, error: &ExportError, reply: &mut BytesMut) {
-        let errno = errno_of(error);
+    fn fail(&self, origin: Origin, asks: Asks, error: &ExportError, reply: &mut BytesMut) {
+        let errno = errno_of(asks, error);
         // Here the cause is known for the last time, unless it was told when it happened.
         match error {
             ExportError::Io(_) => tracing::warn!(%error, ?errno, "a request failed"),
@@ -213,17 +214,42 @@ async fn flush_if(disk: &Disk<Files>, fua: bool) -> io::Result<()> {
     if fua { disk.flush().await } else { Ok(()) }
 }
 
-fn errno_of(error: &ExportError) -> Errno {
+/// What a request asks, as far as errors differ.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Asks {
+    ToKnow,
+    ToChange,
+    ToChangeFast,
+}
+
+impl Asks {
+    fn of(command: &Command) -> Self {
+        match command {
+            Command::Read { .. } | Command::BlockStatus { .. } | Command::Cache { .. } => {
+                Self::ToKnow
+            }
+            Command::WriteZeroes { fast: true, .. } => Self::ToChangeFast,
+            _ => Self::ToChange,
+        }
+    }
+}
+
+/// What storage says is passed on where the protocol has it for such a request. Else a client would take it
+/// for something that it is not: a server of an image may say anything.
+fn errno_of(asks: Asks, error: &ExportError) -> Errno {
     match error {
         ExportError::Ended | ExportError::GivenUp => Errno::Shutdown,
         ExportError::Broken(_) => Errno::Io,
-        ExportError::Io(error) => match error.kind() {
-            io::ErrorKind::StorageFull
-            | io::ErrorKind::QuotaExceeded
-            | io::ErrorKind::FileTooLarge => Errno::NoSpc,
-            io::ErrorKind::Unsupported => Errno::NotSup,
-            io::ErrorKind::PermissionDenied => Errno::Perm,
-            io::ErrorKind::OutOfMemory => Errno::NoMem,
+        ExportError::Io(error) => match (error.kind(), asks) {
+            (_, Asks::ToKnow) => Errno::Io,
+            (
+                io::ErrorKind::StorageFull
+                | io::ErrorKind::QuotaExceeded
+                | io::ErrorKind::FileTooLarge,
+                _,
+            ) => Errno::NoSpc,
+            (io::ErrorKind::PermissionDenied, _) => Errno::Perm,
+            (io::ErrorKind::Unsupported, Asks::ToChangeFast) => Errno::NotSup,
             _ => Errno::Io,
         },
     }
@@ -332,8 +358,22 @@ mod tests {
             rustix::io::Errno::FBIG,
         ] {
             let error = ExportError::Io(number.into());
-            assert_eq!(errno_of(&error), Errno::NoSpc, "{number}");
+            assert_eq!(errno_of(Asks::ToChange, &error), Errno::NoSpc, "{number}");
+            assert_eq!(errno_of(Asks::ToKnow, &error), Errno::Io, "{number}");
         }
+    }
+
+    #[test]
+    fn what_the_protocol_has_for_other_requests_is_told_as_an_io_error() {
+        let told = |number: rustix::io::Errno, asks| {
+            errno_of(asks, &ExportError::Io(io::Error::from(number)))
+        };
+        use rustix::io::Errno as Kernel;
+        assert_eq!(told(Kernel::NOTSUP, Asks::ToChangeFast), Errno::NotSup);
+        assert_eq!(told(Kernel::NOTSUP, Asks::ToChange), Errno::Io);
+        assert_eq!(told(Kernel::PERM, Asks::ToChange), Errno::Perm);
+        assert_eq!(told(Kernel::PERM, Asks::ToKnow), Errno::Io);
+        assert_eq!(told(Kernel::NOMEM, Asks::ToChange), Errno::Io);
     }
 
     #[test]

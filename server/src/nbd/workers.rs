@@ -3,6 +3,7 @@ use std::net::TcpStream as StdTcpStream;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::net::sockopt;
 use rustix::process::{getpriority_process, setpriority_process};
@@ -167,6 +168,10 @@ fn tied(stream: Stream) -> io::Result<Tied> {
         Stream::Tcp(stream) => {
             sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER)?;
             stream.set_nodelay(true)?;
+            sockopt::set_socket_keepalive(&stream, true)?;
+            sockopt::set_tcp_keepidle(&stream, ALIVE_ASKED_AFTER)?;
+            sockopt::set_tcp_keepintvl(&stream, ALIVE_ASKED_EVERY)?;
+            sockopt::set_tcp_keepcnt(&stream, ALIVE_ASKED_TIMES)?;
             stream.set_nonblocking(true)?;
             TcpStream::from_std(stream).map(Tied::Tcp)
         }
@@ -175,6 +180,12 @@ fn tied(stream: Stream) -> io::Result<Tied> {
 
 /// A batch of replies should fit: with the default of 208 KiB batching can lose.
 const SEND_BUFFER: usize = 1 << 20;
+
+/// A machine that has vanished does not keep its place: two minutes after it was last heard of its connection ends. One that is
+/// idle answers, and stays.
+const ALIVE_ASKED_AFTER: Duration = Duration::from_secs(60);
+const ALIVE_ASKED_EVERY: Duration = Duration::from_secs(15);
+const ALIVE_ASKED_TIMES: u32 = 4;
 
 /// By how much backups are nicer than guests: a third of the processor where both want all of it. A
 /// guest that waits for a lock that a backup holds still has it soon.

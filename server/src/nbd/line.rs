@@ -12,6 +12,7 @@ use tokio::net::UnixStream;
 ///
 /// That is when both ways are closed at once: who has closed only its own may wait for what it asked.
 /// Over TCP a client that hangs up has closed no more than that, unless it left something unread.
+#[derive(Default)]
 pub(super) struct Line(Option<OwnedFd>);
 
 impl Line {

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::AsyncWrite;
@@ -30,6 +31,8 @@ pub(super) struct Output {
     ready_memory: usize,
     /// What comes behind those: replies are appended here, and need no memory of their own.
     tail: BytesMut,
+    /// The stream has taken in what it has not passed on yet, as one with TLS may.
+    is_held_back: bool,
 }
 
 impl Reply {
@@ -84,8 +87,9 @@ impl Output {
         self.ready_bytes + self.tail.len()
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.len() == 0
+    /// Whether there is nothing that the client has yet to take.
+    pub(super) fn is_sent(&self) -> bool {
+        self.len() == 0 && !self.is_held_back
     }
 
     /// What it holds in memory, in bytes: of a buffer all, until the last of it has been sent.
@@ -132,29 +136,45 @@ impl Output {
         }
     }
 
-    /// Hands over what `stream` takes at once of it, and says how much that was. If the future is
-    /// dropped before, nothing was.
+    /// Hands over what `stream` takes at once of it, and says how much that was: nothing, if `stream` has
+    /// passed on what it held back, and there is no more. If the future is dropped before, nothing was.
     pub(super) async fn send<S: AsyncWrite + Unpin>(
         &mut self,
         stream: &mut S,
     ) -> io::Result<usize> {
-        let sent = poll_fn(|context| {
-            let mut pieces = [IoSlice::new(&[]); PIECES_MAX];
-            let all = self
-                .ready
-                .iter()
-                .map(|piece| &piece.bytes[..])
-                .chain([&self.tail[..]]);
-            let mut count = 0;
-            for (place, piece) in pieces.iter_mut().zip(all) {
-                *place = IoSlice::new(piece);
-                count += 1;
+        poll_fn(|context| {
+            let mut sent = 0;
+            if self.len() > 0 {
+                sent = ready!(self.poll_write(Pin::new(&mut *stream), context))?;
+                self.advance(sent);
             }
-            Pin::new(&mut *stream).poll_write_vectored(context, &pieces[..count])
-        });
-        let sent = sent.await?;
-        self.advance(sent);
-        Ok(sent)
+            let flushed = Pin::new(&mut *stream).poll_flush(context)?;
+            self.is_held_back = flushed.is_pending();
+            if self.is_held_back && sent == 0 {
+                return Poll::Pending;
+            }
+            Poll::Ready(Ok(sent))
+        })
+        .await
+    }
+
+    fn poll_write<S: AsyncWrite>(
+        &self,
+        stream: Pin<&mut S>,
+        context: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        let mut pieces = [IoSlice::new(&[]); PIECES_MAX];
+        let all = self
+            .ready
+            .iter()
+            .map(|piece| &piece.bytes[..])
+            .chain([&self.tail[..]]);
+        let mut count = 0;
+        for (place, piece) in pieces.iter_mut().zip(all) {
+            *place = IoSlice::new(piece);
+            count += 1;
+        }
+        stream.poll_write_vectored(context, &pieces[..count])
     }
 
     fn advance(&mut self, mut sent: usize) {
@@ -181,8 +201,6 @@ const PIECES_MAX: usize = 16;
 
 #[cfg(test)]
 mod tests {
-    use std::task::{Context, Poll};
-
     use super::*;
 
     /// Takes so many bytes at a time.
@@ -249,7 +267,7 @@ mod tests {
             }
             assert_eq!(output.len(), expected.len());
             let mut stream = Slow(Vec::new(), taken);
-            while !output.is_empty() {
+            while !output.is_sent() {
                 let before = output.len();
                 let sent = output.send(&mut stream).await.unwrap();
                 assert_eq!(output.len(), before - sent);
@@ -270,7 +288,7 @@ mod tests {
         reply.append(data.slice(900..910), data.len());
         output.push(reply);
         let mut stream = Slow(Vec::new(), 1);
-        while !output.is_empty() {
+        while !output.is_sent() {
             assert!(output.memory() >= data.len(), "{} left", output.len());
             output.send(&mut stream).await.unwrap();
         }

@@ -12,7 +12,7 @@ use bytes::BytesMut;
 use proto::{Admission, Command, Errno, Incoming, Origin, Request, RequestDecoder};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::budget::Share;
 use super::catalog::Exports;
@@ -35,33 +35,16 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + AsFd + Unpin>(
     input: BytesMut,
     (entrance, mut seat): (&Entrance, Seat),
 ) -> Result<(), Ended> {
-    let (admission, decoder) = (session.admission(), session.requests());
-    let target = Rc::new(Target {
-        replies: session.replies(),
-        contexts: session.contexts,
-        export: session.export,
-        leaving: Cell::new(false),
-        asking: Semaphore::new(1),
-    });
-    let _connected = Connected::to(Rc::clone(&target));
+    let connection = Connection::new(session, input, entrance);
+    let _connected = Connected::to(Rc::clone(&connection.target));
     let line = Line::of(&stream);
-    let connection = Connection {
-        target,
-        admission,
-        decoder,
-        input,
-        output: Output::default(),
-        under_way: UnderWay::new(&entrance.waiting),
-        vigil: Vigil::new(&entrance.waiting),
-        last_words: false,
-        hung_up: false,
-        postponed: None,
-        is_at_once: false,
-        share: Share::new(&entrance.budget),
-        progress: Progress::new(&entrance.limits, entrance.role == Role::Live),
-        limits: entrance.limits.clone(),
-    };
     connection.run((stream, line), &mut seat).await
+}
+
+/// Waits until the server has been about to stop for as long as it waits for anybody.
+async fn dismissed_for_good(seat: &mut Seat) {
+    seat.dismissed().await;
+    sleep(GOODBYE_MAX).await;
 }
 
 /// Waits until `moment`, or for ever where there is none.
@@ -96,6 +79,31 @@ struct Connection {
 }
 
 impl Connection {
+    fn new(session: proto::Session<Exports>, input: BytesMut, entrance: &Entrance) -> Self {
+        Self {
+            admission: session.admission(),
+            decoder: session.requests(),
+            target: Rc::new(Target {
+                replies: session.replies(),
+                contexts: session.contexts,
+                export: session.export,
+                leaving: Cell::new(false),
+                asking: Semaphore::new(1),
+            }),
+            input,
+            output: Output::default(),
+            under_way: UnderWay::new(&entrance.waiting),
+            vigil: Vigil::new(&entrance.waiting),
+            last_words: false,
+            hung_up: false,
+            postponed: None,
+            is_at_once: false,
+            share: Share::new(&entrance.budget),
+            progress: Progress::new(&entrance.limits, entrance.role == Role::Live),
+            limits: entrance.limits.clone(),
+        }
+    }
+
     async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         mut self,
         stream: (S, Line),
@@ -134,10 +142,14 @@ impl Connection {
             // First: what is neither under way nor in the output counts as given back.
             self.collect_replies();
             let listens = self.take_requests()?;
-            if self.last_words && self.output.is_empty() && under_way.count.get() == 0 {
+            if self.last_words && self.output.is_sent() && under_way.count.get() == 0 {
                 // A client that sees the end has seen every answer.
-                let end = give_up.unwrap_or_else(|| Instant::now() + GOODBYE_MAX);
-                let _ = timeout_at(end, writer.shutdown()).await;
+                let told = timeout(self.limits.stall, writer.shutdown());
+                tokio::select! {
+                    _ = told => {}
+                    () = until(give_up), if give_up.is_some() => {}
+                    () = dismissed_for_good(seat) => {}
+                }
                 return Ok(());
             }
             if listens {
@@ -151,8 +163,8 @@ impl Connection {
                 }
             }
             tokio::select! {
-                written = self.output.send(&mut writer), if !self.output.is_empty() => {
-                    self.progress.took(written?, self.output.is_empty());
+                written = self.output.send(&mut writer), if !self.output.is_sent() => {
+                    self.progress.took(written?, self.output.is_sent());
                 }
                 received = reader.read_buf(&mut self.input), if listens => {
                     let received = received?;
@@ -188,7 +200,7 @@ impl Connection {
                     if dismissed {
                         return Ok(());
                     }
-                    if !self.output.is_empty() {
+                    if !self.output.is_sent() {
                         return Err(Lapse::Deaf(GOODBYE_MAX).into());
                     }
                     give_up = None;
@@ -252,7 +264,7 @@ impl Connection {
     }
 
     fn owed(&self, listens: bool) -> Owed {
-        let takes = !self.output.is_empty();
+        let takes = !self.output.is_sent();
         let sends = listens && (self.decoder.is_within() || !self.input.is_empty());
         Owed {
             takes,
@@ -374,3 +386,6 @@ const OUTPUT_MAX: usize = 1 << 20;
 /// The same where requests are answered at once. More would be read while what was read before leaves
 /// the processor's cache, from which it is to be sent.
 const OUTPUT_AT_ONCE_MAX: usize = 256 << 10;
+
+#[cfg(test)]
+mod tests;

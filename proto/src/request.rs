@@ -158,6 +158,16 @@ impl RequestDecoder {
         }
     }
 
+    /// Keeps nothing of the [payload](Self::payload) that the next request waits for: it is skipped.
+    pub fn skip_payload(&mut self) {
+        if let Expecting::Payload(request) = &mut self.expecting {
+            self.expecting = Expecting::Skipping {
+                left: request.length,
+                request: request.clone(),
+            };
+        }
+    }
+
     /// Whether a part of a request has been taken.
     pub fn is_within(&self) -> bool {
         !matches!(self.expecting, Expecting::Header)

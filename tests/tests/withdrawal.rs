@@ -61,6 +61,40 @@ fn a_stop_is_heard_by_all_within_a_second() {
     all_hear_of(Event::Stop);
 }
 
+#[test]
+fn who_goes_on_asking_at_a_stop_still_has_all_its_answers() {
+    let mut server = Server::builder()
+        .disk("vda", SIZE)
+        .arg("--live-listen=tcp:127.0.0.1:0")
+        .start();
+    let mut other = server.open_live("vda");
+    let mut client = Rude::open(&Address::tcp(&server, "live"), "vda", &[]);
+    let read = request(command::READ, 1, 0, ANSWER);
+    client.say(&read.repeat(ANSWERS));
+    let write = request(command::WRITE, 2, MIB, 512);
+    client.say(&[&write[..], &[7; 512]].concat());
+    // Then those before it have been taken in.
+    while other.read(MIB, 1) != Ok(vec![7]) {}
+    server.signal(Signal::TERM);
+    server.wait_for_log("stopping", 1);
+    let mut answers = 0;
+    let end = loop {
+        match client.hear(16 + ANSWER as usize, A_SECOND) {
+            Heard::Bytes(_) => answers += 1,
+            end => break end,
+        }
+        client.push(&read, Duration::ZERO);
+    };
+    assert!(answers >= ANSWERS, "{answers}");
+    // That to the write is among them, and so much shorter.
+    assert!(
+        matches!(end, Heard::End(rest) if rest.len() == 16),
+        "one is cut"
+    );
+    drop(client);
+    assert!(server.wait().success());
+}
+
 fn all_hear_of(event: Event) {
     let mut server = Server::builder()
         .disk("vda", SIZE)
@@ -263,6 +297,10 @@ const READS: u64 = 4;
 
 /// What a client has asked for that takes nothing: more than any socket keeps for it.
 const DEAF_READS: u64 = 64;
+
+/// More answers, and longer ones, than the client's own socket keeps for it, but not the server's.
+const ANSWERS: usize = 12;
+const ANSWER: u32 = 64 << 10;
 
 /// How often a server says the same when it does nothing any more: it takes some milliseconds to ask.
 const AT_REST: usize = 40;

@@ -64,6 +64,24 @@ fn a_payload_that_no_command_can_use_is_skipped_without_being_kept() {
 }
 
 #[test]
+fn a_payload_that_is_not_wanted_any_more_is_not_kept_either() {
+    let mut decoder = RequestDecoder::new(Headers::Simple);
+    let mut input = BytesMut::new();
+    request(WRITE, 5, b"he").encode(Headers::Simple, &mut input);
+    assert_eq!(decoder.decode(&mut input), Ok(None));
+    assert_eq!(decoder.payload(), 5);
+    decoder.skip_payload();
+    assert_eq!(decoder.payload(), 0);
+    assert_eq!(decoder.decode(&mut input), Ok(None));
+    assert!(input.is_empty() && decoder.is_within());
+    input.put_slice(b"llo");
+    let skipped = request(WRITE, 5, b"");
+    let found = decoder.decode(&mut input);
+    assert_eq!(found, Ok(Some(Incoming::Request(skipped))));
+    assert!(input.is_empty() && !decoder.is_within());
+}
+
+#[test]
 fn an_extended_payload_beyond_the_maximum_ends_the_connection() {
     for kind in [READ, WRITE, BLOCK_STATUS, 77] {
         for length in [PAYLOAD_MAX + 1, u64::MAX] {

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 
+use rustix::net::{AddressFamily, getsockname};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
@@ -19,6 +20,15 @@ impl Line {
     /// Where no descriptor is left for it, nothing is told.
     pub(super) fn of(stream: &impl AsFd) -> Self {
         Self(stream.as_fd().try_clone_to_owned().ok())
+    }
+
+    /// Whether the other end loses what it has not read yet if this is closed before all has been read that
+    /// it has sent: so it is with TCP.
+    pub(super) fn takes_back(&self) -> bool {
+        let address = self.0.as_ref().map(getsockname);
+        address.is_some_and(|found| {
+            found.is_ok_and(|address| address.address_family() != AddressFamily::UNIX)
+        })
     }
 
     /// Waits until nobody hears any more what is sent. Where that cannot be told, it never ends.

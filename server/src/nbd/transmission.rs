@@ -9,8 +9,8 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::BytesMut;
-use proto::{Admission, Command, Errno, Incoming, Origin, Request, RequestDecoder};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use proto::{Admission, Command, Errno, Incoming, Origin, Refusal, Request, RequestDecoder};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy, sink};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -56,6 +56,7 @@ async fn until(moment: Option<Instant>) {
 }
 
 struct Connection {
+    role: Role,
     target: Rc<Target>,
     admission: Admission,
     decoder: RequestDecoder,
@@ -65,6 +66,8 @@ struct Connection {
     under_way: Rc<UnderWay>,
     /// Nothing more is taken in; what is under way is answered.
     last_words: bool,
+    /// Why whatever is asked now is refused, if so.
+    refuses: Option<&'static str>,
     /// Nobody hears an answer any more.
     hung_up: bool,
     /// A request for which there is no memory yet. None is taken in after it.
@@ -81,6 +84,7 @@ struct Connection {
 impl Connection {
     fn new(session: proto::Session<Exports>, input: BytesMut, entrance: &Entrance) -> Self {
         Self {
+            role: entrance.role,
             admission: session.admission(),
             decoder: session.requests(),
             target: Rc::new(Target {
@@ -95,6 +99,7 @@ impl Connection {
             under_way: UnderWay::new(&entrance.waiting),
             vigil: Vigil::new(&entrance.waiting),
             last_words: false,
+            refuses: None,
             hung_up: false,
             postponed: None,
             is_at_once: false,
@@ -142,12 +147,21 @@ impl Connection {
             // First: what is neither under way nor in the output counts as given back.
             self.collect_replies();
             let listens = self.take_requests()?;
+            if dismissed && give_up.is_none() && under_way.count.get() == 0 {
+                // What is under way is waited for in any case.
+                give_up = Some(Instant::now() + GOODBYE_MAX);
+            }
             if self.last_words && self.output.is_sent() && under_way.count.get() == 0 {
                 // A client that sees the end has seen every answer.
-                let told = timeout(self.limits.stall, writer.shutdown());
+                let farewell = async {
+                    let _ = timeout(self.limits.stall, writer.shutdown()).await;
+                    if dismissed && line.takes_back() {
+                        let _ = copy(&mut reader, &mut sink()).await;
+                    }
+                };
                 tokio::select! {
-                    _ = told => {}
-                    () = until(give_up), if give_up.is_some() => {}
+                    () = farewell => {}
+                    () = until(give_up) => {}
                     () = dismissed_for_good(seat) => {}
                 }
                 return Ok(());
@@ -156,6 +170,9 @@ impl Connection {
                 self.make_room();
             }
             let owed = self.owed(listens);
+            let hush = give_up
+                .filter(|_| !self.last_words)
+                .map(|end| end - GOODBYE_MAX / 2);
             if look.is_none() {
                 look = self.progress.next_look(owed, Instant::now);
                 if let Some(at) = look {
@@ -187,15 +204,14 @@ impl Connection {
                     self.progress.look(owed, Instant::now())?;
                 }
                 why = seat.dismissed(), if !dismissed => {
-                    (dismissed, self.last_words) = (true, true);
-                    self.target.leaving.set(true);
-                    self.refuse_postponed(why);
-                    give_up = Some(Instant::now() + GOODBYE_MAX);
+                    (dismissed, give_up) = (true, None);
+                    self.dismiss(why);
                 }
-                _ = &mut withdrawn, if !is_withdrawn => {
+                _ = &mut withdrawn, if !is_withdrawn && !dismissed => {
                     is_withdrawn = true;
                     give_up.get_or_insert_with(|| Instant::now() + GOODBYE_MAX);
                 }
+                () = until(hush), if self.refuses.is_some() => self.last_words = true,
                 () = until(give_up) => {
                     if dismissed {
                         return Ok(());
@@ -213,6 +229,9 @@ impl Connection {
     /// room for what has not arrived.
     fn take_requests(&mut self) -> Result<bool, Ended> {
         while !self.last_words {
+            if self.refuses.is_some() {
+                self.decoder.skip_payload();
+            }
             if self.hung_up {
                 self.postponed.take_if(|(_, command)| is_question(command));
             }
@@ -285,11 +304,26 @@ impl Connection {
         }
     }
 
-    fn refuse_postponed(&mut self, why: &str) {
-        if let Some((origin, _)) = self.postponed.take() {
-            let replies = self.target.replies;
-            replies.error(self.output.end(), origin, Errno::Shutdown, why);
+    /// Performs nothing more. A backup's client hears of each request from now on why. A guest does not:
+    /// it would take that for an error of its disk, while it asks once more over another connection what
+    /// was not answered on this one.
+    fn dismiss(&mut self, why: &'static str) {
+        self.target.leaving.set(true);
+        let postponed = self.postponed.take();
+        if self.role == Role::Live {
+            self.last_words = true;
+            return;
         }
+        self.refuses = Some(why);
+        if let Some((origin, _)) = postponed {
+            self.refuse(origin, leave(why));
+        }
+    }
+
+    fn refuse(&mut self, origin: Origin, refusal: Refusal) {
+        tracing::debug!(%refusal, "a request was refused");
+        let replies = self.target.replies;
+        replies.error(self.output.end(), origin, refusal.errno, refusal.reason);
     }
 
     fn begin(&mut self, request: Request) {
@@ -301,13 +335,13 @@ impl Connection {
             self.input = BytesMut::from(&self.input[..]);
         }
         let origin = request.origin();
-        match self.admission.admit(request) {
+        let admitted = match self.refuses {
+            Some(why) => Err(leave(why)),
+            None => self.admission.admit(request),
+        };
+        match admitted {
             Ok(command) => self.postponed = Some((origin, command)),
-            Err(refusal) => {
-                tracing::debug!(%refusal, "a request was refused");
-                let replies = self.target.replies;
-                replies.error(self.output.end(), origin, refusal.errno, refusal.reason);
-            }
+            Err(refusal) => self.refuse(origin, refusal),
         }
     }
 
@@ -351,6 +385,14 @@ impl Connection {
     }
 }
 
+/// What a client is told that is to leave.
+fn leave(reason: &'static str) -> Refusal {
+    Refusal {
+        errno: Errno::Shutdown,
+        reason,
+    }
+}
+
 /// Whether nothing comes of it but an answer.
 fn is_question(command: &Command) -> bool {
     matches!(command, Command::Read { .. } | Command::BlockStatus { .. })
@@ -377,7 +419,8 @@ impl Drop for Connected {
 }
 
 /// How long clients have to take what they were answered, when the server stops or the export is
-/// withdrawn: whoever wants it has it by then, and a second is what all of it may take.
+/// withdrawn: whoever wants it has it by then, and a second is what all of it may take. When the server
+/// stops, who may still ask has half of it for that.
 pub(super) const GOODBYE_MAX: Duration = Duration::from_millis(500);
 
 /// No more requests are begun while so much is to be sent: what the socket takes at once.

@@ -47,6 +47,12 @@ rows![
          an ABORT is acknowledged",
         Ours(what_is_asked_at_a_stop_is_told_so)
     ),
+    (
+        "withdrawal-7",
+        "Terminating the transmission phase",
+        "At a stop, what is asked of a backup is ESHUTDOWN, until its client says good-bye",
+        Ours(what_is_asked_of_a_backup_at_a_stop_is_eshutdown)
+    ),
 ];
 
 fn server_with_backup() -> Server {
@@ -77,6 +83,20 @@ fn what_was_taken_in_is_answered_at_a_stop() {
         assert_eq!(receiver.answer().expect("an answer").error, 0);
     }
     assert!(receiver.answer().is_err(), "the server hangs up");
+    assert!(server.wait().success());
+}
+
+fn what_is_asked_of_a_backup_at_a_stop_is_eshutdown() {
+    let mut server = server_with_backup();
+    let mut nbd = server.open_frozen("vda@b1", &["base:allocation"]);
+    nbd.read(0, 512).unwrap();
+    server.signal(Signal::TERM);
+    // The workers hear of it later.
+    while nbd.read(0, 512).is_ok() {}
+    assert_eq!(nbd.read(0, 512), Err(errno::ESHUTDOWN));
+    assert_eq!(nbd.block_status(0, 512, 0), Err(errno::ESHUTDOWN));
+    assert_eq!(nbd.write(0, &[1; 4096]), Err(errno::ESHUTDOWN));
+    nbd.disconnect();
     assert!(server.wait().success());
 }
 

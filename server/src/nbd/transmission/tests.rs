@@ -176,7 +176,102 @@ async fn the_end_of_what_is_ready_does_not_wait_for_what_is_not() {
     outcome.unwrap();
 }
 
+#[tokio::test]
+async fn who_reads_a_backup_is_told_to_leave_whatever_it_asks_at_a_stop() {
+    let scene = Scene::new(Role::Backup).await;
+    let everybody = Arc::clone(&scene.clients);
+    let (mut own, server) = duplex(PIPE);
+    let asks = async {
+        // The first is in the middle of its payload when the server stops.
+        let write = request(command::WRITE, 0, 10_000);
+        own.write_all(&write[..5000]).await.unwrap();
+        everybody.dismiss("stopping");
+        is_heard().await;
+        own.write_all(&write[5000..]).await.unwrap();
+        for next in [
+            request(command::READ, 0, 512),
+            request(command::WRITE, 0, 2 << 20),
+            request(command::FLUSH, 0, 0),
+        ] {
+            assert_eq!(error_of_reply(&mut own).await, ESHUTDOWN);
+            own.write_all(&next).await.unwrap();
+        }
+        assert_eq!(error_of_reply(&mut own).await, ESHUTDOWN);
+        let told = Instant::now();
+        let goodbye = request(command::DISCONNECT, 0, 0);
+        own.write_all(&goodbye).await.unwrap();
+        assert_eq!(own.read(&mut [0; 1]).await.unwrap(), 0);
+        assert_eq!(
+            told.elapsed(),
+            Duration::ZERO,
+            "who leaves is not waited for"
+        );
+    };
+    let (outcome, ()) = tokio::join!(scene.serve(server), asks);
+    outcome.unwrap();
+}
+
+#[tokio::test]
+async fn a_guest_is_not_answered_what_is_not_performed_at_a_stop() {
+    let scene = Scene::new(Role::Live).await;
+    let everybody = Arc::clone(&scene.clients);
+    let pending = scene.pending();
+    let (mut own, server) = duplex(PIPE);
+    let asks = async {
+        own.write_all(&refused(1)).await.unwrap();
+        assert_eq!(error_of_reply(&mut own).await, EINVAL);
+        everybody.dismiss("stopping");
+        is_heard().await;
+        own.write_all(&refused(1)).await.unwrap();
+        pending.answer(Reply::new(BytesMut::from(&b"done"[..])));
+        let mut heard = Vec::new();
+        own.read_to_end(&mut heard).await.unwrap();
+        assert_eq!(heard, b"done");
+    };
+    let (outcome, ()) = tokio::join!(scene.serve(server), asks);
+    outcome.unwrap();
+}
+
+#[tokio::test]
+async fn whoever_waits_at_a_stop_for_what_is_under_way_is_answered() {
+    for role in [Role::Live, Role::Backup] {
+        let scene = Scene::new(role).await;
+        let everybody = Arc::clone(&scene.clients);
+        let pending = scene.pending();
+        let (mut own, server) = duplex(PIPE);
+        let waits = async {
+            everybody.dismiss("stopping");
+            sleep(Duration::from_secs(10)).await;
+            let ended = Instant::now();
+            pending.answer(Reply::new(BytesMut::from(&b"done"[..])));
+            let mut heard = Vec::new();
+            own.read_to_end(&mut heard).await.unwrap();
+            assert_eq!(heard, b"done", "{role:?}");
+            ended
+        };
+        let (outcome, ended) = tokio::join!(scene.serve(server), waits);
+        outcome.unwrap();
+        assert!(ended.elapsed() < Duration::from_secs(1), "{role:?}");
+        tokio::time::resume();
+    }
+}
+
+/// Returns when the server waits for something again: only then does time pass.
+async fn is_heard() {
+    sleep(Duration::from_millis(1)).await;
+}
+
+async fn error_of_reply(stream: &mut DuplexStream) -> u32 {
+    let mut reply = [0; REPLY];
+    stream.read_exact(&mut reply).await.unwrap();
+    u32::from_be_bytes(reply[4..8].try_into().unwrap())
+}
+
 const SIZE: u64 = 1 << 20;
+
+const EINVAL: u32 = 22;
+
+const ESHUTDOWN: u32 = 108;
 
 /// What the way to a client holds.
 const PIPE: usize = 1 << 10;

@@ -133,6 +133,34 @@ fn a_payload_that_was_refused_is_not_kept() {
 }
 
 #[test]
+fn short_payloads_that_wait_do_not_keep_what_came_with_them() {
+    let directory = temporary_directory();
+    let image = directory.path().join("image");
+    sparse_file(&image, SIZE);
+    let base = NbdBase::file(&image);
+    let builder = Server::builder();
+    let state = builder.path("state");
+    let disk = format!("vda={},state={},reconnect=10m", base.uri(), state.display());
+    let server = builder.disk_as(&disk).start();
+    let mut clients = [(); 4].map(|()| Rude::open(&Address::unix(&server.live()), "vda", &[]));
+    base.signal(Signal::STOP);
+    let before = private_memory(server.pid());
+    let short = [&request(command::WRITE, 1, 0, 512)[..], &[7; 512]].concat();
+    let refused = request(command::WRITE, 2, SIZE, 300_000);
+    let refused = [&refused[..], &vec![7; 300_000]].concat();
+    for client in &mut clients {
+        for _ in 0..200 {
+            client.say(&short);
+            client.say(&refused);
+            assert!(matches!(client.hear(16, PATIENCE), Heard::Bytes(_)));
+        }
+    }
+    let grown = private_memory(server.pid()).saturating_sub(before);
+    assert!(grown < 32 * MIB, "{grown} bytes");
+    base.signal(Signal::CONT);
+}
+
+#[test]
 fn requests_that_wait_do_not_keep_the_replies_before_them() {
     let server = Server::with_disk(SIZE);
     server.open_live("vda").write(0, &[1; 4096]).unwrap();

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use proto::{Admission, Command, Errno, Incoming, Origin, Refusal, Request, RequestDecoder};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy, sink};
 use tokio::sync::Semaphore;
@@ -346,8 +346,9 @@ impl Connection {
     }
 
     /// Performs a request: at once if it need not wait, else beside the others.
-    fn perform(&mut self, origin: Origin, command: Command) {
+    fn perform(&mut self, origin: Origin, mut command: Command) {
         let weight = weight(&command);
+        let is_slice = self.is_slice(&mut command);
         // The reply is written behind the others, and is one with them if it is ready at once. Who is
         // not keeps the memory of those before it: that is for one at a time.
         let reply = match self.under_way.count.get() {
@@ -365,6 +366,10 @@ impl Connection {
             Poll::Pending => {
                 let pending = Pending::new(&self.under_way, self.target.replies, origin, weight);
                 let target = Rc::clone(&self.target);
+                let under_way = Rc::clone(&self.under_way);
+                if is_slice {
+                    under_way.has_slice.set(true);
+                }
                 tokio::task::spawn_local(async move {
                     let reply = tokio::select! {
                         biased;
@@ -372,9 +377,27 @@ impl Connection {
                         // What is withdrawn is never written, so that giving up loses nothing.
                         error = target.export.withdrawn() => target.failed(origin, &error),
                     };
+                    if is_slice {
+                        under_way.has_slice.set(false);
+                    }
                     pending.answer(reply);
                 });
             }
+        }
+    }
+
+    /// Whether it has a short payload that keeps all of the piece that it was received in. One such is
+    /// under way at a time: where storage is so slow that there would be more, those are copied.
+    fn is_slice(&self, command: &mut Command) -> bool {
+        match command {
+            Command::Write { data, .. } if data.len() < SLICE_MIN => {
+                let is_one_too_many = self.under_way.has_slice.get();
+                if is_one_too_many {
+                    *data = Bytes::copy_from_slice(data);
+                }
+                !is_one_too_many
+            }
+            _ => false,
         }
     }
 
@@ -422,6 +445,9 @@ impl Drop for Connected {
 /// withdrawn: whoever wants it has it by then, and a second is what all of it may take. When the server
 /// stops, who may still ask has half of it for that.
 pub(super) const GOODBYE_MAX: Duration = Duration::from_millis(500);
+
+/// A payload that is longer keeps little besides itself, and to copy it would cost more than that.
+const SLICE_MIN: usize = INPUT_PIECE / 4;
 
 /// No more requests are begun while so much is to be sent: what the socket takes at once.
 const OUTPUT_MAX: usize = 1 << 20;

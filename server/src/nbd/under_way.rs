@@ -18,6 +18,8 @@ pub(super) struct UnderWay {
     pub(super) count: Cell<usize>,
     /// Bytes that they hold, or will hold when they end.
     pub(super) bytes: Cell<usize>,
+    /// A short payload among them is a slice of what was received with it, and keeps all of that.
+    pub(super) has_slice: Cell<bool>,
     /// The replies of those that have ended.
     pub(super) ended: RefCell<Vec<Reply>>,
     pub(super) news: Notify,
@@ -42,6 +44,7 @@ impl UnderWay {
             waiting: Arc::clone(waiting),
             count: Cell::default(),
             bytes: Cell::default(),
+            has_slice: Cell::default(),
             ended: RefCell::default(),
             news: Notify::default(),
         })

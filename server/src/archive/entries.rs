@@ -29,7 +29,8 @@ pub(super) fn entries(path: &Path) -> io::Result<Vec<(Entry, OsString)>> {
     entries.collect()
 }
 
-fn meaning(name: &str) -> Entry {
+/// What a name in it means.
+pub(super) fn meaning(name: &str) -> Entry {
     if [LOCK, READERS, IDENTITY].contains(&name) {
         return Entry::Ours;
     }

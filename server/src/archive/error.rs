@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use block::LockError;
 use thiserror::Error;
 
 use crate::failure::Failure;
@@ -91,6 +92,14 @@ pub enum ArchiveError {
         /// Why it cannot take them.
         reason: String,
     },
+    /// What is there is in use.
+    #[error("cannot use '{}'", path.display())]
+    InUse {
+        /// What is there.
+        path: PathBuf,
+        /// By whom, where that is known.
+        source: LockError,
+    },
     /// A manifest is not what was written.
     #[error("'{}' is damaged: {reason}", path.display())]
     Manifest {
@@ -169,6 +178,7 @@ impl ArchiveError {
             Self::Unknown(_) => "unknown-point",
             Self::Exists(_) => "output-exists",
             Self::Output { .. } => "unusable-output",
+            Self::InUse { .. } => "image-locked",
             Self::Manifest { .. } => "damaged-manifest",
             Self::Differs { .. } => "verification-failed",
             Self::Plan(_) => "impossible-point",
@@ -190,6 +200,10 @@ impl ArchiveError {
             Self::MissingLink { .. } => Some("put the folder of that point back where it was"),
             Self::Unknown(_) => Some("stillpoint list shows what there is"),
             Self::Exists(_) => Some("give another path, or --force to replace it"),
+            Self::InUse {
+                source: LockError::Held { .. },
+                ..
+            } => Some("stop whoever uses it, or give another path"),
             Self::NoThread(_) => {
                 Some("run it again when less runs, or with a higher limit of threads")
             }

@@ -13,7 +13,9 @@ use uuid::Uuid;
 
 use super::begin::{self, Leftover};
 use super::draft::Draft;
-use super::entries::{Entry, IDENTITY, LOCK, LOST_AND_FOUND, PARTIAL, PRUNED, READERS, entries};
+use super::entries::{
+    Entry, IDENTITY, LOCK, LOST_AND_FOUND, PARTIAL, PRUNED, READERS, entries, meaning,
+};
 use super::error::ArchiveError;
 use super::manifest::{DiskEntry, Manifest, Point};
 use super::plan::Plan;
@@ -104,6 +106,16 @@ impl Archive {
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether what lies at `path`, by whatever way, is a file that we made in it.
+    pub(super) fn has_file(&self, path: &Path) -> bool {
+        let (Ok(folder), Ok(path)) = (fs::canonicalize(&self.path), fs::canonicalize(path)) else {
+            return false;
+        };
+        let within = path.strip_prefix(folder).ok();
+        let first = within.and_then(|within| within.iter().next());
+        first.is_some_and(|name| meaning(&name.to_string_lossy()) != Entry::Foreign)
     }
 
     /// Its points, ascending.

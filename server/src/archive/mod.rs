@@ -50,7 +50,7 @@ pub use draft::{DiskDraft, Draft, Piece};
 pub use error::ArchiveError;
 pub use folder::Archive;
 pub use manifest::{DiskEntry, Parent, Point};
-pub use output::{Existing, Format};
+pub use output::{Existing, Format, Owner};
 pub use plan::{DiskPlan, Identity, Mode, Origin, Plan, Since};
 pub use progress::Progress;
 pub use prune::{Fate, Keep, fates};

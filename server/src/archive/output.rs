@@ -3,9 +3,12 @@
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{
+    FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown,
+};
 use std::path::{Path, PathBuf};
 
+use block::ImageLock;
 use block::qcow2::Layout;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -35,6 +38,15 @@ pub enum Existing {
     Replace,
 }
 
+/// Whom a file belongs to that replaces another.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Owner {
+    /// Whom the other belonged to; or there was none.
+    Kept,
+    /// Whoever restores: the system did not let it have the owner, or the group, of the other.
+    Changed,
+}
+
 /// What is being written.
 #[derive(Debug)]
 pub(super) enum Output {
@@ -51,7 +63,9 @@ pub(super) struct Aside {
     layout: Option<Layout>,
     path: PathBuf,
     place: PathBuf,
-    existing: Existing,
+    /// The file that is to be replaced, locked: nobody may begin to use it that would be left with a file
+    /// that has no name any more.
+    replaced: Option<File>,
 }
 
 impl Output {
@@ -78,10 +92,11 @@ impl Output {
             Ok(_) => {
                 let real = fs::canonicalize(place);
                 let real = real.map_err(|error| ArchiveError::reading(place, error))?;
-                Self::file(&real, format, existing, size, data)
+                let replaced = lock(&real)?;
+                Self::file(&real, format, Some(replaced), size, data)
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                Self::file(place, format, existing, size, data)
+                Self::file(place, format, None, size, data)
             }
             Err(error) => Err(ArchiveError::writing(place, error)),
         }
@@ -113,7 +128,7 @@ impl Output {
     fn file(
         place: &Path,
         format: Format,
-        existing: Existing,
+        replaced: Option<File>,
         size: u64,
         data: &[Range<u64>],
     ) -> Result<Self, ArchiveError> {
@@ -144,7 +159,7 @@ impl Output {
             layout,
             path,
             place: place.to_owned(),
-            existing,
+            replaced,
         };
         let begun = match &aside.layout {
             None => aside.file.set_len(size),
@@ -177,10 +192,10 @@ impl Output {
     }
 
     /// Makes it durable, and puts it in its place.
-    pub(super) fn finish(self) -> Result<(), ArchiveError> {
+    pub(super) fn finish(self) -> Result<Owner, ArchiveError> {
         let place = self.place().to_owned();
         let finished = match self {
-            Self::Device { file, .. } => file.sync_all(),
+            Self::Device { file, .. } => file.sync_all().map(|()| Owner::Kept),
             Self::File(aside) => match aside.finish() {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                     return Err(ArchiveError::Exists(place));
@@ -223,19 +238,22 @@ impl Aside {
         Ok(())
     }
 
-    fn finish(self) -> io::Result<()> {
+    fn finish(self) -> io::Result<Owner> {
+        let owner = match &self.replaced {
+            Some(replaced) => give_rights(&self.file, replaced)?,
+            None => Owner::Kept,
+        };
         self.file.sync_all()?;
-        match self.existing {
-            Existing::Replace => fs::rename(&self.path, &self.place)?,
-            Existing::Keep => {
-                rename_to_free_place(&self.path, &self.place)?;
-            }
+        match &self.replaced {
+            Some(_) => fs::rename(&self.path, &self.place)?,
+            None => rename_to_free_place(&self.path, &self.place)?,
         }
         let folder = self
             .place
             .parent()
             .filter(|parent| parent != &Path::new(""));
-        sync_folder(folder.unwrap_or(Path::new(".")))
+        sync_folder(folder.unwrap_or(Path::new(".")))?;
+        Ok(owner)
     }
 }
 
@@ -244,6 +262,36 @@ impl Drop for Aside {
         // It is not there if it has taken its place.
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// Locks a file that is to be replaced, as whoever served it would.
+fn lock(path: &Path) -> Result<File, ArchiveError> {
+    let file = File::open(path).map_err(|error| ArchiveError::reading(path, error))?;
+    match ImageLock::take(&file) {
+        Ok(_) => Ok(file),
+        Err(source) => Err(ArchiveError::InUse {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
+/// Gives a file the owner, the group and the mode of the one that it replaces.
+fn give_rights(file: &File, replaced: &File) -> io::Result<Owner> {
+    let (own, wanted) = (file.metadata()?, replaced.metadata()?);
+    let has_owner = own.uid() == wanted.uid() || fchown(file, Some(wanted.uid()), None).is_ok();
+    let has_group = own.gid() == wanted.gid() || fchown(file, None, Some(wanted.gid())).is_ok();
+    let mut mode = wanted.mode() & 0o777;
+    if !has_group {
+        // What the one group might do is not for another.
+        mode &= !0o070;
+    }
+    file.set_permissions(fs::Permissions::from_mode(mode))?;
+    Ok(if has_owner && has_group {
+        Owner::Kept
+    } else {
+        Owner::Changed
+    })
 }
 
 /// What QEMU has by default.

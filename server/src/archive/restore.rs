@@ -17,7 +17,7 @@ use super::error::ArchiveError;
 use super::folder::Archive;
 use super::inspect::{Fault, inspect_tables};
 use super::manifest::MANIFEST;
-use super::output::{Existing, Format, Output};
+use super::output::{Existing, Format, Output, Owner};
 use super::progress::step;
 use super::runs;
 
@@ -58,6 +58,8 @@ pub struct Restored {
     pub lost: Vec<Range<u64>>,
     /// How many damages were met.
     pub damages: u64,
+    /// Whom the file belongs to.
+    pub owner: Owner,
 }
 
 /// Restores a disk.
@@ -94,6 +96,10 @@ pub fn restore(
         existing,
         ..
     } = *wanted;
+    if archive.has_file(output) {
+        let (path, reason) = (output.to_owned(), "is a file of these backups".to_owned());
+        return Err(ArchiveError::Output { path, reason });
+    }
     let output = Output::begin(output, format, existing, chain.size(), &data)?;
     for segment in &segments {
         if !matches!(segment.from, Source::Layer(_)) {
@@ -110,12 +116,13 @@ pub fn restore(
     for lost in &restorer.lost {
         output.zero(lost)?;
     }
-    output.finish()?;
+    let owner = output.finish()?;
     Ok(Restored {
         size: chain.size(),
         data_bytes: restorer.data_bytes,
         lost: runs::union(restorer.lost),
         damages: restorer.damages,
+        owner,
     })
 }
 

@@ -1,8 +1,8 @@
 //! `stillpoint restore`: disks as they were at a point.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use super::damage::{Event, Finder, damages};
 use super::problem::{Problem, exit};
 use super::units::size;
 use super::{Answers, Done};
-use crate::archive::{self, Archive, Existing, OnDamage, Point, Restoration, Restored};
+use crate::archive::{self, Archive, Existing, OnDamage, Owner, Point, Restoration, Restored};
 use crate::control::answers::time_text;
 
 #[derive(Args, Debug)]
@@ -105,6 +105,7 @@ impl RestoreArgs {
         }
         drop(finder);
         let disks: Vec<_> = disks.iter().zip(&restored).collect();
+        tell_owners(&disks);
         let mut done = report(point, &disks, answers)?;
         if self.quiet && !answers.is_json {
             done.text.clear();
@@ -139,6 +140,22 @@ impl RestoreArgs {
             return problem.hint("--keep-going restores what there is, and tells what is lost");
         }
         problem
+    }
+}
+
+/// Says which files belong to others now than those that they replaced. Whoever used them may not get
+/// them open any more.
+fn tell_owners(disks: &[(&(String, PathBuf), &Restored)]) {
+    for ((_, output), restored) in disks {
+        if restored.owner == Owner::Changed {
+            let output = output.display();
+            // Whoever does not listen has the file all the same.
+            let _ = writeln!(
+                std::io::stderr(),
+                "stillpoint: note: '{output}' could not be given the owner and group of the file that it \
+                 replaced: chown it"
+            );
+        }
     }
 }
 

@@ -9,3 +9,4 @@ mod pruning;
 mod read_back;
 mod reading;
 mod refusals;
+mod replaced;

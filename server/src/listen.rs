@@ -12,8 +12,12 @@ use tokio::net::{TcpListener, UnixListener};
 use crate::failure::Failure;
 
 /// A group that sockets belong to.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Group(Gid);
+#[derive(Debug)]
+pub(crate) struct Group {
+    /// As it was named.
+    name: String,
+    gid: Gid,
+}
 
 impl Group {
     /// The group with this name or number, as `/etc/group` has it.
@@ -26,7 +30,10 @@ impl Group {
             line.split(':').nth(2)?.parse().ok()
         });
         match number {
-            Some(number) if number != u32::MAX => Ok(Self(Gid::from_raw(number))),
+            Some(number) if number != u32::MAX => Ok(Self {
+                name: name.to_owned(),
+                gid: Gid::from_raw(number),
+            }),
             _ => Err(Failure::new(
                 "unknown-group",
                 format!("there is no group '{name}'"),
@@ -36,26 +43,41 @@ impl Group {
 }
 
 /// Listens at `path`, in the place of a socket that nobody answers on any more.
-pub(crate) fn unix(path: &Path, mode: u32, group: Option<Group>) -> Result<UnixListener, Failure> {
+pub(crate) fn unix(path: &Path, mode: u32, group: Option<&Group>) -> Result<UnixListener, Failure> {
     check_length(path)?;
     make_way(path)?;
-    let cannot = |error: io::Error| {
-        Failure::new(
-            "cannot-listen",
-            format!("cannot listen on '{}': {error}", path.display()),
-        )
-    };
     // Nobody may connect before the permissions are as they should be. No thread has been started
     // yet that this mask would surprise.
     let before = rustix::process::umask(Mode::from_raw_mode(0o777));
     let bound = UnixListener::bind(path);
     rustix::process::umask(before);
-    let listener = bound.map_err(cannot)?;
-    if let Some(Group(group)) = group {
-        rustix::fs::chown(path, None, Some(group)).map_err(|error| cannot(error.into()))?;
+    let listener = bound.map_err(|error| cannot_listen(path, &error))?;
+    if let Err(failure) = admit(path, mode, group) {
+        // Nobody can connect to it, so that it would be in the way of the next server. If it cannot be
+        // removed either, the failure is still the same.
+        let _ = fs::remove_file(path);
+        return Err(failure);
     }
-    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(cannot)?;
     Ok(listener)
+}
+
+/// Lets those connect to a new socket who may.
+fn admit(path: &Path, mode: u32, group: Option<&Group>) -> Result<(), Failure> {
+    if let Some(Group { name, gid }) = group {
+        rustix::fs::chown(path, None, Some(*gid)).map_err(|error| {
+            let (path, error) = (path.display(), io::Error::from(error));
+            let message = format!("cannot give '{path}' to the group '{name}': {error}");
+            Failure::new("cannot-listen", message)
+                .hint("run it as a member of that group, or without --socket-group")
+        })?;
+    }
+    let permissions = fs::Permissions::from_mode(mode);
+    fs::set_permissions(path, permissions).map_err(|error| cannot_listen(path, &error))
+}
+
+fn cannot_listen(path: &Path, error: &io::Error) -> Failure {
+    let message = format!("cannot listen on '{}': {error}", path.display());
+    Failure::new("cannot-listen", message)
 }
 
 /// Listens on a TCP port; says which one, if any would do.

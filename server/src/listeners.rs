@@ -67,7 +67,7 @@ impl Listeners {
             .as_deref()
             .map(Group::find)
             .transpose()?;
-        let unix = |path: &Path| listen::unix(path, options.socket_mode, group);
+        let unix = |path: &Path| listen::unix(path, options.socket_mode, group.as_ref());
         let control_path = options.run_dir.join("control.sock");
         let (mut made, mut control) = (Vec::new(), None);
         let (mut doors, mut managed) = (Vec::new(), Vec::<Door>::new());

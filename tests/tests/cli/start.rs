@@ -254,6 +254,32 @@ fn sockets_have_the_mode_and_the_group_that_were_asked_for() {
 }
 
 #[test]
+fn a_socket_that_its_group_cannot_have_is_told_of_and_not_left_behind() {
+    let builder = Server::builder();
+    let writable = builder.path("writable");
+    open_to_all(&writable);
+    let run_directory = writable.join("run");
+    let disk = format!("vda={}", path(&writable.join("vda.raw")));
+    sparse_file(&writable.join("vda.raw"), MIB);
+    fs::set_permissions(writable.join("vda.raw"), fs::Permissions::from_mode(0o666)).unwrap();
+    let builder = builder
+        .disk_as(&disk)
+        .run_directory(&run_directory)
+        .arg("--socket-group=root");
+    let refused = as_nobody(&builder);
+    assert!(
+        refused.error(1).contains("to the group 'root'"),
+        "{refused}"
+    );
+    assert!(
+        refused.stderr.contains("without --socket-group"),
+        "{refused}"
+    );
+    let is_socket = |name: &str| run_directory.join(name).exists();
+    assert!(!is_socket("control.sock"), "{refused}");
+}
+
+#[test]
 fn a_mask_takes_nothing_from_the_modes_of_sockets_and_their_directory() {
     let builder = Server::builder().disk("vda", MIB).arg("--socket-mode=0660");
     let command = builder.command();

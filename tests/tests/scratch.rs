@@ -170,12 +170,36 @@ fn zeroes_and_holes_take_nothing() {
     guest.zeroes(0, 4 * MIB, 0);
     guest.trim(4 * MIB, 4 * MIB);
     let then = sha256(&guest.disk);
-    server.begin("b1", &["--scratch-limit", "0"]);
+    server.begin("b1", &["--scratch-limit", "4k"]);
     guest.write(0, &vec![2; 8 * MIB as usize]);
     assert_eq!(server.backup("b1")["scratch_used_bytes"], 0);
     is_exact(&server, "vda@b1", &then);
     guest.write(8 * MIB, &[2; 1]);
+    is_exact(&server, "vda@b1", &then);
+    guest.write(9 * MIB, &[2; 1]);
     broken_reason(&server, "b1");
+}
+
+#[test]
+fn a_limit_that_holds_no_write_begins_nothing() {
+    let (server, _) = start(&["--backup-scratch-limit=4095"]);
+    for (limit, option) in [
+        (&["--scratch-limit", "0"][..], "--scratch-limit"),
+        (&["--scratch-limit", "1k"], "--scratch-limit"),
+        (&[], "--backup-scratch-limit"),
+    ] {
+        let line = [&["backup", "begin", "--json"], limit].concat();
+        let refused = server.cli(&line);
+        refused.fails_with("scratch-limit", "smallest write");
+        let hint = format!("give a larger {option}\"");
+        assert!(refused.stdout.contains(&hint), "{refused}");
+    }
+    server.begin("b1", &["--scratch-limit", "4k"]);
+    server.abort("b1");
+
+    let (server, _) = start(&["--scratch-limit=4095"]);
+    let refused = server.cli(&["backup", "begin", "--json"]);
+    refused.fails_with("scratch-limit", "limit of all backups");
 }
 
 #[test]

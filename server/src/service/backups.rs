@@ -46,9 +46,7 @@ impl Service {
         let since = self.find_base(&request, &disks)?;
         let mut bitmaps = self.bitmaps_to_freeze(&request, &disks)?;
 
-        let budget = self
-            .space
-            .budget(self.space.limit_of(request.scratch_limit));
+        let budget = self.space.new_budget(request.scratch_limit)?;
         let mut prepared = Vec::new();
         for disk in disks {
             let base = self.base_of(&since, &disk);

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::fstatvfs;
-use scratch::{Allowance, Budget, FreeSpace, OnError, Quota, Room, Terms};
+use scratch::{Allowance, Budget, FreeSpace, GRANULE, OnError, Quota, Room, Terms};
 
 use crate::failure::Failure;
 
@@ -70,9 +70,22 @@ impl Space {
         rooms.values().cloned().collect()
     }
 
-    /// What a backup may use for which `wanted` was asked, if anything was.
-    pub(super) fn limit_of(&self, wanted: Option<u64>) -> Option<u64> {
-        wanted.or(self.options.backup_limit)
+    /// For a new backup for which a limit of `wanted` bytes was asked, if any was. One that holds nothing
+    /// is refused.
+    pub(super) fn new_budget(&self, wanted: Option<u64>) -> Result<Arc<Budget>, Failure> {
+        let limit = wanted.or(self.options.backup_limit);
+        if let Some(limit) = limit.filter(|limit| *limit < GRANULE) {
+            let option = match wanted {
+                Some(_) => "--scratch-limit",
+                None => "--backup-scratch-limit",
+            };
+            let message = format!(
+                "a scratch limit of {limit} bytes is less than the {GRANULE} that the smallest write takes"
+            );
+            let hint = format!("give a larger {option}");
+            return Err(Failure::new("scratch-limit", message).hint(hint));
+        }
+        Ok(self.budget(limit))
     }
 
     /// For a backup that may use `limit` bytes.
@@ -94,7 +107,8 @@ impl Space {
 
     /// Refuses to begin what would break with the first write, and says what to do.
     pub(super) fn refuse_if_full(&self, room: &Room, folder: &Path) -> Result<(), Failure> {
-        if let Some(limit) = self.all.limit().filter(|limit| self.all.used() >= *limit) {
+        let is_reached = |limit: &u64| limit.saturating_sub(self.all.used()) < GRANULE;
+        if let Some(limit) = self.all.limit().filter(is_reached) {
             let message = format!("the scratch limit of all backups, {limit} bytes, is reached");
             let hint = "end a backup, or serve with a larger --scratch-limit";
             return Err(Failure::new("scratch-limit", message).hint(hint));

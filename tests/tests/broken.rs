@@ -62,6 +62,7 @@ fn full_scratch_breaks_the_backup_and_nothing_else(scratch: &Mount) {
     assert_eq!(shown["broken_reason"], reason, "{shown}");
     let commit = server.cli(&["backup", "commit", "b1"]);
     assert!(commit.error(4).contains(reason), "{commit}");
+    assert!(commit.stderr.contains("its base is intact"), "{commit}");
     let commit = server.cli(&["backup", "commit", "b1", "--json"]);
     commit.exits(4);
     assert!(commit.stdout.contains("backup-broken"), "{commit}");

@@ -142,6 +142,23 @@ fn an_image_changed_behind_our_back_costs_a_full_backup_with_the_reason() {
 }
 
 #[test]
+fn a_backup_that_a_changed_image_broke_has_no_base_to_begin_anew_from() {
+    let mut server = left_by(Server::stop);
+    server.start();
+    server.begin("b1", &["--since", "cp1"]);
+    server.stop();
+    written(&server.image("vda"), &server.path("older"));
+    server.start();
+    let commit = server.cli(&["backup", "commit", "b1"]);
+    assert!(commit.error(4).contains("changed while"), "{commit}");
+    assert!(commit.stderr.contains("is a full one"), "{commit}");
+    assert!(!commit.stderr.contains("intact"), "{commit}");
+    server.abort("b1");
+    let again = begin_since(&server, "b2", "vda", "cp1");
+    assert!(matches!(again, Begun::Full { .. }), "{again:?}");
+}
+
+#[test]
 fn an_image_that_nobody_touched_goes_on_after_a_stop_and_a_kill() {
     for (how, stop) in [
         ("stop", Server::stop as fn(&mut Server)),

@@ -19,7 +19,7 @@ pub(super) mod exit {
     pub(crate) const USAGE: u8 = 2;
     /// Done, but a disk for which an incremental was asked came out full.
     pub(crate) const FULL: u8 = 3;
-    /// The backup is broken; its base is intact.
+    /// The backup is broken; its base is intact, unless the hint says otherwise.
     pub(crate) const BROKEN: u8 = 4;
     /// What is stored is not what it should be.
     pub(crate) const DAMAGED: u8 = 5;
@@ -82,7 +82,7 @@ impl Problem {
         Self::usage(message).hint(hint)
     }
 
-    /// The backup is lost, its base is not.
+    /// The backup is lost.
     pub(super) fn broken(message: impl Into<String>) -> Self {
         Self::new("backup-broken", message)
     }

@@ -222,8 +222,7 @@ impl Work {
             Failed::Source(..) if self.backup.broken().is_some() => {
                 let reason = self.backup.broken().unwrap_or_default();
                 let message = format!("backup {id} is broken: {reason}");
-                Failure::new("backup-broken", message)
-                    .hint("it has been aborted, its base is intact: push again")
+                Failure::new("backup-broken", message).hint("it has been aborted: push again")
             }
             Failed::Source(..) if self.backup.disks.values().any(|part| part.has_ended()) => {
                 let message = format!("backup {id} was ended by somebody else, or has expired");

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::bases::Since;
 use super::bitmaps::{FrozenBitmap, inconsistent};
-use super::book::{Backup, Base, BeginRequest, Checkpoint, FrozenDisk, Outcome};
+use super::book::{Backup, Base, BaseState, BeginRequest, Checkpoint, FrozenDisk, Outcome};
 use super::expiry::expiry;
 use super::{Counter, Event, Service, blocking, next_era, not_recorded, refuse_untrusted, restore};
 use crate::disk::Freeze;
@@ -105,11 +105,11 @@ impl Service {
             if let Err(error) = snapshot.sync().await {
                 // It is given up either way; what cannot be recorded is reported below.
                 let _ = snapshot.break_with(format!("scratch cannot be synced: {error}"));
-                return Err(broken(id, &error.to_string()));
+                return Err(broken(&backup, &error.to_string()));
             }
         }
         if let Some(reason) = backup.broken() {
-            return Err(broken(id, &reason));
+            return Err(broken(&backup, &reason));
         }
         let record = Record::Committed { uuid: backup.uuid };
         self.record_decision(backup.disks.keys(), &record).await?;
@@ -489,9 +489,16 @@ async fn release(backup: &Backup) {
     }
 }
 
-fn broken(id: &Name, reason: &str) -> Failure {
-    let message = format!("backup '{id}' is broken: {reason}");
-    Failure::new("backup-broken", message).hint("its base is intact: abort it and begin anew")
+fn broken(backup: &Backup, reason: &str) -> Failure {
+    let message = format!("backup '{}' is broken: {reason}", backup.id);
+    let hint = match backup.base_state() {
+        BaseState::Intact => "its base is intact: abort it and begin anew",
+        BaseState::Lost => {
+            "abort it and begin anew: its base is of no use any more either, and the next backup is a full one"
+        }
+        BaseState::None => "abort it and begin anew",
+    };
+    Failure::new("backup-broken", message).hint(hint)
 }
 
 /// Each takes three descriptors for each disk, of the 1,024 that a process usually may have, and a

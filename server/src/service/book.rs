@@ -182,6 +182,17 @@ pub(crate) struct FrozenDisk {
     pub(super) dir: Option<SnapshotDir>,
 }
 
+/// What became of the checkpoints that a backup begins from.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum BaseState {
+    /// There are none.
+    None,
+    /// The next backup can begin from them too.
+    Intact,
+    /// On one disk at least it cannot.
+    Lost,
+}
+
 /// What a frozen disk can be compared with.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) enum Base {
@@ -375,6 +386,20 @@ impl Backup {
                 Some(format!("disk '{}': {why}", disk.disk.name))
             })
         })
+    }
+
+    /// What became of the checkpoints that it begins from, for whoever begins anew.
+    pub(crate) fn base_state(&self) -> BaseState {
+        let mut state = BaseState::None;
+        for part in self.disks.values() {
+            if let Base::Checkpoint { era, .. } = &part.base {
+                if part.disk.why_lost(*era).is_some() {
+                    return BaseState::Lost;
+                }
+                state = BaseState::Intact;
+            }
+        }
+        state
     }
 
     /// Waits until one of its disks is lost, and gives up the others; says why. `None` if it ends

@@ -300,11 +300,10 @@ fn stopped() -> Problem {
         .hint("run the same command again: it goes on with what is there")
 }
 
-/// The instant is lost; its base is not.
+/// The instant is lost. What the next one can begin from, the server says then.
 fn broken(id: &str, reason: &str) -> Problem {
     let message = format!("backup {id} is broken: {reason}");
-    Problem::broken(message)
-        .hint("it has been aborted, its base is intact: run the same command again")
+    Problem::broken(message).hint("it has been aborted: run the same command again")
 }
 
 fn source_problem(error: &SourceError) -> Problem {

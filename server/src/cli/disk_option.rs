@@ -15,8 +15,8 @@ pub(super) fn parse(text: &OsStr) -> Result<DiskSpec, String> {
     let Some(at) = text.iter().position(|&byte| byte == b'=') else {
         return Err("not of the form NAME=PATH".to_owned());
     };
-    let name = Name::parse(&String::from_utf8_lossy(&text[..at]))
-        .map_err(|error| format!("the name {error}"))?;
+    let name =
+        Name::parse(&String::from_utf8_lossy(&text[..at])).map_err(|error| error.to_string())?;
     let mut parts = split_at_commas(&text[at + 1..]).into_iter();
     let path = parts.next().unwrap_or_default();
     let mut spec = DiskSpec::new(name, path.into())?;

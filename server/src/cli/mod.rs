@@ -39,7 +39,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
@@ -61,7 +61,7 @@ pub fn main() -> ExitCode {
         Err(error) if error.use_stderr() => {
             // What could not be parsed cannot be asked whether JSON is wanted.
             let is_json = std::env::args_os().any(|argument| argument == "--json");
-            return Problem::usage_from(&error).report("command line", is_json);
+            return Problem::usage_from(&error, &typed_command()).report("command line", is_json);
         }
         Err(help) => return print(&help.render().to_string()),
     };
@@ -76,6 +76,23 @@ pub fn main() -> ExitCode {
         }
         Err(problem) => problem.report(what, is_json),
     }
+}
+
+/// The words that were typed, as far as they name a command.
+fn typed_command() -> String {
+    let mut command = Cli::command();
+    let mut words = command.get_name().to_owned();
+    let mut arguments = std::env::args_os().skip(1);
+    while let Some(argument) = arguments.next() {
+        if argument == "--run-dir" {
+            // Its value is no command, whatever it is called.
+            arguments.next();
+        } else if let Some(inner) = command.find_subcommand(&argument).cloned() {
+            words = format!("{words} {}", inner.get_name());
+            command = inner;
+        }
+    }
+    words
 }
 
 /// Serves disks over NBD and freezes instants of them, for backups that are pulled while the disks
@@ -342,8 +359,6 @@ struct NoArguments {}
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]

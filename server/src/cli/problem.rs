@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::io::Write;
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
 use serde::Serialize;
 
 use crate::archive::ArchiveError;
@@ -69,7 +70,12 @@ impl Problem {
     }
 
     /// The same for what the parser found, in one line.
-    pub(super) fn usage_from(error: &clap::Error) -> Self {
+    /// `command` is what was typed of commands, as far as it is one.
+    pub(super) fn usage_from(error: &clap::Error, command: &str) -> Self {
+        let help = format!("see: {command} --help");
+        if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+            return Self::usage(format!("a command is missing behind '{command}'")).hint(help);
+        }
         let text = error.render().to_string();
         let mut paragraphs = text.split("\n\n").map(|paragraph| {
             let words: Vec<_> = paragraph.split_whitespace().collect();
@@ -78,8 +84,9 @@ impl Problem {
         let first = paragraphs.next().unwrap_or_default();
         let message = first.strip_prefix("error: ").unwrap_or(&first);
         let tip = paragraphs.find_map(|p| p.strip_prefix("tip: ").map(str::to_owned));
-        let hint = tip.unwrap_or_else(|| "see: stillpoint --help".to_owned());
-        Self::usage(message).hint(hint)
+        // What begins with a dash is hardly ever meant as a value.
+        let tip = tip.filter(|tip| !tip.contains("use '-- "));
+        Self::usage(message).hint(tip.unwrap_or(help))
     }
 
     /// The backup is lost.

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::problem::Problem;
 use super::table::Table;
+use super::units::parse_count;
 use super::{Answers, Done};
 use crate::archive::{Archive, Fate, Keep, Point, fates};
 use crate::control::answers::time_text;
@@ -32,19 +33,19 @@ pub(super) struct PruneArgs {
 #[group(required = true, multiple = true)]
 struct KeepArgs {
     /// Keep the newest N points.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_count, allow_negative_numbers = true)]
     keep_last: Option<u64>,
     /// Keep the last point of each of the newest N days that have one, by UTC.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_count, allow_negative_numbers = true)]
     keep_daily: Option<u64>,
     /// The same for weeks, which begin on Mondays.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_count, allow_negative_numbers = true)]
     keep_weekly: Option<u64>,
     /// The same for months.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_count, allow_negative_numbers = true)]
     keep_monthly: Option<u64>,
     /// The same for years.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_count, allow_negative_numbers = true)]
     keep_yearly: Option<u64>,
 }
 

@@ -26,7 +26,8 @@ use crate::served::DiskSpec;
 pub(super) struct ServeArgs {
     /// Serve the image PATH as disk NAME; may be given more than once. Keys: format=raw or qcow2,
     /// granularity=64k (a power of two, 4k to 2M), state=DIR, durability=power, process or none,
-    /// cache=writeback or none, read-only. A comma in PATH is doubled.
+    /// cache=writeback or none, read-only. A comma in PATH is doubled. PATH may be the URI of another
+    /// server's export, which has the keys reconnect=DURATION and tls-creds=DIR too.
     #[arg(
         long = "disk",
         value_name = "NAME=PATH[,key=value]...",

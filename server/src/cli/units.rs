@@ -31,7 +31,8 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
 
 /// Reads a time with its unit: `500ms`, `1s`, `2m`, `1h`, `7d`.
 pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("'{text}' is no time such as 500ms or 1s");
+    let wrong =
+        || format!("'{text}' is no time such as 500ms or 1s: a whole number of ms, s, m, h or d");
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let number: u32 = text[..digits].parse().map_err(|_| wrong())?;
     match &text[digits..] {
@@ -42,6 +43,12 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
         "d" => Ok(Duration::from_secs(86_400 * u64::from(number))),
         _ => Err(wrong()),
     }
+}
+
+/// Reads how many of something are meant.
+pub(super) fn parse_count(text: &str) -> Result<u64, String> {
+    let number = text.parse();
+    number.map_err(|_| "not a whole number from 0 on".to_owned())
 }
 
 /// Reads seconds, whole or not.

@@ -55,6 +55,61 @@ fn what_cannot_be_understood_exits_2() {
 }
 
 #[test]
+fn a_usage_error_says_what_is_wrong_and_whose_help_tells_more() {
+    for (args, wrong, help) in [
+        (&[][..], "a command is missing", "stillpoint --help"),
+        (
+            &["checkpoint"],
+            "a command is missing",
+            "stillpoint checkpoint --help",
+        ),
+        (
+            &["--run-dir", "backup", "serve", "--no-such-option"],
+            "'--no-such-option'",
+            "stillpoint serve --help",
+        ),
+        (
+            &["backup", "begin", "--expires", "11y"],
+            "a whole number of ms, s, m, h or d",
+            "stillpoint backup begin --help",
+        ),
+        (
+            &["prune", "x", "--keep-last", "-1"],
+            "not a whole number",
+            "stillpoint prune --help",
+        ),
+        (
+            &["serve", "--disk", "last=x"],
+            ">': the name 'last' is a reserved word",
+            "stillpoint serve --help",
+        ),
+    ] {
+        let output = stillpoint(args);
+        assert!(output.error(2).contains(wrong), "{output}");
+        let hint = format!("hint: see: {help}\n");
+        assert!(output.stderr.ends_with(&hint), "{output}");
+    }
+}
+
+#[test]
+fn the_help_of_serve_has_all_keys_of_a_disk() {
+    let output = stillpoint(&["serve", "--help"]);
+    let help = output.ok();
+    for key in [
+        "format=",
+        "granularity=",
+        "state=",
+        "durability=",
+        "cache=",
+        "read-only",
+        "reconnect=",
+        "tls-creds=",
+    ] {
+        assert!(help.contains(key), "no {key}\n{output}");
+    }
+}
+
+#[test]
 fn the_version_is_told() {
     assert!(stillpoint(&["--version"]).ok().starts_with("stillpoint "));
 }

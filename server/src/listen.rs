@@ -103,7 +103,8 @@ pub(crate) fn check_length(path: &Path) -> Result<(), Failure> {
         "the socket path '{}' is too long: {length} bytes, and {SOCKET_PATH_MAX} are possible",
         path.display()
     );
-    Err(Failure::new("path-too-long", message).hint("choose a shorter --run-dir"))
+    Err(Failure::new("path-too-long", message)
+        .hint("choose a shorter --run-dir, or path of a socket"))
 }
 
 fn make_way(path: &Path) -> Result<(), Failure> {

@@ -99,8 +99,8 @@ fn options(args: ServeArgs, run_dir: PathBuf) -> Result<ServeOptions, Problem> {
         allow_backing: args.allow_backing,
         run_dir,
         scratch_dir: args.scratch_dir,
-        live_listen: args.live_listen,
-        backup_listen: args.backup_listen,
+        live_listen: absolute(args.live_listen)?,
+        backup_listen: absolute(args.backup_listen)?,
         socket_mode: args.socket_mode,
         socket_group: args.socket_group,
         tls: args.tls.options()?,
@@ -111,6 +111,21 @@ fn options(args: ServeArgs, run_dir: PathBuf) -> Result<ServeOptions, Problem> {
         io_engine: args.io_engine,
         limits: args.limits.options(),
     })
+}
+
+/// URIs name sockets for programs that run elsewhere.
+fn absolute(addresses: Vec<Address>) -> Result<Vec<Address>, Problem> {
+    let absolute = |address| match address {
+        Address::Unix(path) => match std::path::absolute(&path) {
+            Ok(path) => Ok(Address::Unix(path)),
+            Err(error) => {
+                let message = format!("the socket '{}': {error}", path.display());
+                Err(Problem::new("cannot-listen", message))
+            }
+        },
+        tcp @ Address::Tcp { .. } => Ok(tcp),
+    };
+    addresses.into_iter().map(absolute).collect()
 }
 
 fn parse_policy(text: &str) -> Result<OnTrackingError, String> {

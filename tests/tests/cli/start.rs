@@ -296,6 +296,21 @@ fn a_mask_takes_nothing_from_the_modes_of_sockets_and_their_directory() {
 }
 
 #[test]
+fn a_socket_that_is_named_from_here_is_told_so_that_it_is_found_from_everywhere() {
+    let builder = Server::builder()
+        .disk("vda", MIB)
+        .arg("--live-listen=unix:extra.sock");
+    let mut command = builder.command();
+    command.current_dir(builder.path(""));
+    let _server = KilledOnDrop::spawn(command.stdout(Stdio::null()));
+    let run_directory = builder.path("run");
+    let wait = ["--wait", "20", "--run-dir", path(&run_directory), "--json"];
+    let status = stillpoint(&[&["status"], &wait[..]].concat());
+    let socket = format!("?socket={}\"", path(&builder.path("extra.sock")));
+    assert!(status.ok().contains(&socket), "{status}");
+}
+
+#[test]
 fn backups_can_be_pulled_over_tcp_and_only_a_word_opens_a_network() {
     let server = Server::builder()
         .disk("vda", MIB)

@@ -185,8 +185,13 @@ pub(crate) fn refuse_plaintext(
         return Ok(());
     };
     let message = format!("{open} would carry the disks' contents unencrypted");
-    let hint = "give --tls-creds DIR with the server's certificate, or listen on a loopback \
-                address, or say --allow-plaintext if the network is yours";
+    let tls = match terms {
+        Some(_) => "let nobody in without TLS: --tls require",
+        None => "give --tls-creds DIR with the server's certificate",
+    };
+    let hint = format!(
+        "{tls}, or listen on a loopback address, or say --allow-plaintext if the network is yours"
+    );
     Err(Failure::new("plaintext", message).hint(hint))
 }
 

@@ -29,7 +29,7 @@ use crate::nbd::{Client, Entrance, Peer, Stream, Workers};
 use crate::notify;
 use crate::push::Jobs;
 use crate::served::DiskSpec;
-use crate::service::{Opening, ScratchOptions, Service, refuse_copies};
+use crate::service::{Opening, ScratchOptions, Service, refuse_copies, refuse_same_image};
 use crate::tls::{Terms, Tls, TlsOptions};
 
 /// How to serve.
@@ -95,7 +95,14 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     refuse_copies(&options.disks)?;
     let mut disks = Vec::new();
     for spec in &options.disks {
-        disks.push(opening.open(spec).await?);
+        let opened = opening.open(spec).await;
+        if let Err(failure) = &opened
+            && failure.code == "image-locked"
+        {
+            // It may be we who have it, under another name.
+            refuse_same_image(spec, disks.iter().map(|(disk, _)| disk))?;
+        }
+        disks.push(opened?);
     }
     let service = Service::new(disks, options.freeze_timeout, wall_clock, options.scratch)
         .map_err(|error| cannot("restore backups", &error))?;

@@ -166,7 +166,12 @@ fn where_not_even_the_loss_can_be_recorded_a_write_fails_that_cannot_be_tracked(
         assert_eq!(nbd.read(100 * MIB, 4096), Ok(vec![0; 4096]), "{policy}");
         nbd.flush().expect("the image is well");
         assert_eq!(tracking(&server)["tracking"], "ok", "{policy}");
-        assert!(server.stderr().contains("a request failed"), "{policy}");
+        let log = server.stderr();
+        let line = log.lines().find(|line| line.contains("a request failed"));
+        let line = line.unwrap_or_else(|| panic!("{policy}: {log}"));
+        for word in [" peer=", " export=\"vda\"", " error="] {
+            assert!(line.contains(word), "{policy}: {line}");
+        }
     }
 }
 

@@ -11,6 +11,18 @@ impl Archive {
     /// The point that `text` means: `latest`, a number, the name or uuid of a checkpoint, or a time, which
     /// means the last point not after it. Only points that have `disk` count, if that is given.
     pub fn find(&self, text: &str, disk: Option<&str>) -> Result<&Point, ArchiveError> {
+        let found = self.find_with(text, disk);
+        match (&found, disk) {
+            // Where it is the disk that is wrong, the point is not.
+            (Err(ArchiveError::Unknown(_)), Some(disk)) => {
+                let point = self.find_with(text, None)?;
+                Err(point.without(disk))
+            }
+            _ => found,
+        }
+    }
+
+    fn find_with(&self, text: &str, disk: Option<&str>) -> Result<&Point, ArchiveError> {
         let has_disk = |point: &&Point| disk.is_none_or(|disk| point.disk(disk).is_some());
         let newest_first = || self.points().iter().rev().filter(has_disk);
         if text == "latest" || text == "last" {
@@ -35,7 +47,10 @@ impl Archive {
             return Ok(point);
         }
         let Ok(time) = OffsetDateTime::parse(text, &Rfc3339) else {
-            return Err(unknown(text));
+            let forms = "a number, the name or uuid of a checkpoint, a time such as 2026-11-20T21:14:03Z, \
+                         or latest";
+            let message = format!("there is no point '{text}': give {forms}");
+            return Err(ArchiveError::Unknown(message));
         };
         let found = newest_first().find(|point| point.instant <= time);
         let next = self.points().iter().find(|point| point.instant > time);
@@ -64,6 +79,15 @@ impl Archive {
     pub(super) fn has(&self, number: u64) -> bool {
         let is_unsound = |(unsound, _): &(u64, _)| *unsound == number;
         self.point(number).is_some() || self.unsound().iter().any(is_unsound)
+    }
+}
+
+impl Point {
+    /// That it does not have `disk`.
+    pub(super) fn without(&self, disk: &str) -> ArchiveError {
+        let names: Vec<_> = self.disks.iter().map(|disk| disk.name.as_str()).collect();
+        let (point, has) = (self.number, names.join(", "));
+        ArchiveError::Unknown(format!("point {point} has no disk '{disk}': it has {has}"))
     }
 }
 

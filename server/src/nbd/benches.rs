@@ -117,6 +117,8 @@ fn target(service: &Service, headers: Headers) -> Target {
         (ContextId(id), context)
     });
     Target {
+        peer: String::new(),
+        name: String::new(),
         contexts: contexts.collect(),
         export,
         replies: Replies::new(headers),

@@ -124,7 +124,8 @@ async fn serve<S: AsyncRead + AsyncWrite + AsFd + Unpin>(
         return Ok(());
     };
     tracing::info!(%peer, ?role, export = session.info.name, "connected");
-    transmission::run(stream, session, input, (&visitor.entrance, seat)).await
+    let peer = peer.to_string();
+    transmission::run(stream, session, input, peer, (&visitor.entrance, seat)).await
 }
 
 /// How long a client may choose.

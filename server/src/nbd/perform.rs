@@ -17,6 +17,9 @@ use crate::files::Files;
 
 /// What all requests of a connection are about.
 pub(super) struct Target {
+    /// Whose requests they are, and the name of the export: for the log.
+    pub(super) peer: String,
+    pub(super) name: String,
     pub(super) export: Export,
     pub(super) contexts: Vec<(ContextId, Context)>,
     pub(super) replies: Replies,
@@ -75,11 +78,14 @@ impl Target {
 
     fn fail(&self, origin: Origin, asks: Asks, error: &ExportError, reply: &mut BytesMut) {
         let errno = errno_of(asks, error);
+        let (peer, export) = (&self.peer, &self.name);
         // Here the cause is known for the last time, unless it was told when it happened.
         match error {
-            ExportError::Io(_) => tracing::warn!(%error, ?errno, "a request failed"),
+            ExportError::Io(_) => {
+                tracing::warn!(%peer, export, %error, ?errno, "a request failed");
+            }
             ExportError::Ended | ExportError::Broken(_) | ExportError::GivenUp => {
-                tracing::debug!(%error, ?errno, "a request failed");
+                tracing::debug!(%peer, export, %error, ?errno, "a request failed");
             }
         }
         self.replies.error(reply, origin, errno, &error.to_string());

@@ -33,9 +33,10 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + AsFd + Unpin>(
     stream: S,
     session: proto::Session<Exports>,
     input: BytesMut,
+    peer: String,
     (entrance, mut seat): (&Entrance, Seat),
 ) -> Result<(), Ended> {
-    let connection = Connection::new(session, input, entrance);
+    let connection = Connection::new(session, input, peer, entrance);
     let _connected = Connected::to(Rc::clone(&connection.target));
     let line = Line::of(&stream);
     connection.run((stream, line), &mut seat).await
@@ -82,13 +83,20 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(session: proto::Session<Exports>, input: BytesMut, entrance: &Entrance) -> Self {
+    fn new(
+        session: proto::Session<Exports>,
+        input: BytesMut,
+        peer: String,
+        entrance: &Entrance,
+    ) -> Self {
         Self {
             role: entrance.role,
             admission: session.admission(),
             decoder: session.requests(),
             target: Rc::new(Target {
+                peer,
                 replies: session.replies(),
+                name: session.info.name,
                 contexts: session.contexts,
                 export: session.export,
                 leaving: Cell::new(false),

@@ -319,7 +319,7 @@ impl Service {
             let hint = "delete the checkpoint, or choose another name for the disk";
             return Err(Failure::new("invalid-name", message).hint(hint));
         }
-        refuse_same_image(spec, disks.values())
+        refuse_same_image(spec, disks.values().map(Arc::as_ref))
     }
 
     /// Refuses a disk with an open backup by whose id another one goes here.

@@ -50,7 +50,7 @@ use crate::names::Name;
 use crate::served::{Past, ServedDisk};
 use crate::state::Record;
 use restore::Restored;
-pub(crate) use same_image::refuse_copies;
+pub(crate) use same_image::{refuse_copies, refuse_same_image};
 use space::Space;
 pub(crate) use space::{Reserve, ScratchOptions};
 

@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use uuid::Uuid;
 
@@ -13,12 +12,12 @@ use crate::served::{DiskSpec, ServedDisk, likely_state_dir};
 use crate::state::State;
 
 /// Refuses an image that one of `disks` is on. Its lock would refuse it too, and not say why.
-pub(super) fn refuse_same_image<'a>(
+pub(crate) fn refuse_same_image<'a>(
     spec: &DiskSpec,
-    mut disks: impl Iterator<Item = &'a Arc<ServedDisk>>,
+    mut disks: impl Iterator<Item = &'a ServedDisk>,
 ) -> Result<(), Failure> {
     let wanted = identity(&spec.path);
-    let is_same = |disk: &&Arc<ServedDisk>| match &spec.remote {
+    let is_same = |disk: &&ServedDisk| match &spec.remote {
         // Nothing locks the export of another server.
         Some(_) => disk.path == spec.path,
         None => wanted.is_some() && identity(&disk.path) == wanted,

@@ -62,6 +62,26 @@ fn a_folder_of_something_else_is_left_alone() {
 }
 
 #[test]
+fn a_point_that_is_not_there_and_a_disk_that_it_lacks_are_told_apart() {
+    let folder = folder_of_two();
+    let output = folder.beside("output");
+    for at in ["latest", "1"] {
+        let line = ["--at", at, "--disk", "foo", "-o", path(&output)];
+        let refused = folder.stillpoint("restore", &line);
+        let error = refused.error(1);
+        assert!(error.contains("no disk 'foo': it has vda"), "{refused}");
+        assert!(!error.contains("no point"), "{refused}");
+    }
+    for disk in [&[][..], &["--disk", "foo"]] {
+        let line = [&["--at", "2020-01-01", "-o", path(&output)], disk].concat();
+        let refused = folder.stillpoint("restore", &line);
+        let error = refused.error(1);
+        assert!(error.contains("no point '2020-01-01'"), "{refused}");
+        assert!(error.contains("2026-11-20T21:14:03Z"), "{refused}");
+    }
+}
+
+#[test]
 fn a_newer_version_is_refused_by_its_number() {
     let folder = folder_of_two();
     let file = folder.file(2, "manifest.json");

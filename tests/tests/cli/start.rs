@@ -394,7 +394,8 @@ fn two_names_for_one_image_are_refused() {
     let builder = Server::builder().disk("vda", MIB);
     let image = builder.path("vda.raw");
     let refused = builder.disk_at("vdb", &image).start_and_fail();
-    assert!(refused.error(1).contains("this very process"), "{refused}");
+    let already = format!("cannot use '{}': it is disk 'vda' already", path(&image));
+    assert!(refused.error(1).contains(&already), "{refused}");
 }
 
 #[test]

@@ -147,7 +147,8 @@ fn an_agent_that_is_not_there_or_does_not_answer_costs_nobody_a_freeze() {
         ("hook-timeout", "100ms"),
     ];
     let failed = scene.run(&["backup", "begin"], &hooks);
-    assert!(failed.error(1).contains("cannot be reached"), "{failed}");
+    let why = "cannot be reached: No such file or directory (os error 2)";
+    assert!(failed.error(1).contains(why), "{failed}");
 
     // Somebody has it, and takes no second client.
     let _somebody = std::os::unix::net::UnixListener::bind(&path).unwrap();

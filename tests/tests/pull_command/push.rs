@@ -48,6 +48,14 @@ fn comparable(mut manifest: Value) -> Value {
 }
 
 #[test]
+fn people_are_told_what_the_next_push_would_copy() {
+    let server = Server::with_disk(MIB);
+    let folder = Folder::new();
+    let pushed = server.cli(&["push", "--to", path(folder.path())]);
+    assert!(pushed.ok().contains("the next push would copy"), "{pushed}");
+}
+
+#[test]
 fn what_is_pushed_is_byte_for_byte_what_is_pulled() {
     let histories: Vec<u64> = (1..=number("STILLPOINT_PUSH_HISTORIES", 2)).collect();
     for seed in seeds(&histories) {

@@ -148,10 +148,11 @@ fn only_required_tls_opens_a_network() {
     let open = "--live-listen=tcp:0.0.0.0:0";
     realm.builder(&[open]).start().is_well();
     for weak in ["--tls=on", "--tls=off"] {
-        realm
-            .builder(&[open, weak])
-            .start_and_fail()
-            .refused("unencrypted");
+        let refused = realm.builder(&[open, weak]).start_and_fail();
+        refused.refused("unencrypted");
+        // The certificate is there; what lacks is that it is asked for.
+        assert!(refused.stderr.contains("--tls require"), "{refused}");
+        assert!(!refused.stderr.contains("--tls-creds"), "{refused}");
         let allowed = realm.builder(&[open, weak, "--allow-plaintext"]).start();
         allowed.is_well();
     }

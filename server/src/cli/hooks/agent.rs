@@ -230,7 +230,7 @@ impl Agent {
                     self.unread.extend(&buffer[..length]);
                     return Ok(());
                 }
-                Err(error) => again(&error, || limit.readable(stream.as_fd()))?,
+                Err(error) => again(error, || limit.readable(stream.as_fd()))?,
             }
         }
     }
@@ -240,7 +240,7 @@ impl Agent {
         while !text.is_empty() {
             match stream.write(text) {
                 Ok(length) => text = &text[length..],
-                Err(error) => again(&error, || limit.writable(stream.as_fd()))?,
+                Err(error) => again(error, || limit.writable(stream.as_fd()))?,
             }
         }
         Ok(())
@@ -257,13 +257,13 @@ fn reach(path: &Path, limit: &Limit<'_>) -> Result<UnixStream, AgentError> {
         let socket = socket.map_err(io::Error::from)?;
         match connect(&socket, &address) {
             Ok(()) => return Ok(UnixStream::from(socket)),
-            Err(error) => again(&error.into(), || limit.pause())?,
+            Err(error) => again(error.into(), || limit.pause())?,
         }
     }
 }
 
 /// Whether something is to be tried again, which is `waited` for, or is over.
-fn again(error: &io::Error, wait: impl FnOnce() -> Wait) -> Result<(), AgentError> {
+fn again(error: io::Error, wait: impl FnOnce() -> Wait) -> Result<(), AgentError> {
     match error.kind() {
         ErrorKind::Interrupted => Ok(()),
         ErrorKind::WouldBlock => match wait() {
@@ -272,7 +272,7 @@ fn again(error: &io::Error, wait: impl FnOnce() -> Wait) -> Result<(), AgentErro
             Wait::Abandoned => Err(AgentError::Abandoned),
         },
         ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => Err(AgentError::HungUp),
-        kind => Err(AgentError::Unreachable(kind.into())),
+        _ => Err(AgentError::Unreachable(error)),
     }
 }
 

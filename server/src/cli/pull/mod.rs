@@ -241,6 +241,7 @@ impl Common<'_> {
         next: Option<Vec<(String, u64)>>,
     ) -> Done {
         let finished = Finished {
+            command: "pull",
             folder: &self.args.to,
             point,
             rows,

@@ -300,6 +300,7 @@ impl Push<'_> {
         let rows: Vec<Row> = job.disks.iter().map(row).collect();
         let next_bytes = self.next_bytes(point)?;
         let finished = Finished {
+            command: "push",
             folder: &self.to,
             point,
             rows: &rows,

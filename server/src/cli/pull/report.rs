@@ -97,8 +97,10 @@ struct DiskResult<'a> {
     next_bytes: Option<u64>,
 }
 
-/// A pull that is complete.
+/// A pull or a push that is complete.
 pub(super) struct Finished<'a> {
+    /// What made it, in a word.
+    pub(super) command: &'static str,
     pub(super) folder: &'a Path,
     pub(super) point: &'a Point,
     pub(super) rows: &'a [Row],
@@ -255,6 +257,7 @@ fn mode(mode: Mode) -> &'static str {
 
 fn summary(finished: &Finished<'_>) -> String {
     let Finished {
+        command,
         folder,
         point,
         rows,
@@ -310,7 +313,7 @@ fn summary(finished: &Finished<'_>) -> String {
         say(
             &mut text,
             format_args!(
-                "the next pull would copy {} at most, as things stand",
+                "the next {command} would copy {} at most, as things stand",
                 size(next)
             ),
         );

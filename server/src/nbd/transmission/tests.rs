@@ -69,7 +69,7 @@ impl Scene {
         let seat = clients.enter(role, "a client".to_owned()).unwrap();
         tokio::time::pause();
         Self {
-            connection: Connection::new(session, BytesMut::new(), &entrance),
+            connection: Connection::new(session, BytesMut::new(), "a client".to_owned(), &entrance),
             clients,
             seat,
             _folder: folder,

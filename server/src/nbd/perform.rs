@@ -72,7 +72,7 @@ impl Target {
     /// The answer to a request that came to nothing.
     pub(super) fn failed(&self, origin: Origin, error: &ExportError) -> Reply {
         let mut reply = Reply::default();
-        self.fail(origin, Asks::ToKnow, error, reply.end());
+        self.fail(origin, Asks::Answer, error, reply.end());
         reply
     }
 
@@ -223,19 +223,19 @@ async fn flush_if(disk: &Disk<Files>, fua: bool) -> io::Result<()> {
 /// What a request asks, as far as errors differ.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Asks {
-    ToKnow,
-    ToChange,
-    ToChangeFast,
+    Answer,
+    Change,
+    FastChange,
 }
 
 impl Asks {
     fn of(command: &Command) -> Self {
         match command {
             Command::Read { .. } | Command::BlockStatus { .. } | Command::Cache { .. } => {
-                Self::ToKnow
+                Self::Answer
             }
-            Command::WriteZeroes { fast: true, .. } => Self::ToChangeFast,
-            _ => Self::ToChange,
+            Command::WriteZeroes { fast: true, .. } => Self::FastChange,
+            _ => Self::Change,
         }
     }
 }
@@ -247,7 +247,7 @@ fn errno_of(asks: Asks, error: &ExportError) -> Errno {
         ExportError::Ended | ExportError::GivenUp => Errno::Shutdown,
         ExportError::Broken(_) => Errno::Io,
         ExportError::Io(error) => match (error.kind(), asks) {
-            (_, Asks::ToKnow) => Errno::Io,
+            (_, Asks::Answer) => Errno::Io,
             (
                 io::ErrorKind::StorageFull
                 | io::ErrorKind::QuotaExceeded
@@ -255,7 +255,7 @@ fn errno_of(asks: Asks, error: &ExportError) -> Errno {
                 _,
             ) => Errno::NoSpc,
             (io::ErrorKind::PermissionDenied, _) => Errno::Perm,
-            (io::ErrorKind::Unsupported, Asks::ToChangeFast) => Errno::NotSup,
+            (io::ErrorKind::Unsupported, Asks::FastChange) => Errno::NotSup,
             _ => Errno::Io,
         },
     }
@@ -352,34 +352,28 @@ const ZERO_STEP: u64 = 64 << 20;
 #[cfg(test)]
 mod tests {
     use proto::{Cookie, Headers};
+    use rustix::io::Errno as Kernel;
 
     use super::*;
     use crate::nbd::output::Output;
 
     #[test]
     fn quotas_and_limits_of_size_are_no_space() {
-        for number in [
-            rustix::io::Errno::NOSPC,
-            rustix::io::Errno::DQUOT,
-            rustix::io::Errno::FBIG,
-        ] {
+        for number in [Kernel::NOSPC, Kernel::DQUOT, Kernel::FBIG] {
             let error = ExportError::Io(number.into());
-            assert_eq!(errno_of(Asks::ToChange, &error), Errno::NoSpc, "{number}");
-            assert_eq!(errno_of(Asks::ToKnow, &error), Errno::Io, "{number}");
+            assert_eq!(errno_of(Asks::Change, &error), Errno::NoSpc, "{number}");
+            assert_eq!(errno_of(Asks::Answer, &error), Errno::Io, "{number}");
         }
     }
 
     #[test]
     fn what_the_protocol_has_for_other_requests_is_told_as_an_io_error() {
-        let told = |number: rustix::io::Errno, asks| {
-            errno_of(asks, &ExportError::Io(io::Error::from(number)))
-        };
-        use rustix::io::Errno as Kernel;
-        assert_eq!(told(Kernel::NOTSUP, Asks::ToChangeFast), Errno::NotSup);
-        assert_eq!(told(Kernel::NOTSUP, Asks::ToChange), Errno::Io);
-        assert_eq!(told(Kernel::PERM, Asks::ToChange), Errno::Perm);
-        assert_eq!(told(Kernel::PERM, Asks::ToKnow), Errno::Io);
-        assert_eq!(told(Kernel::NOMEM, Asks::ToChange), Errno::Io);
+        let told = |number: Kernel, asks| errno_of(asks, &ExportError::Io(io::Error::from(number)));
+        assert_eq!(told(Kernel::NOTSUP, Asks::FastChange), Errno::NotSup);
+        assert_eq!(told(Kernel::NOTSUP, Asks::Change), Errno::Io);
+        assert_eq!(told(Kernel::PERM, Asks::Change), Errno::Perm);
+        assert_eq!(told(Kernel::PERM, Asks::Answer), Errno::Io);
+        assert_eq!(told(Kernel::NOMEM, Asks::Change), Errno::Io);
     }
 
     #[test]

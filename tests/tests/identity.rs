@@ -1,7 +1,7 @@
 //! What a server finds when it starts: the image that it left, another one, or another boot.
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use serde_json::Value;
@@ -108,6 +108,18 @@ fn restored(image: &Path, older: &Path) {
     fs::copy(older, image).unwrap();
 }
 
+fn given_another_mode(image: &Path, _: &Path) {
+    fs::set_permissions(image, fs::Permissions::from_mode(0o600)).unwrap();
+}
+
+fn touched(image: &Path, _: &Path) {
+    tool("touch", &[path(image)]).ok();
+}
+
+fn given_a_second_name(image: &Path, _: &Path) {
+    fs::hard_link(image, image.with_extension("link")).unwrap();
+}
+
 fn moved_away_and_back(image: &Path, _: &Path) {
     let aside = image.with_extension("aside");
     fs::rename(image, &aside).unwrap();
@@ -116,7 +128,7 @@ fn moved_away_and_back(image: &Path, _: &Path) {
 
 #[test]
 fn an_image_changed_behind_our_back_costs_a_full_backup_with_the_reason() {
-    let cases: [(&str, Tampering, &str); 6] = [
+    let cases: [(&str, Tampering, &str); 9] = [
         ("replaced", replaced, "replaced"),
         ("resized", resized, "resized"),
         ("written", written, "changed while the server was down"),
@@ -127,7 +139,22 @@ fn an_image_changed_behind_our_back_costs_a_full_backup_with_the_reason() {
         ),
         ("restored", restored, "changed while"),
         // A new name is a change of the file, and nobody can tell that it was the only one.
-        ("moved", moved_away_and_back, "changed while"),
+        (
+            "moved",
+            moved_away_and_back,
+            "its times, mode, owner or names",
+        ),
+        (
+            "chmod",
+            given_another_mode,
+            "its times, mode, owner or names",
+        ),
+        ("touch", touched, "its times, mode, owner or names"),
+        (
+            "linked",
+            given_a_second_name,
+            "its times, mode, owner or names",
+        ),
     ];
     for (how, tamper, reason) in cases {
         let mut server = left_by(Server::stop);

@@ -134,5 +134,6 @@ pub(super) fn journal_loss(
 }
 
 /// File systems stamp changes with a coarse clock, and a write of a process that was killed may
-/// land a moment later. A change by someone else within this time after a kill goes unnoticed.
+/// land a moment later. Both times are whole seconds: a change by someone else goes unnoticed if it comes
+/// after a kill and less than a second more than this after our last write.
 const CLOCK_SLACK_S: u64 = 2;

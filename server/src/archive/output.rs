@@ -266,7 +266,10 @@ impl Drop for Aside {
 
 /// Locks a file that is to be replaced, as whoever served it would.
 fn lock(path: &Path) -> Result<File, ArchiveError> {
-    let file = File::open(path).map_err(|error| ArchiveError::reading(path, error))?;
+    // A network file system locks against others only what can be written.
+    let writable = File::options().read(true).write(true).open(path);
+    let file = writable.or_else(|_| File::open(path));
+    let file = file.map_err(|error| ArchiveError::reading(path, error))?;
     match ImageLock::take(&file) {
         Ok(_) => Ok(file),
         Err(source) => Err(ArchiveError::InUse {

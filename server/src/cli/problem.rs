@@ -73,7 +73,9 @@ impl Problem {
     /// `command` is what was typed of commands, as far as it is one.
     pub(super) fn usage_from(error: &clap::Error, command: &str) -> Self {
         let help = format!("see: {command} --help");
-        if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        if let ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand =
+            error.kind()
+        {
             return Self::usage(format!("a command is missing behind '{command}'")).hint(help);
         }
         let text = error.render().to_string();

@@ -59,6 +59,11 @@ fn a_usage_error_says_what_is_wrong_and_whose_help_tells_more() {
     for (args, wrong, help) in [
         (&[][..], "a command is missing", "stillpoint --help"),
         (
+            &["--run-dir", "x"],
+            "a command is missing",
+            "stillpoint --help",
+        ),
+        (
             &["checkpoint"],
             "a command is missing",
             "stillpoint checkpoint --help",

@@ -44,6 +44,20 @@ fn check_full(server: &mut Server, reason: &str, how: &str) {
     let part = named(&checkpoint, "disks", "disk", "vda").expect("vda");
     assert_eq!(part["dirty_bytes"], size, "{how}: {list}");
     assert_eq!(part["uncertain_bytes"], size, "{how}: {list}");
+    let told = part["reason"].as_str().unwrap_or_default();
+    assert!(told.contains(reason), "{how}: {list}");
+    let other = named(&checkpoint, "disks", "disk", "vdb").expect("vdb");
+    assert!(other["reason"].is_null(), "{how}: {list}");
+    for command in [&["checkpoint", "list"][..], &["checkpoint", "show", "cp1"]] {
+        let output = server.cli(command);
+        let shown = output.ok();
+        assert!(
+            shown.contains("full, because") && shown.contains("usable"),
+            "{how}: {shown}"
+        );
+    }
+    let log = server.stderr();
+    assert!(log.contains("everything counts as changed"), "{how}: {log}");
     check_incremental(server, "b2", ("vdb", "cp1"), &[9], how);
 
     server.checkpoint("cp2");

@@ -5,8 +5,8 @@ use std::fmt::Write;
 use super::table::Table;
 use super::units::{microseconds, size};
 use crate::control::answers::{
-    BackupAnswer, BackupDisk, BackupState, CheckpointAnswer, ConsumerAnswer, ExportUse, Mode,
-    Status,
+    BackupAnswer, BackupDisk, BackupState, CheckpointAnswer, CheckpointDisk, ConsumerAnswer,
+    ExportUse, Mode, Status,
 };
 
 /// `status`.
@@ -101,7 +101,7 @@ pub(super) fn checkpoints(all: &[CheckpointAnswer]) -> String {
                 disk.disk.to_string(),
                 size(disk.dirty_bytes),
                 size(disk.uncertain_bytes),
-                checkpoint_state(checkpoint),
+                checkpoint_state(checkpoint, disk),
             ]);
         }
     }
@@ -115,14 +115,17 @@ pub(super) fn checkpoint(checkpoint: &CheckpointAnswer) -> String {
         ("checkpoint", checkpoint.name.to_string()),
         ("uuid", checkpoint.uuid.to_string()),
         ("created", checkpoint.created_at.clone()),
-        ("state", checkpoint_state(checkpoint)),
     ] {
         say(&mut text, format_args!("{name:11} {value}"));
     }
-    let mut table = Table::new(["DISK", "DIRTY", "UNCERTAIN"]);
+    let mut table = Table::new(["DISK", "DIRTY", "UNCERTAIN", "STATE"]);
     for disk in &checkpoint.disks {
-        let uncertain = size(disk.uncertain_bytes);
-        table.push([disk.disk.to_string(), size(disk.dirty_bytes), uncertain]);
+        table.push([
+            disk.disk.to_string(),
+            size(disk.dirty_bytes),
+            size(disk.uncertain_bytes),
+            checkpoint_state(checkpoint, disk),
+        ]);
     }
     text.push('\n');
     text + &table.render()
@@ -308,10 +311,11 @@ fn describe_disk(text: &mut String, disk: &BackupDisk) {
     }
 }
 
-fn checkpoint_state(checkpoint: &CheckpointAnswer) -> String {
-    match &checkpoint.backup {
-        Some(backup) if checkpoint.pending => format!("made when {backup} is committed"),
-        _ => "usable".to_owned(),
+fn checkpoint_state(checkpoint: &CheckpointAnswer, disk: &CheckpointDisk) -> String {
+    match (&disk.reason, &checkpoint.backup) {
+        (Some(reason), _) => format!("full, because {reason}"),
+        (None, Some(backup)) if checkpoint.pending => format!("made when {backup} is committed"),
+        (None, _) => "usable".to_owned(),
     }
 }
 

@@ -122,6 +122,8 @@ pub(crate) struct CheckpointDisk {
     pub(crate) dirty_bytes: u64,
     /// How much of that is only presumed to have changed.
     pub(crate) uncertain_bytes: u64,
+    /// Why that is all of it, and a backup since this a full one, if so.
+    pub(crate) reason: Option<String>,
 }
 
 /// What has become of a disk that was to be larger.

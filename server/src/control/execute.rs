@@ -358,6 +358,7 @@ async fn describe_checkpoint(
                 disk_uuid: disk.uuid,
                 dirty_bytes,
                 uncertain_bytes,
+                reason: disk.why_lost(*era),
             })
         });
         CheckpointAnswer {

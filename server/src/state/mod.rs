@@ -334,7 +334,9 @@ async fn begin(
 
     let here = life_here(dir, image)?;
     let ending = ending_of(life.as_ref(), &here, image).await;
-    let forgotten = begun_anew.or_else(|| journal_loss(&journal, damage, ending, life.as_ref()));
+    let forgotten = begun_anew
+        .clone()
+        .or_else(|| journal_loss(&journal, damage, ending, life.as_ref()));
     if let Some(reason) = forgotten.filter(|_| journal.ledger().loss.is_none()) {
         // With the record of this start, before what is damaged is gone.
         journal.owe(&Record::Lost { reason });
@@ -383,6 +385,9 @@ async fn begin(
     // A state that no server has used knows of nothing.
     if image.is_elsewhere() && before.boot != [0; 16] && lost.is_none() {
         lost = fingerprint::differs(dir, image, (&recovery, ending)).await?;
+    }
+    if let (Some(why), None) = (&lost, &begun_anew) {
+        tracing::warn!(dir = %dir.display(), why, "everything counts as changed: the next backup is a full one");
     }
     let mut start = Start {
         life: Life {

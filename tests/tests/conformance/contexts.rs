@@ -14,7 +14,7 @@ rows![
     (
         "contexts-1",
         "NBD_OPT_LIST_META_CONTEXT",
-        "LIST without queries names every context that can be selected, and SET takes each",
+        "LIST without queries names the contexts of an export, of its dirty bitmaps 16 checkpoints at most, and SET takes each",
         Any(a_list_without_queries_names_them_all)
     ),
     (

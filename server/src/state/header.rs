@@ -108,7 +108,8 @@ impl Header {
         let number = found.as_ref().map_or(0, |(number, _)| *number);
         let sync_failed = Doubt::of(CellPages::from(cells.clone())).is_told()?;
         let life = found.map(|(_, life)| Life {
-            in_doubt: life.in_doubt || sync_failed,
+            // After a clean end everything was durable.
+            in_doubt: life.in_doubt || sync_failed && !life.clean,
             ..life
         });
         Ok((Self { cells, number }, format, life))

@@ -277,9 +277,17 @@ impl Drop for EndedOnDrop {
         let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else {
             return;
         };
-        // It may have ended by itself, which is as good.
-        let _ = pidfd_send_signal(&process, Signal::TERM);
-        let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], None);
+        let second = Timespec::try_from(Duration::from_secs(1)).expect("a short time");
+        let begun = Instant::now();
+        while begun.elapsed() < PATIENCE {
+            // It may have ended by itself, which is as good; and a qemu-nbd that has only just begun forgets it.
+            let _ = pidfd_send_signal(&process, Signal::TERM);
+            let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&second));
+            if ended != Ok(0) {
+                return;
+            }
+        }
+        let _ = pidfd_send_signal(&process, Signal::KILL);
     }
 }
 

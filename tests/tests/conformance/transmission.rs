@@ -5,6 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
+use stillpoint_tests::killer::Killer;
 use stillpoint_tests::raw_nbd::{command, errno};
 use stillpoint_tests::{MIB, Server};
 
@@ -191,7 +192,8 @@ fn what_is_ready_does_not_wait() {
     let server = Server::with_disk(SIZE);
     let mut nbd = server.open_live(EXPORT);
     nbd.write(0, &vec![1; SIZE as usize]).unwrap();
-    // Both arrive at once; the first needs the device, and the second is in memory.
+    let _slow = Killer::slowing(&server, "fdatasync", &server.image(EXPORT), 1_000_000);
+    // Both arrive at once, and the first takes longer.
     let both = [
         request((command::FLUSH, 0), 1, (0, 0), &[]),
         request((command::READ, 0), 2, (0, 512), &[]),

@@ -92,7 +92,8 @@ impl Output {
             Ok(_) => {
                 let real = fs::canonicalize(place);
                 let real = real.map_err(|error| ArchiveError::reading(place, error))?;
-                let replaced = lock(&real)?;
+                let replaced = open_to_lock(&real)?;
+                lock(&replaced, &real)?;
                 Self::file(&real, format, Some(replaced), size, data)
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -109,11 +110,19 @@ impl Output {
         };
         // Exclusive: not one that is mounted.
         let flags = rustix::fs::OFlags::EXCL.bits().cast_signed();
-        let opened = File::options().write(true).custom_flags(flags).open(path);
+        let mut options = File::options();
+        // The locks that are shared are for who may read.
+        let opened = options
+            .read(true)
+            .write(true)
+            .custom_flags(flags)
+            .open(path);
         let file = opened.map_err(|error| match Errno::from_io_error(&error) {
             Some(Errno::BUSY) => unusable("is in use".to_owned()),
             _ => ArchiveError::writing(path, error),
         })?;
+        // Nor one that somebody serves, who has it open like any file.
+        lock(&file, path)?;
         let length = seek(&file, SeekFrom::End(0));
         let length = length.map_err(|error| ArchiveError::reading(path, error.into()))?;
         if length < size {
@@ -264,19 +273,21 @@ impl Drop for Aside {
     }
 }
 
-/// Locks a file that is to be replaced, as whoever served it would.
-fn lock(path: &Path) -> Result<File, ArchiveError> {
+/// Opens a file that is to be replaced.
+fn open_to_lock(path: &Path) -> Result<File, ArchiveError> {
     // A network file system locks against others only what can be written.
     let writable = File::options().read(true).write(true).open(path);
     let file = writable.or_else(|_| File::open(path));
-    let file = file.map_err(|error| ArchiveError::reading(path, error))?;
-    match ImageLock::take(&file) {
-        Ok(_) => Ok(file),
-        Err(source) => Err(ArchiveError::InUse {
-            path: path.to_owned(),
-            source,
-        }),
-    }
+    file.map_err(|error| ArchiveError::reading(path, error))
+}
+
+/// Locks what is to be replaced or overwritten, as whoever served it would.
+fn lock(file: &File, path: &Path) -> Result<(), ArchiveError> {
+    let taken = ImageLock::take(file).map(drop);
+    taken.map_err(|source| ArchiveError::InUse {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Gives a file the owner, the group and the mode of the one that it replaces.

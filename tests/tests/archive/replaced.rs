@@ -11,7 +11,7 @@ use stillpoint_tests::process::{Output, run};
 use stillpoint_tests::seeds::rng;
 use stillpoint_tests::server::binary;
 use stillpoint_tests::tools::{path, sparse_file};
-use stillpoint_tests::{KIB, MIB, Server};
+use stillpoint_tests::{KIB, LoopDevice, MIB, Server};
 
 #[test]
 fn an_image_that_somebody_serves_is_not_replaced() {
@@ -42,6 +42,32 @@ fn an_image_that_somebody_serves_is_not_replaced() {
     }
     replace(&folder, &image, &[]).ok();
     assert!(fs::read(&image).unwrap() == folder.disks[0].contents);
+}
+
+#[test]
+fn a_device_that_somebody_serves_is_not_overwritten() {
+    let folder = folder();
+    let backing = folder.beside("backing");
+    sparse_file(&backing, MIB);
+    let device = LoopDevice::new(&backing);
+    let builder = Server::builder();
+    let state = builder.path("state");
+    let disk = format!("vda={},state={}", path(device.path()), path(&state));
+    let server = builder.disk_as(&disk).start();
+    let refused = replace(&folder, device.path(), &["--json"]);
+    refused.fails_with("image-locked", &format!("(pid {})", server.pid()));
+    assert_eq!(
+        server.open_live("vda").read(0, 512),
+        Ok(vec![0; 512]),
+        "nothing is written"
+    );
+    drop(server);
+    with_qemu_nbd(&["-f", "raw", path(device.path())], |_| {
+        let refused = replace(&folder, device.path(), &["--json"]);
+        refused.fails_with("image-locked", "in use by another process");
+    });
+    replace(&folder, device.path(), &[]).ok();
+    assert!(fs::read(device.path()).unwrap() == folder.disks[0].contents);
 }
 
 #[test]

@@ -50,10 +50,11 @@ impl<P: Durable> Lease<P> {
         while now + RENEWED_BEFORE_S >= self.end.load(Ordering::Acquire) {
             self.syncs
                 .run(|| async {
-                    let end = now + LEASE_S;
+                    // Who asked earlier may have its turn later, and what was promised holds.
+                    let end = self.end.load(Ordering::Acquire).max(now + LEASE_S);
                     save(&self.store, END_SECTOR, end)?;
                     self.store.sync().await?;
-                    self.end.fetch_max(end, Ordering::AcqRel);
+                    self.end.store(end, Ordering::Release);
                     Ok(())
                 })
                 .await?;
@@ -64,9 +65,10 @@ impl<P: Durable> Lease<P> {
     /// Stores that a write is issued at `now`.
     pub(super) fn note(&self, now: u64) -> io::Result<()> {
         // Most often someone has done so, and nobody need wait for the others' copy of it.
-        let known = self.clock.load(Ordering::Acquire) == now;
-        if !known && self.clock.swap(now, Ordering::AcqRel) != now {
+        if self.clock.load(Ordering::Acquire) != now {
             save(&self.store, CLOCK_SECTOR, now)?;
+            // Not before: whoever finds it here changes the image at once.
+            self.clock.store(now, Ordering::Release);
         }
         Ok(())
     }
@@ -104,8 +106,63 @@ const SECTOR_BYTES: u64 = 512;
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+    use std::sync::atomic::AtomicBool;
+
     use super::*;
     use bitmap::MemoryPages;
+
+    /// Stores nothing while it fails; a sync takes a while.
+    #[derive(Default)]
+    struct Failing {
+        pages: MemoryPages,
+        fails: AtomicBool,
+    }
+
+    impl PageStore for Failing {
+        fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+            if self.fails.load(Ordering::Relaxed) {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            self.pages.store(offset, bytes)
+        }
+
+        fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+            self.pages.load(offset, bytes)
+        }
+
+        fn stored(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+            self.pages.stored(offset)
+        }
+    }
+
+    impl Durable for Failing {
+        async fn sync(&self) -> io::Result<()> {
+            tokio::task::yield_now().await;
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_time_that_could_not_be_stored_is_not_taken_for_stored() {
+        let (lease, _) = Lease::open(Failing::default()).unwrap();
+        lease.store.fails.store(true, Ordering::Relaxed);
+        lease.note(1000).unwrap_err();
+        lease.note(1000).unwrap_err();
+        lease.store.fails.store(false, Ordering::Relaxed);
+        lease.note(1000).unwrap();
+        assert_eq!(load(&lease.store, CLOCK_SECTOR).unwrap(), Some(1000));
+    }
+
+    #[tokio::test]
+    async fn whose_turn_comes_late_takes_back_nothing_of_the_lease() {
+        let (lease, _) = Lease::open(Failing::default()).unwrap();
+        // The second asks while the sync of the first is under way, with a time from before.
+        let (first, second) = tokio::join!(lease.cover(1040), lease.cover(1000));
+        first.and(second).unwrap();
+        let stored = load(&lease.store, END_SECTOR).unwrap();
+        assert_eq!(stored, Some(lease.end.load(Ordering::Relaxed)));
+    }
 
     #[tokio::test]
     async fn a_lease_covers_every_write_and_the_next_server_reads_it() {

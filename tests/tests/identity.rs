@@ -275,15 +275,13 @@ fn after_another_boot_the_doubt_is_bounded_and_open_backups_are_broken() {
     let mut guest = Guest::new(&server, "vda");
     server.checkpoint("cp1");
     let mut written = Vec::new();
-    let begun = Instant::now();
     // Every region, twice over; so most of them have been retired.
     for n in 0..2048 {
         let offset = n * 97 % 1024 * REGION + n / 1024 * 8192;
         guest.write(offset, &[n as u8 | 1; 4096]);
         written.push(offset);
-        // A device may be slower than whoever writes, who does not wait for it.
-        while (n + 1) % 128 == 0 && active_bytes(&server) > 512 * REGION {
-            assert!(begun.elapsed() < PATIENCE, "no regions are retired");
+        if (n + 1) % 128 == 0 {
+            until_no_more_are_active(&server, 512 * REGION);
         }
     }
     server.begin("b1", &["--since", "cp1", "--checkpoint", "cp2"]);
@@ -349,6 +347,15 @@ fn after_another_boot_the_doubt_is_bounded_and_open_backups_are_broken() {
 fn active_bytes(server: &Server) -> u64 {
     let status = server.cli_json(&["status"]);
     status["disks"][0]["active_bytes"].as_u64().expect("bytes")
+}
+
+/// A device may be slower than whoever writes, who does not wait until regions are retired.
+#[track_caller]
+fn until_no_more_are_active(server: &Server, bytes: u64) {
+    let begun = Instant::now();
+    while active_bytes(server) > bytes {
+        assert!(begun.elapsed() < PATIENCE, "no regions are retired");
+    }
 }
 
 #[track_caller]

@@ -154,11 +154,22 @@ impl Life {
         self.named.insert(name);
     }
 
+    /// The uuid of one, its name, and what has changed since.
+    fn any_checkpoint(&mut self) -> Option<(String, String, Since)> {
+        // The server draws the uuids, and the same seed is to choose the same.
+        let by_name: BTreeMap<_, _> = self
+            .checkpoints
+            .iter()
+            .map(|(uuid, (name, since))| (name, (uuid, since)))
+            .collect();
+        let (name, (uuid, since)) = by_name.into_iter().choose(&mut self.rng)?;
+        Some((uuid.clone(), name.clone(), since.clone()))
+    }
+
     fn delete(&mut self, qmp: &mut Qmp) {
-        let Some((uuid, (name, since))) = self.checkpoints.iter().choose(&mut self.rng) else {
+        let Some((uuid, name, since)) = self.any_checkpoint() else {
             return;
         };
-        let (uuid, name, since) = (uuid.clone(), name.clone(), since.clone());
         let in_use = |open: &Open| open.bases.values().any(|(base, _)| *base == uuid);
         let is_last = self.consumers.values().any(|lasts| {
             let mut lasts = lasts.iter();
@@ -187,8 +198,8 @@ impl Life {
         let mut arguments = json!({"id": id, "disks": disks});
         let consumer = CONSUMERS.iter().choose(&mut self.rng).copied();
         let consumer = consumer.filter(|_| self.rng.random_bool(0.6));
-        let base = self.checkpoints.iter().choose(&mut self.rng);
-        let base = base.map(|(uuid, (name, _))| (uuid.clone(), name.clone()));
+        let base = self.any_checkpoint();
+        let base = base.map(|(uuid, name, _)| (uuid, name));
         // What each disk is expected to begin from.
         let mut bases: BTreeMap<&'static str, Option<String>> = BTreeMap::new();
         if let Some(consumer) = consumer {

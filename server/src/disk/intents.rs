@@ -145,10 +145,10 @@ impl<W: World> Drop for Inside<'_, W> {
     }
 }
 
-/// How many regions may be active before some are retired. What a power cut leaves in doubt is at
-/// most so many regions, and those that are being entered: with chunks of 64 KiB, 2 GiB. Fewer would
-/// make a database that writes all over its files wait for a sync of the image again and again;
-/// those that it leaves alone are retired in time anyway.
+/// How many regions may be active before some are retired. What a power cut leaves in doubt is so
+/// many regions, with chunks of 64 KiB 2 GiB, and those that are entered until that is done, for
+/// which nobody waits. Fewer would make a database that writes all over its files wait for a sync of
+/// the image again and again; those that it leaves alone are retired in time anyway.
 pub const ACTIVE_MAX: usize = 512;
 
 /// How many are retired at a time: one sync of the image for all of them.

@@ -1,12 +1,14 @@
 //! Having an image alone.
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
 use block::{ImageLock, LockError};
 use tokio::time::{Instant, sleep};
 
+use super::cannot_open;
 use crate::failure::Failure;
 
 /// How long what an ended process had asked of a device is waited for. A disk that is well answers
@@ -25,7 +27,7 @@ pub(super) async fn lock(path: &Path, file: &File) -> Result<(), Failure> {
     let mut until = None;
     loop {
         let Err(error) = ImageLock::take(file) else {
-            return Ok(());
+            return is_still_at(path, file);
         };
         let nobody = matches!(error, LockError::Held { pid: None });
         let until = *until.get_or_insert_with(|| {
@@ -40,5 +42,34 @@ pub(super) async fn lock(path: &Path, file: &File) -> Result<(), Failure> {
             return Err(Failure::new("image-locked", message));
         }
         sleep(RETRY).await;
+    }
+}
+
+/// Whoever replaces an image has it locked until another is at its place, and what was there then has
+/// no name: a server on it would lose all that its guests write.
+fn is_still_at(path: &Path, file: &File) -> Result<(), Failure> {
+    let found = fs::metadata(path).and_then(|there| Ok((there, file.metadata()?)));
+    let (there, opened) = found.map_err(|error| cannot_open(path, &error))?;
+    if (there.dev(), there.ino()) == (opened.dev(), opened.ino()) {
+        return Ok(());
+    }
+    let message = format!("'{}' was replaced while it was opened", path.display());
+    Err(Failure::new("image-locked", message).hint("try again"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_image_that_was_replaced_while_it_was_opened_is_not_used() {
+        let folder = tempfile::tempdir().expect("a directory");
+        let (path, new) = (folder.path().join("a"), folder.path().join("b"));
+        let file = File::create_new(&path).expect("a file");
+        lock(&path, &file).await.expect("nobody has it");
+        File::create_new(&new).expect("another");
+        fs::rename(&new, &path).expect("the place");
+        let failure = lock(&path, &file).await.expect_err("it has no name");
+        assert!(failure.message.contains("was replaced"), "{failure:?}");
     }
 }

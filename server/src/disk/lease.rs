@@ -161,7 +161,7 @@ mod tests {
         let (first, second) = tokio::join!(lease.cover(1040), lease.cover(1000));
         first.and(second).unwrap();
         let stored = load(&lease.store, END_SECTOR).unwrap();
-        assert_eq!(stored, Some(lease.end.load(Ordering::Relaxed)));
+        assert_eq!(stored, Some(1040 + LEASE_S));
     }
 
     #[tokio::test]

@@ -126,9 +126,10 @@ fn all_hear_of(event: Event) {
     }
 
     let mut qmp = server.qmp();
-    happen(event, &server, &mut guest, &mut qmp);
-    // From here on nobody waits for a device, which may take its time for what is to be durable.
     let begun = Instant::now();
+    happen(event, &server, &mut guest, &mut qmp);
+    let took = begun.elapsed();
+    assert!(took < A_SECOND, "{event:?} took {took:?}");
     // Each by itself: who takes nothing while others are heard would be left for it.
     std::thread::scope(|threads| {
         for (state, address, client) in &mut clients {
@@ -139,7 +140,8 @@ fn all_hear_of(event: Event) {
         }
     });
     if event == Event::Stop {
-        // Else those who take nothing would hold up the stop for longer than is waited for here.
+        let left = (begun + A_SECOND).saturating_duration_since(Instant::now());
+        assert!(server.ends_within(left), "clients hold up the stop");
         assert!(server.wait().success());
         return;
     }

@@ -95,12 +95,17 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     refuse_copies(&options.disks)?;
     let mut disks = Vec::new();
     for spec in &options.disks {
+        let refuse_same = || refuse_same_image(spec, disks.iter().map(|(disk, _)| disk));
+        if spec.remote.is_some() {
+            // Nothing else would.
+            refuse_same()?;
+        }
         let opened = opening.open(spec).await;
         if let Err(failure) = &opened
             && failure.code == "image-locked"
         {
             // It may be we who have it, under another name.
-            refuse_same_image(spec, disks.iter().map(|(disk, _)| disk))?;
+            refuse_same()?;
         }
         disks.push(opened?);
     }

@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use crate::failure::Failure;
 use crate::names::Name;
+use crate::nbd_uri::NbdUri;
 use crate::served::{DiskSpec, ServedDisk, likely_state_dir};
 use crate::state::State;
 
@@ -19,7 +20,7 @@ pub(crate) fn refuse_same_image<'a>(
     let wanted = identity(&spec.path);
     let is_same = |disk: &&ServedDisk| match &spec.remote {
         // Nothing locks the export of another server.
-        Some(_) => disk.path == spec.path,
+        Some(remote) => is_export(&disk.path, &remote.uri),
         None => wanted.is_some() && identity(&disk.path) == wanted,
     };
     let Some(disk) = disks.find(is_same) else {
@@ -31,6 +32,14 @@ pub(crate) fn refuse_same_image<'a>(
         disk.name
     );
     Err(Failure::new("image-locked", message))
+}
+
+/// Whether what a disk is named by is a URI of this export, however that is written.
+fn is_export(path: &Path, uri: &NbdUri) -> bool {
+    let other = path.to_str().and_then(|text| text.parse::<NbdUri>().ok());
+    other.is_some_and(|other| {
+        (other.address, other.export) == (uri.address.clone(), uri.export.clone())
+    })
 }
 
 /// Refuses disks of which one was copied from another, with its state. Nothing of them is changed.

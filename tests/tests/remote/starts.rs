@@ -44,6 +44,22 @@ fn the_chain_goes_on_after_a_stop_and_after_a_kill() {
     assert_eq!(why_lost(&server), None, "after a kill");
 }
 
+/// What is written by one name would not be known of by the other.
+#[test]
+fn two_names_for_one_export_are_refused_however_they_are_written() {
+    let directory = temporary_directory();
+    let base = NbdBase::file(&image(&directory));
+    let state = |name| directory.path().join(name).display().to_string();
+    for again in [base.uri(), format!("{}&", base.uri())] {
+        let refused = Server::builder()
+            .disk_as(&format!("vda={},state={}", base.uri(), state("a")))
+            .disk_as(&format!("vdb={again},state={}", state("b")))
+            .start_and_fail();
+        let already = format!("cannot use '{again}': it is disk 'vda' already");
+        assert!(refused.error(1).contains(&already), "{refused}");
+    }
+}
+
 #[test]
 fn an_image_that_was_changed_or_replaced_meanwhile_is_backed_up_in_full() {
     for kill in [false, true] {

@@ -37,9 +37,7 @@ pub(crate) fn refuse_same_image<'a>(
 /// Whether what a disk is named by is a URI of this export, however that is written.
 fn is_export(path: &Path, uri: &NbdUri) -> bool {
     let other = path.to_str().and_then(|text| text.parse::<NbdUri>().ok());
-    other.is_some_and(|other| {
-        (other.address, other.export) == (uri.address.clone(), uri.export.clone())
-    })
+    other.is_some_and(|other| other.address == uri.address && other.export == uri.export)
 }
 
 /// Refuses disks of which one was copied from another, with its state. Nothing of them is changed.

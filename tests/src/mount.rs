@@ -1,7 +1,7 @@
 //! File systems that are full soon, or fail otherwise. They need root, or a `sudo` that asks for nothing.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -148,9 +148,19 @@ impl Drop for Frozen<'_> {
 #[derive(Debug)]
 pub struct Filler(PathBuf);
 
+impl Filler {
+    /// Gives the space back at once. A program that another test is just starting may have the file open
+    /// still, and then its removal would not; nor can a journal use again what it has not written yet.
+    fn empty(&self) -> io::Result<()> {
+        let file = File::options().write(true).open(&self.0)?;
+        file.set_len(0)?;
+        file.sync_all()
+    }
+}
+
 impl Drop for Filler {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.0) {
+        if let Err(error) = self.empty().and_then(|()| fs::remove_file(&self.0)) {
             eprintln!("{}: {error}", self.0.display());
         }
     }
@@ -171,5 +181,27 @@ pub(crate) fn as_root(name: &str, args: &[&str]) -> Output {
         run(Command::new(name).args(args))
     } else {
         run(Command::new("sudo").args(["-n", name]).args(args))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_filled_is_free_again_whoever_has_the_file_open() {
+        const MIB: u64 = 1 << 20;
+        for mount in [Mount::tmpfs(4 * MIB), Mount::ext4(16 * MIB)] {
+            let filler = mount.fill();
+            let _open = File::open(&filler.0).expect("it is there");
+            let write = || {
+                let mut file = File::create(mount.path().join("file"))?;
+                file.write_all(&vec![1; 2 << 20])?;
+                file.sync_all()
+            };
+            assert!(write().is_err());
+            drop(filler);
+            write().expect("there is room");
+        }
     }
 }

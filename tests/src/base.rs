@@ -46,6 +46,14 @@ impl NbdBase {
         Self::nbdkit(&["file", path(file)])
     }
 
+    /// `nbdkit` on this file, for clients that go with requests under way: it performs what it was sent before it
+    /// finds that nobody is there any more. With several threads for a connection, the one that finds that has the
+    /// others refuse what they have just read, and before 1.34 it ends itself if one of them has an answer then.
+    #[track_caller]
+    pub fn one_after_the_other(file: &Path) -> Self {
+        Self::nbdkit(&["--threads=1", "file", path(file)])
+    }
+
     #[track_caller]
     fn new(program: Program, args: &[&str]) -> Self {
         let mut base = Self {
@@ -167,7 +175,7 @@ pub(crate) fn disk_on(name: &str, image: &Path, options: &str) -> (String, Optio
             (disk, Some(Below::Loop(device)))
         }
         Ok("nbd") => {
-            let base = NbdBase::file(image);
+            let base = NbdBase::one_after_the_other(image);
             let disk = format!("{name}={},state={}{options}", base.uri(), state());
             (disk, Some(Below::Nbd(base)))
         }

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 
 use rustix::process::Signal;
 use stillpoint_tests::relay::Relay;
@@ -42,12 +41,6 @@ fn checkpointed(server: &Server, id: &str, since: &str) {
     server.begin(id, &["--since", since, "--checkpoint", &format!("cp-{id}")]);
 }
 
-/// A base that performs what it was sent before it finds that nobody is there any more: with several
-/// threads for a connection, the one that finds that has the others refuse what they have just read.
-fn one_after_the_other(image: &Path) -> NbdBase {
-    NbdBase::nbdkit(&["--threads=1", "file", path(image)])
-}
-
 /// A server whose first chunk was written, with ones, before `cp-b0`; and then with twos, which was given
 /// up and is on its way until the relay releases it.
 fn with_a_write_given_up(base: &NbdBase) -> (Relay, Server, RawNbd) {
@@ -69,7 +62,7 @@ fn with_a_write_given_up(base: &NbdBase) -> (Relay, Server, RawNbd) {
 fn a_write_that_lands_long_after_it_was_given_up_is_marked_and_preserved() {
     let directory = temporary_directory();
     let image = image(&directory);
-    let base = one_after_the_other(&image);
+    let base = NbdBase::one_after_the_other(&image);
     let (relay, mut server, mut live) = with_a_write_given_up(&base);
     checkpointed(&server, "b1", "cp-b0");
     live.write(0, &vec![3; CHUNK as usize]).unwrap();
@@ -115,7 +108,7 @@ fn a_write_that_lands_long_after_it_was_given_up_is_marked_and_preserved() {
 fn a_write_that_was_repeated_may_land_twice_and_is_marked_and_preserved() {
     let directory = temporary_directory();
     let image = image(&directory);
-    let base = one_after_the_other(&image);
+    let base = NbdBase::one_after_the_other(&image);
     let relay = Relay::to(&base.socket());
     let uri = server::uri(&relay.socket(), "");
     let server = at(&uri, ",reconnect=20s").start();
@@ -141,7 +134,7 @@ fn a_write_that_was_repeated_may_land_twice_and_is_marked_and_preserved() {
 #[test]
 fn a_write_that_lands_while_nobody_serves_the_disk_makes_no_other_image_of_it() {
     let directory = temporary_directory();
-    let base = one_after_the_other(&image(&directory));
+    let base = NbdBase::one_after_the_other(&image(&directory));
     let (relay, mut server, mut live) = with_a_write_given_up(&base);
     live.write(0, &vec![3; CHUNK as usize]).unwrap();
     checkpointed(&server, "b1", "cp-b0");

@@ -1,5 +1,8 @@
 //! A server from start to stop.
 
+mod disks;
+mod signals;
+
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -9,7 +12,6 @@ use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
 
@@ -29,8 +31,9 @@ use crate::nbd::{Client, Entrance, Peer, Stream, Workers};
 use crate::notify;
 use crate::push::Jobs;
 use crate::served::DiskSpec;
-use crate::service::{Opening, ScratchOptions, Service, refuse_copies, refuse_same_image};
+use crate::service::{Opening, ScratchOptions, Service};
 use crate::tls::{Terms, Tls, TlsOptions};
+use signals::{Signals, Wish};
 
 /// How to serve.
 #[derive(Clone, Debug)]
@@ -83,7 +86,7 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
     options.limits.check()?;
     allow_descriptors();
     // From here on a signal is a wish, also one that comes before the first client.
-    let signals = Signals::watch().map_err(|error| cannot("wait for signals", &error))?;
+    let mut signals = Signals::watch().map_err(|error| cannot("wait for signals", &error))?;
     let _run_dir = claim_run_dir(&options.run_dir)?;
     let engine = options.io_engine.choose()?;
     let opening = Opening {
@@ -92,23 +95,9 @@ async fn serve(options: ServeOptions) -> Result<(), Failure> {
         on_tracking_error: options.on_tracking_error,
         engine,
     };
-    refuse_copies(&options.disks)?;
-    let mut disks = Vec::new();
-    for spec in &options.disks {
-        let refuse_same = || refuse_same_image(spec, disks.iter().map(|(disk, _)| disk));
-        if spec.remote.is_some() {
-            // Nothing else would.
-            refuse_same()?;
-        }
-        let opened = opening.open(spec).await;
-        if let Err(failure) = &opened
-            && failure.code == "image-locked"
-        {
-            // It may be we who have it, under another name.
-            refuse_same()?;
-        }
-        disks.push(opened?);
-    }
+    let Some(disks) = disks::open(&options.disks, &opening, &mut signals).await? else {
+        return Ok(());
+    };
     let service = Service::new(disks, options.freeze_timeout, wall_clock, options.scratch)
         .map_err(|error| cannot("restore backups", &error))?;
     let settled = service.settle().await;
@@ -252,40 +241,6 @@ fn read_again(tls: Option<&Terms>) {
                 hint,
                 "SIGHUP: the TLS certificate stays as it was: {failure}"
             );
-        }
-    }
-}
-
-/// What a signal asks for.
-enum Wish {
-    Stop,
-    ReadAgain,
-}
-
-/// The signals that a server heeds.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    hangup: Signal,
-}
-
-impl Signals {
-    fn watch() -> io::Result<Self> {
-        let terminate = signal(SignalKind::terminate())?;
-        Ok(Self {
-            terminate,
-            interrupt: signal(SignalKind::interrupt())?,
-            // Heeded without TLS too: a disk is not taken from its guest by a signal that is for
-            // certificates.
-            hangup: signal(SignalKind::hangup())?,
-        })
-    }
-
-    async fn next(&mut self) -> Wish {
-        tokio::select! {
-            _ = self.terminate.recv() => Wish::Stop,
-            _ = self.interrupt.recv() => Wish::Stop,
-            _ = self.hangup.recv() => Wish::ReadAgain,
         }
     }
 }

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use rustix::process::Signal;
+use stillpoint_tests::process::{self, KilledOnDrop};
 use stillpoint_tests::server::temporary_directory;
 use stillpoint_tests::state::{Begun, begin_since};
 use stillpoint_tests::tls::{Authority, Holder};
@@ -106,11 +108,72 @@ fn a_base_needs_a_place_for_its_state_and_must_be_there() {
     let directory = temporary_directory();
     let mut base = NbdBase::file(&image(&directory));
     base.kill();
-    let refused = on(&base, ",reconnect=1s").start_and_fail();
+    let refused = on(&base, ",reconnect=50ms").start_and_fail();
     assert!(refused.error(1).contains("cannot connect"), "{refused}");
+    let refused = on(&base, ",reconnect=1s").start_and_fail();
+    let last = refused.exits(1).stderr.lines().last();
+    assert!(
+        last.is_some_and(|line| line.contains("cannot connect")),
+        "{refused}"
+    );
+    // Whoever adds a disk is told at once.
+    let uri = format!(
+        "vdb={},state={},reconnect=1h",
+        base.uri(),
+        path(&directory.path().join("b"))
+    );
+    let server = Server::with_disk(MIB);
+    let refused = server.cli(&["--json", "disk", "add", &uri]);
+    refused.fails_with("base-unreachable", "cannot connect");
     base.start();
     let refused = on(&base, ",cache=none").start_and_fail();
     refused.refused("that server's");
+}
+
+/// Whether the server that logs to this file says that it waits for its base.
+fn waits(log: &Path) -> bool {
+    std::fs::read_to_string(log).is_ok_and(|log| log.contains("waiting for the base"))
+}
+
+#[test]
+fn a_base_that_listens_a_little_later_is_waited_for() {
+    let directory = temporary_directory();
+    let image = image(&directory);
+    let mut base = NbdBase::file(&image);
+    let mut server = on(&base, ",reconnect=1h").start();
+    Guest::new(&server, "vda").write(3 * MIB, &[1; 5000]);
+    server.checkpoint("cp1");
+    server.stop();
+    base.kill();
+    let log = server.path("stderr");
+    std::thread::scope(|scope| {
+        let start = scope.spawn(|| server.start());
+        while !waits(&log) && !start.is_finished() {
+            std::thread::yield_now();
+        }
+        assert!(!start.is_finished(), "it did not wait");
+        base.start();
+    });
+    assert_eq!(why_lost(&server), None);
+}
+
+#[test]
+fn a_server_that_waits_for_its_base_can_be_stopped() {
+    let directory = temporary_directory();
+    let mut base = NbdBase::file(&image(&directory));
+    base.kill();
+    let builder = on(&base, ",reconnect=1h");
+    let log = builder.path("log");
+    let mut command = builder.command();
+    command.stderr(File::create(&log).unwrap());
+    let mut server = KilledOnDrop::spawn(&mut command);
+    while !waits(&log) {
+        assert_eq!(server.child.try_wait().unwrap(), None, "it did not wait");
+        std::thread::yield_now();
+    }
+    process::signal(&server.child, Signal::TERM);
+    let status = process::wait(&mut server.child).expect("it ends");
+    assert!(status.success(), "{status}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The way to an export of another server.
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
@@ -198,6 +198,25 @@ pub(super) fn told(error: &Error) -> String {
         source = behind.source();
     }
     text
+}
+
+/// Whether nobody was met, as far as that can be told: who has just been started may be there soon.
+pub(super) fn is_absence(error: &Error) -> bool {
+    match error {
+        Error::Closed | Error::Leaving => true,
+        Error::Io(error) => matches!(
+            error.kind(),
+            ErrorKind::NotFound
+                | ErrorKind::ConnectionRefused
+                | ErrorKind::ConnectionReset
+                | ErrorKind::ConnectionAborted
+                | ErrorKind::BrokenPipe
+                | ErrorKind::HostUnreachable
+                | ErrorKind::NetworkUnreachable
+                | ErrorKind::NetworkDown
+        ),
+        _ => false,
+    }
 }
 
 /// What of an error is worth an errno of the system, for those who tell them apart.

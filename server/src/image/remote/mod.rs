@@ -76,8 +76,18 @@ impl RemoteStorage {
                 let dialer = Rc::new(dialer);
                 let (link, witnesses) = match timeout(patience, first(&*dialer)).await {
                     Ok(Ok(first)) => first,
-                    Ok(Err(error)) => return drop(tell.send(Err(connect::told(&error)))),
-                    Err(_) => return drop(tell.send(Err("no answer in time".to_owned()))),
+                    Ok(Err(error)) => {
+                        let code = if connect::is_absence(&error) {
+                            "base-unreachable"
+                        } else {
+                            "cannot-connect"
+                        };
+                        return drop(tell.send(Err((code, connect::told(&error)))));
+                    }
+                    Err(_) => {
+                        let why = "no answer in time".to_owned();
+                        return drop(tell.send(Err(("base-unreachable", why))));
+                    }
                 };
                 let (keeper, side, can) = keeper(disk, dialer, patience, queue, (&link, witnesses));
                 // Whoever does not wait any more closes the queue too.
@@ -85,15 +95,12 @@ impl RemoteStorage {
                 keeper.run(link).await;
             });
         };
-        let cannot = |why: String| {
-            let message = format!("cannot connect to '{}': {why}", spec.uri);
-            Failure::new("cannot-connect", message)
-        };
+        let cannot =
+            |(code, why)| Failure::new(code, format!("cannot connect to '{}': {why}", spec.uri));
+        let ours = |why: &dyn std::error::Error| cannot(("cannot-connect", why.to_string()));
         let thread = std::thread::Builder::new().name(format!("base-{name}"));
-        let thread = thread
-            .spawn(life)
-            .map_err(|error| cannot(error.to_string()))?;
-        let told = told.await.map_err(|error| cannot(error.to_string()))?;
+        let thread = thread.spawn(life).map_err(|error| ours(&error))?;
+        let told = told.await.map_err(|error| ours(&error))?;
         let (side, can) = told.map_err(cannot)?;
         Ok(Self {
             side,
